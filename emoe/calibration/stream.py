@@ -1,0 +1,233 @@
+"""Run a model whose layers are never all in memory: embed, one layer at a time, head.
+
+The stock model is built on the meta device. In place of each layer stands a recorder that notes how the model calls it
+(masks, rotary tables, …), once for each batch shape; afterwards each layer is built, filled from its shard, called in
+that same way on the cached hidden states, and dropped.
+
+Legend: B sequences a batch, T tokens a sequence, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from emoe.checkpoint.reader import CheckpointReader
+from emoe.errors import UserError
+from emoe.modeling.auto import stock_classes
+
+
+class _Embedded(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by the last recorder: everything before the layers has run, the rest is not wanted now."""
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer belongs: notes the call, passes hidden states on."""
+
+    def __init__(self, stream: StreamedModel, index: int) -> None:
+        super().__init__()
+        self._stream, self._index = [stream], index  # in a list, so that nn.Module does not look inside
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        stream, last = self._stream[0], self._index == self._stream[0].reader.num_layers - 1
+        if stream.injected is not None:
+            hidden_states = stream.injected
+        else:
+            stream.calls.setdefault((tuple(hidden_states.shape[:2]), self._index), (args, kwargs))
+            if last:
+                stream.embedded = hidden_states
+                raise _Embedded
+        return (hidden_states, None) if stream.reader.spec.layer_returns_tuple else hidden_states
+
+
+class HiddenStates:
+    """Hidden states of a set of sequences between two layers, (sequences, T, D); on disk past a size."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, memory_limit: int, folder: Path | None) -> None:
+        count = math.prod(shape)
+        if count * dtype.itemsize <= memory_limit:
+            self.data = torch.empty(shape, dtype=dtype)
+        else:
+            # An unlinked temporary file: gone with the process, however it ends.
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
+                file.truncate(count * dtype.itemsize)
+                self.data = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+    def copy(self, stream: StreamedModel) -> HiddenStates:
+        """The same hidden states, to go on differently."""
+        other = stream.hidden_states(tuple(self.data.shape))
+        other.data.copy_(self.data)
+        return other
+
+
+class StreamedModel:
+    """A checkpoint of which one layer at a time is in memory.
+
+    Args:
+        reader: the checkpoint.
+        dtype: element type of the weights while they run.
+        device: where they run; hidden states rest on the CPU.
+        batch_tokens: tokens a forward call.
+        memory_limit: bytes of one set of hidden states that may stay in memory; larger ones lie in a file.
+        folder: where such files lie.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        *,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        batch_tokens: int = 4096,
+        memory_limit: int = 1 << 32,
+        folder: Path | None = None,
+    ) -> None:
+        self.reader, self.dtype, self.device, self.batch_tokens = reader, dtype, torch.device(device), batch_tokens
+        self.memory_limit, self.folder = memory_limit, folder
+        self.calls: dict[tuple[tuple[int, ...], int], tuple[tuple, dict]] = {}
+        self.injected: torch.Tensor | None = None
+        self.embedded: torch.Tensor | None = None
+        self.model_class, self.measure = self._choose_class()
+        with init_empty_weights(include_buffers=False):
+            self.model = self.model_class._from_config(reader.config).eval()
+        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        layers = base.get_submodule(reader.spec.layers)
+        self.layer_class = type(layers[0])
+        for index in range(len(layers)):
+            layers[index] = _Recorder(self, index)
+
+    def _choose_class(self) -> tuple[type, str]:
+        """The stock class of the checkpoint, and what its quality is measured by."""
+        import transformers
+
+        known = stock_classes(self.reader.spec.model_type)
+        architecture = (self.reader.raw_config.get("architectures") or [None])[0]
+        if architecture is None:
+            headed = "lm_head.weight" in self.reader.shards or self.reader.config.tie_word_embeddings
+            architecture = known["AutoModelForCausalLM" if headed and not self.reader.spec.encoder else "AutoModel"]
+        if architecture not in known.values():
+            raise UserError(
+                f"--model: architecture {architecture} of config.json is not one of {', '.join(sorted(known.values()))}"
+            )
+        measures = {
+            known.get("AutoModelForCausalLM"): "perplexity",
+            known.get("AutoModelForMaskedLM"): "masked-LM loss",
+        }
+        return getattr(transformers, architecture), measures.get(architecture, "hidden-state error")
+
+    def _fill(self, module: nn.Module, names: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        """Make the parameters named by the keys of `names` real, from the tensors named by its values."""
+        for name, source in names.items():
+            owner, _, leaf = name.rpartition(".")
+            value, stated = tensors[source], module.get_parameter(name).shape
+            if value.shape != stated:
+                raise UserError(
+                    f"--model: {source} has shape {tuple(value.shape)}, config.json implies {tuple(stated)}"
+                )
+            value = value.to(device=self.device, dtype=self.dtype)
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _resolve(self, name: str) -> str | None:
+        """Name of a parameter in the checkpoint: with the base model's prefix or without, in old or new spelling."""
+        base = f"{self.reader.spec.base_prefix}."
+        for candidate in (name, name.removeprefix(base), base + name):
+            for spelling in self.reader.spec.spellings(candidate):
+                if spelling in self.reader.shards:
+                    return spelling
+        return None
+
+    def load_ends(self) -> None:
+        """Materialise everything outside the layers: embeddings, final norm, head."""
+        names = {name: self._resolve(name) for name, p in self.model.named_parameters() if p.is_meta}
+        names = {name: source for name, source in names.items() if source is not None}
+        self._fill(self.model, names, self.reader.read(set(names.values())))
+        self.model.tie_weights()
+        missing = [name for name, p in self.model.named_parameters() if p.is_meta]
+        if missing:
+            raise UserError(f"--model: tensor {missing[0]} is in no shard of {self.reader.folder}; fetch it again")
+        self.model.to(self.device)
+
+    def drop_ends(self) -> None:
+        """Give the memory of everything outside the layers back."""
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    def build_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        """The stock layer from its tensors; its non-persistent buffers are computed, never left on meta.
+
+        Raises:
+            UserError: a tensor that the layer needs is missing or has another shape than config.json implies.
+        """
+        with init_empty_weights(include_buffers=False):
+            layer = self.layer_class(self.model.config, index).eval()
+        prefix = self.reader.layer_prefix(index)
+        names = {}
+        for name, _ in layer.named_parameters():
+            spellings = [s for s in self.reader.spec.spellings(prefix + name) if s in tensors]
+            if not spellings:
+                raise UserError(
+                    f"--model: tensor {prefix + name} is in no shard of {self.reader.folder}; fetch it again"
+                )
+            names[name] = spellings[0]
+        self._fill(layer, names, tensors)
+        return layer.to(self.device)
+
+    def batches(self, tokens: torch.Tensor) -> Iterator[slice]:
+        """Slices of whole sequences that make up about `batch_tokens` tokens."""
+        size = max(1, self.batch_tokens // max(1, tokens.shape[1]))
+        return (slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size))
+
+    @torch.inference_mode()
+    def embed(self, tokens: torch.Tensor) -> HiddenStates:
+        """Hidden states before layer 0 of token blocks (sequences, T); also notes how the layers are called."""
+        states = None
+        for batch in self.batches(tokens):
+            try:
+                self.model(input_ids=tokens[batch].to(self.device), **self._no_cache())
+            except _Embedded:
+                hidden = self.embedded
+            if states is None:
+                states = self.hidden_states((*tokens.shape, hidden.shape[-1]))
+            states.data[batch] = hidden.cpu()
+        self.embedded = None
+        return states
+
+    def hidden_states(self, shape: tuple[int, ...]) -> HiddenStates:
+        """Room for hidden states of (sequences, T, D)."""
+        return HiddenStates(shape, self.dtype, self.memory_limit, self.folder)
+
+    def _no_cache(self) -> dict[str, Any]:
+        return {} if self.reader.spec.encoder else {"use_cache": False}
+
+    @torch.inference_mode()
+    def run(self, layer: nn.Module, index: int, states: HiddenStates) -> Iterator[None]:
+        """Advance `states` through a layer in place, a batch a step: iterate to run."""
+        for batch in self.batches(states.data):
+            hidden = states.data[batch].to(self.device)
+            args, kwargs = self.calls[(tuple(hidden.shape[:2]), index)]
+            out = layer(hidden, *args, **kwargs)
+            states.data[batch] = (out[0] if isinstance(out, tuple) else out).cpu()
+            yield
+
+    def run_all(self, layer: nn.Module, index: int, states: HiddenStates) -> None:
+        """`run` to its end."""
+        for _ in self.run(layer, index, states):
+            pass
+
+    @torch.inference_mode()
+    def head_once(self, tokens: torch.Tensor, hidden: torch.Tensor) -> Any:
+        """The stock model's output for (B, T) tokens whose hidden states behind the last layer are (B, T, D)."""
+        self.injected = hidden.to(self.device)
+        try:
+            return self.model(input_ids=tokens.to(self.device), **self._no_cache())
+        finally:
+            self.injected = None

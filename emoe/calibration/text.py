@@ -1,0 +1,178 @@
+"""Text for calibration: from files, folders, datasets or the built-in default to blocks of tokens.
+
+A block is `length` tokens of running text, beginning with the special tokens that the tokenizer itself would put there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.errors import UserError
+
+BUILTIN = "builtin"
+"""Name of the default text: the reference documentation that comes with every CPython (``pydoc_data.topics``)."""
+
+PIECE = 1 << 16
+"""Characters tokenised at a time, so that a file of one endless line costs no more memory than any other."""
+
+POOL = 4
+"""Blocks read for each block used: calibration is drawn at random from all but the end, held-out text is the end."""
+
+MINIMUM_TOKENS = 2048
+"""Fewer calibration tokens than this do not tell neurons apart."""
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Calibration and held-out tokens, each (blocks, length) int64, and where they came from."""
+
+    calibration: torch.Tensor
+    held_out: torch.Tensor
+    digest: str
+    """Hex sha256 over the token ids."""
+
+
+def read_source(source: str) -> Iterator[str]:
+    """Pieces of text from one ``--calibration`` value.
+
+    Args:
+        source: "builtin", a text file, a .jsonl file with a "text" field a line, a folder of text files, or a dataset
+            ``name[:config[:split]]`` for the `datasets` library.
+
+    Raises:
+        UserError: nothing of that name, or text that is not UTF-8.
+    """
+    path = Path(source).expanduser()
+    if source == BUILTIN:
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"--calibration: folder {path} holds no file")
+        for file in files:
+            yield from _read_file(file)
+    elif path.is_file():
+        yield from _read_file(path)
+    elif path.suffix in (".txt", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
+        raise UserError(f"--calibration: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
+    else:
+        yield from _read_dataset(source)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    yield _jsonl_text(path, number, line)
+            else:
+                while piece := file.read(PIECE):
+                    yield piece
+    except UnicodeDecodeError as error:
+        raise UserError(f"--calibration: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _jsonl_text(path: Path, number: int, line: str) -> str:
+    try:
+        return str(json.loads(line)["text"]) + "\n"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f'--calibration: {path} line {number} is not a JSON object with a "text" field') from None
+
+
+def _read_dataset(name: str) -> Iterator[str]:
+    import datasets
+
+    repo, config, split = [*name.split(":"), None, None][:3]
+    try:
+        rows = datasets.load_dataset(repo, config or None, split=split or "train", streaming=True)
+        columns = rows.column_names or list(next(iter(rows)))
+        column = "text" if "text" in columns else columns[0]
+        for row in rows:
+            yield str(row[column]) + "\n"
+    except Exception as error:  # the library raises a dozen kinds; the user needs the one line
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--calibration: no file, folder or reachable dataset '{name}' ({type(error).__name__}: {first_line})"
+        ) from None
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer itself puts before and behind a text."""
+    bare, full = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _tokens(source: str, tokenizer: Any) -> Iterator[int]:
+    for text in read_source(source):
+        for start in range(0, len(text), PIECE):
+            yield from tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False).input_ids
+
+
+def _blocks(source: str, tokenizer: Any, length: int, wanted: int) -> list[list[int]]:
+    before, behind = _special_tokens(tokenizer)
+    inner = length - len(before) - len(behind)
+    blocks, current = [], []
+    for token in _tokens(source, tokenizer):
+        current.append(token)
+        if len(current) == inner:
+            blocks.append([*before, *current, *behind])
+            current = []
+            if len(blocks) == wanted:
+                break
+    return blocks
+
+
+def load_blocks(
+    sources: list[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    calibration_tokens: int,
+    held_out_tokens: int,
+    seed: int,
+) -> TokenBlocks:
+    """Token blocks mixed equally from several sources.
+
+    Args:
+        length: tokens a block.
+        calibration_tokens: wanted for calibration, over all sources; rounded up to whole blocks a source.
+        held_out_tokens: wanted for measuring; these come from the end of what is read of each source, so that they are
+            further from the calibration text than any two calibration blocks are. 0 for none.
+        seed: draws the calibration blocks.
+
+    Raises:
+        UserError: a source is empty or too short.
+    """
+    share = lambda tokens: -(-tokens // (length * len(sources)))  # noqa: E731 - blocks a source, rounded up
+    num_calibration, num_held_out = share(calibration_tokens), share(held_out_tokens)
+    minimum = share(min(MINIMUM_TOKENS, calibration_tokens)) + (1 if held_out_tokens else 0)
+    calibration, held_out = [], []
+    for number, source in enumerate(sources):
+        pool = _blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out))
+        if not pool:
+            raise UserError(f"--calibration: {source} is empty or shorter than one block of {length} tokens")
+        if len(pool) < minimum:
+            raise UserError(
+                f"--calibration: {source} has {len(pool) * length} tokens, at least {minimum * length} are needed; "
+                "give more text, a lower --sequence-length, or --calibration builtin"
+            )
+        tail = min(num_held_out, max(1, len(pool) // 5)) if held_out_tokens else 0
+        held_out += pool[len(pool) - tail :]
+        generator = torch.Generator().manual_seed(seed * 1000 + number)
+        drawn = torch.randperm(len(pool) - tail, generator=generator)[:num_calibration].sort().values
+        calibration += [pool[i] for i in drawn.tolist()]
+    digest = hashlib.sha256(json.dumps([calibration, held_out]).encode()).hexdigest()
+    as_tensor = lambda blocks: torch.tensor(blocks, dtype=torch.int64).reshape(-1, length)  # noqa: E731
+    return TokenBlocks(as_tensor(calibration), as_tensor(held_out), digest)

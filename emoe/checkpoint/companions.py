@@ -1,0 +1,32 @@
+"""What lies beside the weights: files that go along from a source, and the way back of config.json."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+from typing import Any
+
+from emoe.runtime import atomic_write
+
+COPIED = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
+    *("chat_template*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
+"""Files of the source that go along as they are."""
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, licence: copied byte for byte."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
+            with atomic_write(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+
+
+def source_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json from a converted one: the way back of `emoe_fields`."""
+    ours = {"num_experts", "num_experts_per_tok", "auto_map", "architectures", "model_type"}
+    kept = {key: value for key, value in config.items() if key not in ours and not key.startswith("emoe_")}
+    return kept | {key: value for key, value in config["emoe_source"].items() if value is not None}

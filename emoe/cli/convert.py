@@ -1,0 +1,44 @@
+"""`emoe convert`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
+from emoe.config import resolve_config
+
+
+@with_settings()
+def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
+    """Convert a dense checkpoint into its Emergent Mixture-of-Experts."""
+    settings, note = resolve_config(flags, config)
+
+    from emoe.cli.progress import progress_bar, silence_libraries
+
+    silence_libraries()
+    from emoe.conversion.convert import prepare, run
+    from emoe.conversion.workspace import Workspace
+    from emoe.errors import UserError
+
+    plan = prepare(settings, [note])
+    if not settings.output:
+        raise UserError("--output: missing; name the folder to write")
+    if not quiet:
+        print("\n".join(plan.describe()), file=sys.stderr)
+    if settings.dry_run:
+        from pathlib import Path
+
+        Workspace(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite).check()
+        print("dry run: every check passed, nothing was written", file=sys.stderr)
+        return
+    with progress_bar(quiet) as show:
+        report = run(plan, show)
+    if json_output:
+        print(json.dumps(report, indent=2))
+    elif not quiet:
+        from emoe.report.tables import print_report
+
+        print_report(report)
+        print(f"written: {settings.output}")

@@ -1,0 +1,26 @@
+"""`emoe inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emoe.cli.options import Json
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    json_output: Json = False,
+) -> None:
+    """Show what is in a converted checkpoint: layers, experts, gate, provenance, quality."""
+    from emoe.report.inspect import describe
+    from emoe.report.tables import print_inspection
+
+    found = describe(folder)
+    if json_output:
+        print(json.dumps(found, indent=2))
+    else:
+        print_inspection(found)

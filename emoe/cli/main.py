@@ -1,0 +1,69 @@
+"""The program `emoe`: one file a verb; errors that a user can put right are one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+import emoe
+from emoe.cli import convert, estimate, export, inspect, models
+from emoe.errors import UserError
+
+try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
+    from typer._click import exceptions as click
+except ImportError:
+    from click import exceptions as click
+
+app = typer.Typer(
+    name="emoe",
+    help="Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(convert.convert)
+app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
+app.command("estimate")(estimate.estimate)
+app.command("models")(models.models)
+app.command("fetch")(models.fetch)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emoe {emoe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except click.NoArgsIsHelpError as error:
+        typer.echo(error.ctx.get_help())
+        return 2
+    except click.ClickException as error:
+        message = error.format_message()
+    except (KeyboardInterrupt, typer.Abort):
+        print("emoe: interrupted; --resume goes on with an unfinished conversion", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    print("emoe: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""`emoe models` and `emoe fetch`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from emoe.cli.options import Json, Quiet
+
+
+def models(json_output: Json = False) -> None:
+    """List the models that have a short name, and where they come from."""
+    from emoe.assets import list_models
+
+    rows = list_models()
+    if json_output:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("alias", "family", "parameters", "where", "licence", "here"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left")
+    for row in rows:
+        where = f"package {row.package}" if row.package else f"hub {row.hub_id}"
+        licence = row.licence + (", gated" if row.gated else "") + (", --accept-license" * row.needs_acceptance)
+        table.add_row(row.alias, row.family, _millions(row.parameters), where, licence, "yes" if row.cached else "")
+    Console().print(table)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(help="Alias (see `emoe models`), .gguf file or hub id.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare checksums of cached files too.")] = False,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Accept a licence that is not free for all use.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a model into the cache, checksum-verified, and print its folder."""
+    from emoe.assets import resolve_model
+    from emoe.cli.progress import silence_libraries
+
+    silence_libraries()
+    note = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
+    resolved = resolve_model(model, accept_license=accept_license, verify=verify, progress=note)
+    if not quiet:
+        print(f"{resolved.source}; licence: {resolved.licence or 'see its folder'}", file=sys.stderr)
+    print(resolved.folder)

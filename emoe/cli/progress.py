@@ -1,0 +1,72 @@
+"""Progress of long work, on standard error: a bar with time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+LINE_SECONDS = 10.0
+"""Least seconds between two lines where there is no terminal."""
+
+
+@contextlib.contextmanager
+def progress_bar(quiet: bool, unit: str = "layers") -> Iterator[Callable[[str, int, int], None]]:
+    """Yields ``show(stage, done, total)``."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        with _terminal(unit) as show:
+            yield show
+    else:
+        yield _lines(unit)
+
+
+@contextlib.contextmanager
+def _terminal(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def _lines(unit: str) -> Callable[[str, int, int], None]:
+    last = [0.0, time.monotonic()]
+
+    def show(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last[0] >= LINE_SECONDS or stage == "done":
+            last[0] = now
+            print(f"  {done}/{total} {unit}, {stage}, {now - last[1]:.0f} s", file=sys.stderr, flush=True)
+
+    return show
+
+
+def silence_libraries() -> None:
+    """Other libraries' bars and advice do not belong in our output."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -1,0 +1,85 @@
+"""What a split method receives and offers, and the arithmetic of equal sizes.
+
+F neurons, D model width, P features per neuron, E experts, S = F / E neurons per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from emoe.errors import UserError
+
+Needs = Literal["features", "keys", "nothing"]
+
+
+@dataclass(frozen=True)
+class SplitInputs:
+    """What is known of one FFN layer. A method reads only what its `needs` names; the rest may be ``None``."""
+
+    num_neurons: int
+    """F, the hidden width of the FFN."""
+    keys_FD: np.ndarray | None = None
+    """Raw rows of the FFN's input matrix, one a neuron (Llama: gate_proj; BERT, GPT: the up projection)."""
+    features_FP: np.ndarray | None = None
+    """Co-activation features, one row a neuron, of any length (norm); a neuron that never fires is all zero."""
+
+
+class SplitMethod(Protocol):
+    """One way to cut F neurons into E experts of S neurons."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def reference(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+        """Expert of every neuron, int32 ``(F,)``; each of the E labels occurs exactly S times.
+
+        Raises `UserError` when E does not divide F or when what the method needs is missing or malformed.
+        """
+        ...
+
+
+def equal_size(total: int, parts: int, *, total_name: str = "num_neurons", parts_name: str = "num_experts") -> int:
+    """Size of each of ``parts`` equal parts; a `UserError` that names the nearest divisors when there is none."""
+    if total < 1:
+        raise UserError(f"{total_name}={total} must be at least 1")
+    if parts >= 1 and total % parts == 0:
+        return total // parts
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below = [d for d in divisors if d < parts][-1:]
+    above = [d for d in divisors if d > parts][:1]
+    advice = " or ".join(str(d) for d in below + above)
+    raise UserError(f"{total_name}={total} is not divisible by {parts_name}={parts}; try {advice}")
+
+
+def required_rows(rows: np.ndarray | None, num_neurons: int, *, method: str, what: str) -> np.ndarray:
+    """``rows`` as a 2-d array with one row a neuron, or a `UserError` that says which input the method lacks."""
+    if rows is None:
+        raise UserError(f"--split {method} needs {what}, which were not given")
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or rows.shape[0] != num_neurons:
+        raise UserError(f"--split {method}: {what} have shape {rows.shape}, expected ({num_neurons}, width)")
+    return rows
+
+
+def unit_rows(rows_FD: np.ndarray) -> np.ndarray:
+    """Rows scaled to Euclidean length 1, float64 ``(F, D)``; an all-zero row has no direction and stays zero.
+
+    The largest entry is divided out first: squares of entries near 1e-200 would vanish, those near 1e200 overflow.
+    """
+    rows_FD = np.asarray(rows_FD, dtype=np.float64)
+    largest_F1 = np.abs(rows_FD).max(axis=1, keepdims=True, initial=0.0)
+    scaled_FD = rows_FD / np.where(largest_F1 > 0, largest_F1, 1.0)
+    length_F1 = np.sqrt(np.square(scaled_FD).sum(axis=1, keepdims=True))
+    return scaled_FD / np.where(length_F1 > 0, length_F1, 1.0)

@@ -1,0 +1,67 @@
+"""The files of a converted checkpoint that are not weights: config, code, tokenizer, settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import emoe
+from emoe.checkpoint.companions import copy_companions
+from emoe.conversion.plan import Plan
+from emoe.runtime import atomic_write, write_text
+
+
+def emoe_fields(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What our config.json holds beyond and instead of the source's."""
+    from emoe.modeling.auto import auto_map
+
+    raw, spec = plan.reader.raw_config, plan.reader.spec
+    return {
+        "model_type": f"emoe_{spec.model_type}",
+        "architectures": [f"EMoE{name}" for name in raw.get("architectures") or []],
+        "auto_map": auto_map(spec.model_type),
+        "num_experts": plan.config.experts,
+        "num_experts_per_tok": plan.top_k,
+        "emoe_layers": plan.layers,
+        "emoe_gate": plan.config.gate,
+        "emoe_ffn": spec.layout(),
+        "emoe_source": {key: raw.get(key) for key in ("model_type", "architectures", "auto_map")},
+        "emoe_provenance": provenance,
+    }
+
+
+def emoe_config(plan: Plan) -> Any:
+    """Configuration object for layers under conversion."""
+    from emoe.modeling.auto import emoe_config_class
+
+    fields = {k: v for k, v in emoe_fields(plan, {}).items() if k not in ("model_type", "auto_map")}
+    return emoe_config_class(plan.reader.spec.model_type)(**{**plan.reader.config.to_dict(), **fields})
+
+
+def provenance(plan: Plan, digest: str, text_digest: str | None) -> dict[str, Any]:
+    """Who made this and from what; nothing in it changes when the same conversion is run again."""
+    c = plan.config
+    return {
+        "emoe_version": emoe.__version__,
+        "source": plan.source,
+        "source_digest": digest,
+        "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment},
+        "gate": {"method": c.gate, "reference": plan.gate.reference},
+        "calibration": {"sources": c.calibration, "tokens": c.calibration_tokens, "digest": text_digest},
+        "seed": c.seed,
+    }
+
+
+def write_companions(plan: Plan, folder: Path, source_digest: str, text_digest: str | None) -> None:
+    """Everything beside weights, partition and report."""
+    from emoe.modeling.modeling_emoe import code_files
+
+    config = plan.reader.raw_config | emoe_fields(plan, provenance(plan, source_digest, text_digest))
+    copy_companions(plan.reader.folder, folder)
+    for file in code_files():
+        with atomic_write(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "emoe_config.yaml", plan.config.to_yaml())

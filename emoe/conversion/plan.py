@@ -1,0 +1,156 @@
+"""Check a conversion before it starts, and say what it will cost. Nothing is loaded but headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emoe import clustering, gating
+from emoe.checkpoint.reader import CheckpointReader
+from emoe.config import ConvertConfig
+from emoe.errors import UserError
+from emoe.runtime import format_bytes, require_space
+
+MEASURED_FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of experts at which a conversion reports quality."""
+
+SLACK = 64 << 20
+"""Bytes for tokenizer, code, report and plot."""
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """``"all"``, ``"16:32:4"``, ``"26,28"``, ``"-4::2"`` or a mixture with commas → sorted layer indices.
+
+    Raises:
+        UserError: not of that form, out of range, or no layer at all.
+    """
+    span = f"the model has {num_layers} layers, 0 to {num_layers - 1}"
+    chosen: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        if part == "all":
+            chosen |= set(range(num_layers))
+            continue
+        try:
+            numbers = [int(n) if n else None for n in part.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1 and numbers[0] is not None:
+            if not -num_layers <= numbers[0] < num_layers:
+                raise UserError(f"--layers: layer {numbers[0]} is out of range; {span}")
+            chosen.add(numbers[0] % num_layers)
+        elif len(numbers) in (2, 3) and (len(numbers) == 2 or numbers[2] != 0):
+            start, stop = numbers[:2]
+            beyond = [n for n in (start, stop) if n is not None and not -num_layers <= n <= num_layers]
+            if beyond or start == num_layers:
+                raise UserError(f"--layers: '{part}' is out of range; {span}")
+            chosen |= set(range(num_layers)[slice(*numbers)])
+        else:
+            raise UserError(f"--layers: '{part}' is not 'all', a number or a slice such as 16:32:4")
+    if not chosen:
+        raise UserError(f"--layers: '{text}' selects no layer; {span}")
+    return sorted(chosen)
+
+
+def check_experts(num_neurons: int, experts: int) -> None:
+    """Raise `UserError` unless ``experts`` divides ``num_neurons``; the nearest numbers that do are named."""
+    if num_neurons % experts:
+        divisors = [n for n in range(1, num_neurons + 1) if num_neurons % n == 0]
+        below = max((n for n in divisors if n < experts), default=None)
+        above = min((n for n in divisors if n > experts), default=None)
+        options = " or ".join(str(n) for n in (below, above) if n)
+        raise UserError(f"--experts: FFN width {num_neurons} is not divisible by {experts}; try {options}")
+
+
+@dataclass
+class Plan:
+    """A conversion that has passed every check that needs no weights."""
+
+    config: ConvertConfig
+    reader: CheckpointReader
+    source: str
+    """What the user called the model."""
+    layers: list[int]
+    num_neurons: int
+    top_k: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def split(self) -> Any:
+        """Clustering method."""
+        return clustering.get(self.config.split)
+
+    @property
+    def gate(self) -> Any:
+        """Gate method."""
+        return gating.get(self.config.gate)
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether clustering or gate look at activations on text."""
+        return self.split.needs == "features" or self.gate.needs_calibration
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any text is read."""
+        return self.needs_activations or self.config.held_out_tokens > 0
+
+    @property
+    def measured_k(self) -> list[int]:
+        """Numbers of experts at which quality is measured, ascending, the chosen K among them."""
+        counts = {max(1, round(f * self.config.experts)) for f in MEASURED_FRACTIONS}
+        return sorted(counts | {self.top_k})
+
+    def gate_bytes(self) -> int:
+        """Size of the gate tables that the checkpoint gains, bytes."""
+        width = self.reader.config.hidden_size
+        entry = {"discriminant": 4 * (width + 1), "representative": 12, "average-key": 0}[self.config.gate]
+        return len(self.layers) * self.config.experts * entry
+
+    def state_bytes(self) -> int:
+        """Size of the state that --resume starts from, bytes: hidden states of calibration and held-out streams."""
+        tokens = self.config.calibration_tokens * self.needs_activations
+        tokens += self.config.held_out_tokens * (1 + len(self.measured_k))
+        size = 2 if self.config.dtype in ("bfloat16", "float16") else 4
+        return tokens * self.reader.config.hidden_size * size
+
+    def disk_bytes(self) -> int:
+        """Bytes that the output's disk must have free: the checkpoint, and two states while it runs."""
+        return self.reader.total_bytes() + self.gate_bytes() + 2 * self.state_bytes() + SLACK
+
+    def describe(self) -> list[str]:
+        """What will be done, a line each."""
+        c, per_expert = self.config, self.num_neurons // self.config.experts
+        where = "all" if len(self.layers) == self.reader.num_layers else ", ".join(map(str, self.layers))
+        return [
+            *self.notes,
+            f"model: {self.source} ({self.reader.spec.model_type}, {self.reader.num_layers} layers, "
+            f"FFN width {self.num_neurons})",
+            f"layers: {where}",
+            f"experts: {c.experts} of {per_expert} neurons, {self.top_k} a token; split {c.split}, gate {c.gate}",
+            f"disk: {format_bytes(self.disk_bytes())} needed in {Path(c.output).absolute().parent}",
+        ]
+
+
+def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, notes: list[str]) -> Plan:
+    """Check settings against the checkpoint and the disk.
+
+    Raises:
+        UserError: the first check that fails, naming its flag.
+    """
+    clustering.get(config.split)
+    gating.get(config.gate)
+    layers = parse_layers(config.layers, reader.num_layers)
+    num_neurons = reader.hidden_width
+    check_experts(num_neurons, config.experts)
+    top_k = config.top_k or max(1, round(config.active * config.experts))
+    if top_k > config.experts:
+        raise UserError(f"--top-k: {top_k} is more than --experts {config.experts}; choose 1 to {config.experts}")
+    longest = getattr(reader.config, "max_position_embeddings", None) or config.sequence_length
+    if config.sequence_length > longest:
+        notes = [*notes, f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"]
+        config = config.model_copy(update={"sequence_length": longest})
+    plan = Plan(config, reader, source, layers, num_neurons, top_k, notes)
+    if config.output:
+        require_space(Path(config.output), plan.disk_bytes(), "--output")
+    return plan

@@ -1,0 +1,13 @@
+"""Qwen3 (dense): SwiGLU without biases."""
+
+from emoe.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    model_type="qwen3",
+    base_prefix="model",
+    layers="layers",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    sizes=("Qwen/Qwen3-0.6B-Base",),
+)

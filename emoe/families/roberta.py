@@ -1,0 +1,16 @@
+"""RoBERTa: as BERT, with its own embeddings."""
+
+from emoe.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    model_type="roberta",
+    base_prefix="roberta",
+    layers="encoder.layer",
+    ffn="",
+    host="bert-layer",
+    up="intermediate.dense",
+    down="output.dense",
+    old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+    encoder=True,
+    sizes=("FacebookAI/roberta-base",),
+)

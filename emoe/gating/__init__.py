@@ -1,0 +1,22 @@
+"""Gates from cluster centroids. A further gate is one new file, one line here, a branch of `modeling_emoe.Router`."""
+
+from __future__ import annotations
+
+from emoe.errors import UserError, nearest
+
+NAMES = ("discriminant", "representative", "average-key")
+
+
+def get(name: str):
+    """The `GateMethod` of a name.
+
+    Raises:
+        UserError: no gate of that name.
+    """
+    if name == "oracle":
+        raise UserError("--gate: 'oracle' looks at the answer; it serves measurement only, choose a real gate")
+    if name not in NAMES:
+        raise UserError(f"--gate: unknown gate '{name}'{nearest(name, NAMES)}. Known gates: {', '.join(NAMES)}")
+    from emoe.gating import average_key, discriminant, representative
+
+    return {m.METHOD.name: m.METHOD for m in (average_key, discriminant, representative)}[name]

@@ -1,0 +1,35 @@
+"""What a gate is made of. Legend: N tokens, D model width, F neurons, E experts, K experts chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class GateFit(Protocol):
+    """Sees calibration tokens with their activations, then gives the gate's buffers."""
+
+    def update(self, x_ND: torch.Tensor, h_NF: torch.Tensor, energy_NE: torch.Tensor) -> None:
+        """Add N tokens: FFN inputs, hidden activations in expert order, energies of the experts."""
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Buffers of the router by name."""
+
+
+@dataclass(frozen=True)
+class GateMethod:
+    """A way to build a gate without training it."""
+
+    name: str
+    reference: str
+    summary: str
+    fit: Callable[[int, int, int, int], GateFit] | None = None
+    """(E, K, D, F) → a fit; None when the gate is derived from the weights alone."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether building it takes text."""
+        return self.fit is not None

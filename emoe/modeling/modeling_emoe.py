@@ -1,0 +1,385 @@
+"""Emergent Mixture-of-Experts: a stock transformers model whose FFNs compute only the experts chosen for a token.
+
+Source: Qiu, Huang, Fu, "Unlocking Emergent Modularity in Large Language Models" (NAACL 2024, arXiv 2310.10908), sec. 3.
+
+Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons per expert, K experts chosen.
+
+The weights stay where the source has them (``mlp.gate_proj.weight`` and so on), reordered so that expert e is the block
+of neurons e*S … (e+1)*S. Nothing trainable is added: a gate is derived from the weights, or is a table in a buffer.
+``EMoELlamaForCausalLM`` is ``LlamaForCausalLM`` with sparse FFNs; likewise for every other stock class. The classes are
+made on first use, by name, so that one file serves every family. This file is copied beside each converted checkpoint
+and needs nothing but torch and transformers; with ``emoe_kernels`` installed it runs on those kernels.
+"""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+
+from . import configuration_emoe
+from .configuration_emoe import PREFIX
+
+try:
+    from emoe_kernels.experts.op import expert_ffn
+except ImportError:  # a converted checkpoint on a machine without our packages: its own copy of the PyTorch path
+    from .portable import expert_ffn
+
+KERNEL_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "quick_gelu": "quick_gelu",
+}
+"""Activation names of transformers → those of the kernels; an FFN with another one runs masked."""
+
+
+class Routing(NamedTuple):
+    """The experts chosen for N tokens."""
+
+    experts_NK: torch.Tensor
+    """int64, distinct in a row; -1 marks an unused slot."""
+    logits_NE: torch.Tensor
+    """Raw gate logits in fp32."""
+    weights_NK: torch.Tensor | None = None
+    """Weights of the chosen experts; None means 1 for each, so that all experts together are the dense FFN."""
+
+
+class Router(nn.Module):
+    """Chooses the K experts with the largest gate logit. Has no trainable parameter; always computes in fp32.
+
+    Gates, with key_j the row of neuron j in the FFN's input matrix:
+
+    - average-key (EMoE, sec. 3.2): logit_e = x · mean of the keys of expert e, without input bias. From the weights,
+    - representative (after CMoE, arXiv 2502.04416): logit_e = scale_e · |activation of one neuron of e|, the one that
+      told the expert's energy best in calibration. Buffers: ``neuron`` (E,), ``scale`` (E,).
+    - discriminant: logit_e = x · weight_e + bias_e, a closed-form linear discriminant. Buffers: ``weight`` (E, D),
+      ``bias`` (E,).
+    """
+
+    def __init__(self, config, width: int):
+        super().__init__()
+        self.gate, self.num_experts, self.top_k = config.emoe_gate, config.num_experts, config.num_experts_per_tok
+        self._derived: tuple | None = None
+        if self.gate == "representative":
+            self.register_buffer("neuron", torch.zeros(self.num_experts, dtype=torch.int64))
+            self.register_buffer("scale", torch.zeros(self.num_experts, dtype=torch.float32))
+        elif self.gate == "discriminant":
+            self.register_buffer("weight", torch.zeros(self.num_experts, width, dtype=torch.float32))
+            self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        elif self.gate != "average-key":
+            raise ValueError(f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant")
+
+    def _apply(self, fn, recurse=True):
+        # model.bfloat16() and the like must not touch the gate: routing in bf16 picks other experts.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != torch.float32:
+                self._buffers[name] = before.to(device=after.device, dtype=torch.float32)
+        return self
+
+    def _from_weights(self, ffn) -> tuple[torch.Tensor, ...]:
+        """Rows that the gate takes from the FFN's weights, fp32, kept until a weight changes."""
+        tables = ffn.weight_views()
+        state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in (tables.keys_FD, tables.up_FD))
+        if self._derived is None or self._derived[0] != state:
+            if self.gate == "average-key":
+                keys_ESD = tables.keys_FD.detach().unflatten(0, (self.num_experts, -1))
+                rows = (keys_ESD.mean(1, dtype=torch.float32),)
+            else:
+                pick = lambda t: None if t is None else t.detach()[self.neuron].float()  # noqa: E731
+                rows = (pick(tables.keys_FD), pick(tables.key_bias_F), pick(tables.up_FD), pick(tables.up_bias_F))
+            self._derived = (state, rows)
+        return self._derived[1]
+
+    def logits(self, x_ND: torch.Tensor, ffn) -> torch.Tensor:
+        """Gate logits (N, E), fp32."""
+        x_ND = x_ND.float()
+        if self.gate == "discriminant":
+            return torch.nn.functional.linear(x_ND, self.weight, self.bias)
+        if not ffn.plain:  # an adapter or quantiser holds the weights: ask the modules
+            return self._logits_from_modules(x_ND, ffn)
+        if self.gate == "average-key":
+            return x_ND @ self._from_weights(ffn)[0].T
+        keys_ED, key_bias_E, up_ED, up_bias_E = self._from_weights(ffn)
+        h_NE = ffn.act(torch.nn.functional.linear(x_ND, keys_ED, key_bias_E))
+        if ffn.gated:
+            h_NE = h_NE * torch.nn.functional.linear(x_ND, up_ED, up_bias_E)
+        return h_NE.abs() * self.scale
+
+    def _logits_from_modules(self, x_ND: torch.Tensor, ffn) -> torch.Tensor:
+        if self.gate == "average-key":
+            zero_1D = torch.zeros_like(x_ND[:1])
+            keyed_NF = ffn.pre_activation(torch.cat([x_ND, zero_1D]).to(ffn.compute_dtype)).float()
+            return (keyed_NF[:-1] - keyed_NF[-1:]).unflatten(1, (self.num_experts, -1)).mean(-1)
+        h_NF = ffn.hidden(x_ND.to(ffn.compute_dtype)).float()
+        return h_NF[:, self.neuron].abs() * self.scale
+
+    @torch.no_grad()
+    def forward(self, x_ND: torch.Tensor, ffn) -> Routing:
+        """Tokens (N, D) → `Routing`. Top-k on raw logits: a softmax underflows into ties."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = self.logits(x_ND, ffn)
+        return Routing(logits_NE.topk(self.top_k, dim=-1, sorted=False).indices, logits_NE)
+
+
+class WeightViews(NamedTuple):
+    """The FFN's weights as (F, D) rows and (D, F) columns whatever their storage; views, never copies."""
+
+    keys_FD: torch.Tensor
+    key_bias_F: torch.Tensor | None
+    up_FD: torch.Tensor | None
+    up_bias_F: torch.Tensor | None
+    down_DF: torch.Tensor
+    down_bias_D: torch.Tensor | None
+
+
+def _rows(linear) -> torch.Tensor:
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _untouched(linear) -> bool:
+    """A stock linear without hooks: reading its weight gives what calling it would compute."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+    return type(linear) in (nn.Linear, Conv1D) and not hooks
+
+
+class SparseFFN:
+    """Mixed into the stock module that holds a family's FFN: computes only the chosen experts."""
+
+    def become_sparse(self, config) -> None:
+        """Attach the router. The stock module's own parameters stay as they are, under their own names."""
+        self.layout, self.num_experts = config.emoe_ffn, config.num_experts
+        name = getattr(config, self.layout["activation_key"])
+        self.act, self.activation = ACT2FN[name], KERNEL_ACTIVATIONS.get(name)
+        self.gated = bool(self.layout["gate"] or self.layout["fused"])
+        self.router = Router(config, config.hidden_size)
+
+    def linear(self, role: str) -> nn.Module:
+        """The linear that plays `role`: "gate", "up" or "down"."""
+        return self.get_submodule(self.layout[role])
+
+    @property
+    def plain(self) -> bool:
+        """No adapter, quantiser or hook stands between us and the weights."""
+        return all(_untouched(self.linear(role)) for role in ("gate", "up", "down") if self.layout[role])
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Element type of the FFN's parameters."""
+        return next(p.dtype for p in self.linear("down").parameters() if p.is_floating_point())
+
+    def weight_views(self) -> WeightViews:
+        """Only for a `plain` FFN."""
+        up, down = self.linear("up"), self.linear("down")
+        if self.layout["fused"]:
+            keys_FD, up_FD = _rows(up).chunk(2)
+            key_bias_F, up_bias_F = up.bias.chunk(2) if up.bias is not None else (None, None)
+        elif self.gated:
+            gate = self.linear("gate")
+            keys_FD, key_bias_F, up_FD, up_bias_F = _rows(gate), gate.bias, _rows(up), up.bias
+        else:
+            keys_FD, key_bias_F, up_FD, up_bias_F = _rows(up), up.bias, _rows(up), up.bias
+        return WeightViews(keys_FD, key_bias_F, up_FD, up_bias_F, _rows(down), down.bias)
+
+    def pre_activation(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes into the activation, (…, D) → (…, F), through the modules' own calls."""
+        if self.layout["fused"]:
+            return self.linear("up")(x).chunk(2, dim=-1)[0]
+        return self.linear("gate" if self.gated else "up")(x)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """All neurons, (…, D) → (…, F), through the modules' own calls: the stock arithmetic, step by step."""
+        if self.layout["fused"]:
+            gate, up = self.linear("up")(x).chunk(2, dim=-1)
+            return up * self.act(gate)
+        if self.gated:
+            return self.act(self.linear("gate")(x)) * self.linear("up")(x)
+        return self.act(self.linear("up")(x))
+
+    def ffn(self, x: torch.Tensor) -> torch.Tensor:
+        """The FFN of (…, D) → (…, D), without the dropout and LayerNorm that some families put behind it."""
+        if self.router.top_k == self.num_experts:
+            return self.linear("down")(self.hidden(x))
+        x_ND = x.reshape(-1, x.shape[-1])
+        routing = self.router(x_ND, self)
+        if self.activation is None or not self.plain:
+            return self._masked(x_ND, routing).view(x.shape)
+        w = self.weight_views()
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x_ND, w = x_ND.to(dtype), WeightViews(*(None if t is None else t.to(dtype) for t in w))
+        y_ND = expert_ffn(
+            x_ND,
+            routing.experts_NK,
+            w.up_FD,
+            w.down_DF,
+            num_experts=self.num_experts,
+            gate_FD=w.keys_FD if self.gated else None,
+            up_bias_F=w.up_bias_F,
+            gate_bias_F=w.key_bias_F if self.gated else None,
+            down_bias_D=w.down_bias_D,
+            activation=self.activation,
+            weights_NK=routing.weights_NK,
+        )
+        return y_ND.view(x.shape)
+
+    def _masked(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Computes every neuron and zeroes the unchosen: saves nothing, works through any wrapper of the linears."""
+        experts_NK, weights_NK = routing.experts_NK, routing.weights_NK
+        if weights_NK is None:
+            weights_NK = torch.ones_like(experts_NK, dtype=x_ND.dtype)
+        mask_NE = torch.zeros(len(x_ND), self.num_experts + 1, dtype=x_ND.dtype, device=x_ND.device)
+        mask_NE = mask_NE.scatter(1, experts_NK % (self.num_experts + 1), weights_NK.to(x_ND.dtype))[:, :-1]
+        h_NES = self.hidden(x_ND).unflatten(1, (self.num_experts, -1))
+        # where, not product: an unchosen neuron that overflowed must not reach the sum as NaN
+        h_NES = torch.where(mask_NE[..., None] != 0, h_NES * mask_NE[..., None], 0)
+        return self.linear("down")(h_NES.flatten(1))
+
+
+class SparseMLP(SparseFFN):
+    """Families whose FFN is a module of its own (Llama, GPT-2, Phi-3, …)."""
+
+    def forward(self, hidden_states):
+        y = self.ffn(hidden_states)
+        return self.get_submodule(self.layout["dropout"])(y) if self.layout["dropout"] else y
+
+
+class SparseBertLayer(SparseFFN):
+    """BERT, RoBERTa: the layer holds the FFN in two modules; dropout and LayerNorm follow."""
+
+    def feed_forward_chunk(self, attention_output):
+        y = self.output.dropout(self.ffn(attention_output))
+        return self.output.LayerNorm(y + attention_output)
+
+
+class SparseOPTLayer(SparseFFN):
+    """OPT: the FFN is written inline in the layer, before or after whose parts a LayerNorm stands."""
+
+    def forward(
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, position_ids=None, **kwargs
+    ):
+        drop = lambda x: nn.functional.dropout(x, p=self.dropout, training=self.training)  # noqa: E731
+        before = self.do_layer_norm_before
+
+        residual = hidden_states
+        attended, _ = self.self_attn(
+            hidden_states=self.self_attn_layer_norm(residual) if before else residual,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        residual = residual + drop(attended)
+        if not before:
+            residual = self.self_attn_layer_norm(residual)
+
+        y = residual + drop(self.ffn(self.final_layer_norm(residual) if before else residual))
+        return y if before else self.final_layer_norm(y)
+
+
+_HOSTS = {"module": SparseMLP, "bert-layer": SparseBertLayer, "opt-layer": SparseOPTLayer}
+_SPARSE_CLASSES: dict[type, type] = {}
+
+
+def make_sparse(layer: nn.Module, config) -> SparseFFN:
+    """Turn the FFN of one stock layer into a `SparseFFN`, in place: same parameters, same names, another forward."""
+    layout = config.emoe_ffn
+    holder = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
+    stock = type(holder)
+    if stock not in _SPARSE_CLASSES:
+        _SPARSE_CLASSES[stock] = type(f"{PREFIX}{stock.__name__}", (_HOSTS[layout["host"]], stock), {})
+    holder.__class__ = _SPARSE_CLASSES[stock]
+    holder.become_sparse(config)
+    return holder
+
+
+class EMoEModelMixin:
+    """Mixed into a stock model class: the layers in ``config.emoe_layers`` get sparse FFNs."""
+
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - transformers wants a list
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        base = getattr(self, self.base_model_prefix, self)
+        layers = base.get_submodule(config.emoe_ffn["layers"])
+        for index in config.emoe_layers:
+            if not any(isinstance(m, SparseFFN) for m in layers[index].modules()):  # a head may wrap our own base model
+                make_sparse(layers[index], config)
+        if self._no_split_modules:  # layers of the families that hold the FFN inline have got a new class name
+            self._no_split_modules = [*self._no_split_modules, *(PREFIX + name for name in self._no_split_modules)]
+
+    def sparse_ffns(self) -> dict[int, SparseFFN]:
+        """The converted FFNs by layer index."""
+        found = [module for module in self.modules() if isinstance(module, SparseFFN)]
+        return dict(zip(self.config.emoe_layers, found, strict=True))
+
+    def set_top_k(self, top_k: int) -> None:
+        """Use `top_k` experts a token from now on; at ``num_experts`` the model is the dense model.
+
+        Raises:
+            ValueError: `top_k` is not between 1 and ``config.num_experts``.
+        """
+        if not 1 <= top_k <= self.config.num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.config.num_experts}")
+        self.config.num_experts_per_tok = top_k
+        for ffn in self.sparse_ffns().values():
+            ffn.router.top_k = top_k
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers', plus the modelling files and the partition, so that the copy loads everywhere too."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        target, source = Path(save_directory), Path(self.config._name_or_path)
+        for file in code_files():
+            shutil.copyfile(file, target / file.name)
+        for name in ("partition.safetensors", "emoe_config.yaml"):
+            if (source / name).is_file() and source.resolve() != target.resolve():
+                shutil.copyfile(source / name, target / name)
+
+
+def code_files() -> list[Path]:
+    """The Python files that a converted checkpoint carries: these two and the kernels' portable path."""
+    import sys
+
+    return [Path(sys.modules[module].__file__) for module in (configuration_emoe.__name__, __name__)] + [
+        Path(sys.modules[expert_ffn.__module__].__file__).with_name("portable.py")
+    ]
+
+
+def _share_renamings(name: str, stock: type) -> None:
+    """Old checkpoints' tensor names are translated by transformers per class; ours are spelt as the source's."""
+    found = get_checkpoint_conversion_mapping(stock.__name__)
+    found = found or get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if found:
+        register_checkpoint_conversion_mapping(name, found, overwrite=True)
+
+
+def _model_class(name: str) -> type:
+    stock = getattr(transformers, name.removeprefix(PREFIX))
+    _share_renamings(name, stock)
+    config_class = getattr(configuration_emoe, PREFIX + stock.config_class.__name__)
+    namespace = {
+        "config_class": config_class,
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with sparse FFNs; see `EMoEModelMixin`.",
+    }
+    return type(name, (EMoEModelMixin, stock), namespace)
+
+
+def __getattr__(name: str) -> type:
+    if not name.startswith(PREFIX) or not hasattr(transformers, name.removeprefix(PREFIX)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = _model_class(name)
+    return globals()[name]

@@ -1,0 +1,167 @@
+"""What the operating system gives us: caches, safe writing, disk space, memory and clocks.
+
+Everything that reaches a user's disk goes through `atomic_write` or `atomic_directory`: written beside its
+destination, fsynced, renamed. A process killed at any instruction leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from emoe.errors import UserError
+
+
+def cache_home() -> Path:
+    """Folder for fetched assets: ``$EMOE_HOME``, by default ``~/.cache/emoe``. Not created here."""
+    return Path(os.environ.get("EMOE_HOME") or Path.home() / ".cache" / "emoe")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make a rename inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's umask; reading it means setting it for an instant."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``.
+
+    The caller writes the temporary file in whatever way it likes. On an exception it is removed and whatever stood at
+    ``path`` before still stands there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # some libraries create files that only their owner may read
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success fsync its files and rename it to ``path``.
+
+    If another process finished ``path`` in the meantime, its folder is kept and ours is dropped.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    os.chmod(temporary, 0o755)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free for us on the file system that holds ``folder`` or its nearest existing parent."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int, flag: str) -> None:
+    """Raise `UserError` when the file system of ``folder`` has fewer than ``needed`` bytes free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{flag}: {folder} needs {format_bytes(needed)} but its disk has {format_bytes(free)} free; "
+            "free some space or choose another folder"
+        )
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes (Linux ``VmHWM``; `reset_peak_memory` restarts it)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` anew where the kernel allows it (Linux); elsewhere it stays the peak since the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` becomes ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+class Stopwatch:
+    """Seconds and peak memory of named stages: ``with watch("clustering"): …``; stages may repeat and add up."""
+
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self._on_stage = on_stage
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._on_stage:
+            self._on_stage(stage)
+        reset_peak_memory()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.peak_bytes[stage] = max(self.peak_bytes.get(stage, 0), peak_memory())
