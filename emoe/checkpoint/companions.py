@@ -29,4 +29,6 @@ def source_config(config: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json from a converted one: the way back of `emoe_fields`."""
     ours = {"num_experts", "num_experts_per_tok", "auto_map", "architectures", "model_type"}
     kept = {key: value for key, value in config.items() if key not in ours and not key.startswith("emoe_")}
-    return kept | {key: value for key, value in config["emoe_source"].items() if value is not None}
+    replaced = {key: config["emoe_source"].get(key) for key in ("architectures", "auto_map")}
+    replaced["model_type"] = config["emoe_source"]["family"]
+    return kept | {key: value for key, value in replaced.items() if value is not None}

@@ -54,13 +54,11 @@ class Partition:
     def save(self, path: Path) -> None:
         """Write atomically."""
         tensors = {f"layers.{i}.labels": labels.to(torch.int32) for i, labels in sorted(self.labels.items())}
-        metadata = {
-            "num_experts": str(self.num_experts),
-            "digests": json.dumps({str(i): self.digests[i] for i in sorted(self.digests)}),
-            **self.facts,
-        }
+        digests = {str(i): self.digests[i] for i in sorted(self.digests)}
+        facts = {"num_experts": self.num_experts, "digests": digests, **self.facts}
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            # One entry: safetensors writes several in an order that changes from run to run.
+            save_file(tensors, temporary, metadata={"emoe": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> Partition:
@@ -71,16 +69,16 @@ class Partition:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
+                facts = json.loads((file.metadata() or {})["emoe"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            experts = int(metadata.pop("num_experts"))
-            digests = {int(i): str(value) for i, value in json.loads(metadata.pop("digests")).items()}
+            experts = int(facts.pop("num_experts"))
+            digests = {int(i): str(value) for i, value in facts.pop("digests").items()}
             labels = {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError, AttributeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); convert the model again") from None
         for index, labels_F in labels.items():
             check_labels(labels_F, experts, f"{path}, layer {index}")
-        return cls(experts, labels, digests, metadata)
+        return cls(experts, labels, digests, facts)
 
 
 def check_labels(labels_F: torch.Tensor, num_experts: int, where: str) -> None:

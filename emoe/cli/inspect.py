@@ -13,6 +13,7 @@ from emoe.cli.options import Json
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    brief: Annotated[bool, typer.Option("--brief", help="What it is, without the report.")] = False,
     json_output: Json = False,
 ) -> None:
     """Show what is in a converted checkpoint: layers, experts, gate, provenance, quality."""
@@ -23,4 +24,4 @@ def inspect(
     if json_output:
         print(json.dumps(found, indent=2))
     else:
-        print_inspection(found)
+        print_inspection(found, brief)

@@ -27,7 +27,8 @@ def emoe_fields(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
         "emoe_layers": plan.layers,
         "emoe_gate": plan.config.gate,
         "emoe_ffn": spec.layout(),
-        "emoe_source": {key: raw.get(key) for key in ("model_type", "architectures", "auto_map")},
+        # Not under the name "model_type": transformers would take this for a nested configuration of that type.
+        "emoe_source": {"family": spec.model_type, **{key: raw.get(key) for key in ("architectures", "auto_map")}},
         "emoe_provenance": provenance,
     }
 

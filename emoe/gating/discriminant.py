@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from emoe.gating.spec import GateMethod
@@ -12,8 +10,22 @@ RIDGE = 0.01
 """Ridge, in units of the mean variance of the inputs. 0.1 measured no different on SmolLM2."""
 
 
+FLOOR = 0.01
+"""Added to energies before the logarithm, in units of the token's mean: a ReLU expert may have none at all."""
+
+
+def target(energy_NE: torch.Tensor) -> torch.Tensor:
+    """What the gate predicts of each expert: the logarithm of its energy, (N, E).
+
+    Perplexity over dense on SmolLM2-135M (E 64, co-activation, 16k calibration and 2k held-out tokens) at 25 and 50% active:
+    logarithm 21, 2.0; root 28, 2.3; rank 30, 2.0; share 55, 2.8; membership in the top half 71, 2.2; the oracle 11, 1.7.
+    The floor matters little: 1e-4 to 1 times the mean gave 21 to 23 and 2.0 to 2.1.
+    """
+    return (energy_NE + FLOOR * energy_NE.mean(1, keepdim=True)).clamp_min(1e-30).log()
+
+
 class DiscriminantFit:
-    """Ridge regression of each expert's share in the layer's output on the layer's input, in closed form.
+    """Ridge regression of each expert's log energy on the layer's input, in closed form.
 
     With centred inputs x and targets t the weights are (Cov(x) + λI)⁻¹ Cov(x, t). When t marks class membership that is
     Fisher's linear discriminant: the class centroid in whitened input space (Hastie, Tibshirani, Friedman, "The
@@ -27,30 +39,12 @@ class DiscriminantFit:
         self.xx_DD, self.xt_DE = zeros(width, width), zeros(width, num_experts)
 
     def update(self, x_ND: torch.Tensor, h_NF: torch.Tensor, energy_NE: torch.Tensor) -> None:
-        x_ND, target_NE = x_ND.float(), self._target(energy_NE)
+        x_ND, target_NE = x_ND.float(), target(energy_NE)
         self.x_D += x_ND.sum(0, dtype=torch.float64).cpu()
         self.t_E += target_NE.sum(0, dtype=torch.float64).cpu()
         self.xx_DD += (x_ND.T @ x_ND).cpu()
         self.xt_DE += (x_ND.T @ target_NE).cpu()
         self.tokens += len(x_ND)
-
-    def _target(self, energy_NE: torch.Tensor) -> torch.Tensor:
-        kind = os.environ.get("TARGET", "sqrt")
-        if kind == "topk":
-            return torch.zeros_like(energy_NE).scatter_(1, energy_NE.topk(self.top_k, 1).indices, 1.0)
-        if kind == "sqrt":
-            return energy_NE.sqrt()
-        if kind == "sqrtn":
-            r = energy_NE.sqrt()
-            return r / r.mean(1, keepdim=True)
-        if kind == "energy":
-            return energy_NE
-        if kind == "share":
-            return energy_NE / energy_NE.sum(1, keepdim=True)
-        if kind == "log":
-            return (energy_NE + 1e-12).log()
-        if kind == "rank":
-            return energy_NE.argsort(1).argsort(1).float()
 
     def finish(self) -> dict[str, torch.Tensor]:
         n = max(1, self.tokens)

@@ -58,8 +58,8 @@ def load_line(report: dict[str, Any]) -> str | None:
     return f"expert load: evenness {evenness:.3f} (1 is uniform), busiest expert {busiest:.2f} times its fair share"
 
 
-def print_inspection(found: dict[str, Any]) -> None:
-    """What `emoe inspect` shows."""
+def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
+    """What `emoe inspect` shows; `brief` leaves the report out."""
     console = Console()
     provenance = found["provenance"]
     facts = Table(title=found["folder"], show_header=False)
@@ -67,7 +67,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     facts.add_column(overflow="fold")
     layers = found["layers"]
     rows = {
-        "model type": f"{found['model_type']} (from {found['source']['model_type']})",
+        "model type": f"{found['model_type']} (from {found['source']['family']})",
         "converted layers": f"{len(layers)}: {', '.join(map(str, layers))}",
         "experts": f"{found['num_experts']} of {found['neurons_per_expert']} neurons, "
         f"{found['num_experts_per_tok']} a token",
@@ -85,5 +85,5 @@ def print_inspection(found: dict[str, Any]) -> None:
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
-    if found["report"]:
+    if found["report"] and not brief:
         print_report(found["report"])

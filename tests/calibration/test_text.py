@@ -1,0 +1,88 @@
+"""Text in, token blocks out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.tiny import tiny_tokenizer
+from transformers import AutoTokenizer
+
+from emoe.calibration.text import load_blocks, read_source
+from emoe.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def blocks(sources, tokenizer, **changes):
+    settings = {"length": 32, "calibration_tokens": 640, "held_out_tokens": 128, "seed": 0} | changes
+    return load_blocks([str(s) for s in sources], tokenizer, **settings)
+
+
+def test_sources(tmp_path, text_file):
+    text = text_file.read_text()
+    assert "".join(read_source(str(text_file))) == text
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first ")
+    assert "".join(read_source(str(tmp_path))) == "first second"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
+    assert "".join(read_source(str(tmp_path / "c.jsonl"))) == "one\ntwo\n"
+    assert len("".join(read_source("builtin"))) > 300_000
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match='line 1 is not a JSON object with a "text" field'):
+        list(read_source(str(tmp_path / "c.jsonl")))
+
+
+def test_datasets_are_another_source(tmp_path):
+    """A folder or file wins; any other name goes to the `datasets` library, whose failure is one line."""
+    with pytest.raises(UserError, match="no file, folder or reachable dataset 'no-such-owner/no-such-dataset'"):
+        list(read_source("no-such-owner/no-such-dataset"))
+
+
+def test_held_out_blocks_are_not_calibration_blocks(tokenizer, text_file):
+    found = blocks([text_file], tokenizer)
+    assert found.calibration.shape == (20, 32)
+    assert found.held_out.shape == (4, 32)
+    seen = {tuple(row) for row in found.calibration.tolist()}
+    assert not seen & {tuple(row) for row in found.held_out.tolist()}
+
+
+def test_sources_mix_equally(tokenizer, text_file, tmp_path):
+    (tmp_path / "other.txt").write_text("zebra " * 20_000)
+    found = blocks([text_file, tmp_path / "other.txt"], tokenizer)
+    only = blocks([tmp_path / "other.txt"], tokenizer).calibration
+    repeated = {tuple(row) for row in only.tolist()}
+    assert sum(tuple(row) in repeated for row in found.calibration.tolist()) == len(found.calibration) // 2
+
+
+def test_seed_draws_the_blocks(tokenizer, text_file):
+    first, same, other = (blocks([text_file], tokenizer, seed=s) for s in (0, 0, 1))
+    assert first.digest == same.digest != other.digest
+    assert torch.equal(first.held_out, other.held_out)
+
+
+def test_a_tokenizer_gets_its_special_tokens(tokenizer, text_file):
+    class WithStart:
+        """Puts <s> before a text, as Llama's tokenizer does."""
+
+        def __call__(self, text, add_special_tokens=True, **_):
+            found = tokenizer(text, add_special_tokens=False)
+            if add_special_tokens:
+                found["input_ids"] = [1, *found["input_ids"]]
+            return found
+
+    found = blocks([text_file], WithStart())
+    assert (found.calibration[:, 0] == 1).all()
+    assert (found.calibration[:, 1:] != 1).all()
+
+
+def test_one_endless_line(tokenizer, tmp_path):
+    """Ten megabytes without a line break are read piece by piece, and no further than needed."""
+    (tmp_path / "line.txt").write_text("a model " * 1_250_000)
+    assert blocks([tmp_path / "line.txt"], tokenizer).calibration.shape == (20, 32)

@@ -1,0 +1,123 @@
+"""Repeatable from the seed, and from any point at which it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emoe
+from emoe.errors import UserError
+
+KILLER = Path(__file__).parents[1] / "support" / "killer.py"
+RUN_FACTS = {"emoe_report.json"}
+"""Files that hold the times of one run."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the report, what does not depend on the clock."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name in RUN_FACTS:
+            report = json.loads(path.read_text())
+            found[path.name] = json.dumps({k: v for k, v in report.items() if k not in ("seconds", "peak_bytes")})
+        elif path.is_file():
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def test_same_seed_same_bytes_and_another_seed_another_partition(tiny_llama, settings, converted_llama, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        emoe.convert(str(tiny_llama), output=tmp_path / name, **(settings | {"seed": seed}))
+    original, same, other = (contents(f) for f in (converted_llama, tmp_path / "same", tmp_path / "other"))
+    assert same == original
+    assert other["partition.safetensors"] != original["partition.safetensors"]
+
+
+# Writes of a tiny conversion: 1 shard for the ends, then per layer 1 shard and 2 for the state, then the end's files.
+POINTS = [
+    ("before-rename", 1),  # nothing is there yet
+    ("after-rename", 2),  # layer 0 written, no state
+    ("inside-layer", 7),  # in the middle of layer 2
+    ("before-rename", 6),  # state tensors of layer 1 written, not yet named by the state
+    ("after-rename", 10),  # layer 2 done, its state complete
+    ("before-rename", 15),  # all layers done, the index is due
+    ("after-rename", 22),  # among the last files
+]
+
+
+@pytest.mark.parametrize(("when", "number"), POINTS)
+def test_killed_and_resumed_gives_the_same_bytes(when, number, tiny_llama, settings, converted_llama, tmp_path):
+    output = tmp_path / "out"
+    arguments = {"model": str(tiny_llama), "output": str(output), **settings}
+    (tmp_path / "settings.json").write_text(json.dumps(arguments))
+    command = [sys.executable, str(KILLER), when, str(number), str(tmp_path / "settings.json")]
+    done = subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not output.exists()
+    emoe.convert(resume=True, **arguments)
+    assert contents(output) == contents(converted_llama)
+    assert [p.name for p in tmp_path.iterdir() if "emoe" in p.name] == []
+
+
+def unfinished(tiny_llama, settings, tmp_path) -> dict:
+    """Leave a killed conversion behind; its settings."""
+    arguments = {"model": str(tiny_llama), "output": str(tmp_path / "out"), **settings}
+    (tmp_path / "settings.json").write_text(json.dumps(arguments))
+    command = [sys.executable, str(KILLER), "after-rename", "10", str(tmp_path / "settings.json")]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    return arguments
+
+
+def test_an_unfinished_conversion_is_neither_lost_nor_mixed_up(tiny_llama, settings, tmp_path):
+    arguments = unfinished(tiny_llama, settings, tmp_path)
+    with pytest.raises(UserError, match="add --resume to go on with it or --overwrite"):
+        emoe.convert(**arguments)
+    with pytest.raises(UserError, match="--resume: the unfinished conversion had seed=0, this one has 7"):
+        emoe.convert(resume=True, **(arguments | {"seed": 7}))
+    emoe.convert(overwrite=True, **(arguments | {"seed": 7}))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["emoe_provenance"]["seed"] == 7
+
+
+def test_an_existing_output_survives_until_the_new_one_is_whole(tiny_llama, settings, tmp_path, monkeypatch):
+    """Refused without --overwrite; with it, a disk that fills up leaves source and earlier output as they were."""
+    output, fast = tmp_path / "out", settings | {"held_out_tokens": 0}
+    emoe.convert(str(tiny_llama), output=output, **fast)
+    earlier, source = contents(output), contents(tiny_llama)
+    with pytest.raises(UserError, match="exists; choose another folder or add --overwrite"):
+        emoe.convert(str(tiny_llama), output=output, **fast)
+
+    import emoe.checkpoint.writer as writer
+
+    save, count = writer.save_file, [0]
+
+    def full_disk(*arguments, **keywords):
+        count[0] += 1
+        if count[0] == 4:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(writer, "save_file", full_disk)
+    with pytest.raises(UserError, match=r"No space left on device.*untouched"):
+        emoe.convert(str(tiny_llama), output=output, overwrite=True, **(fast | {"seed": 3}))
+    assert contents(output) == earlier
+    assert contents(tiny_llama) == source
+    monkeypatch.undo()
+    emoe.convert(str(tiny_llama), output=output, overwrite=True, resume=True, **(fast | {"seed": 3}))
+    assert contents(output) != earlier
+
+
+def test_two_processes_do_not_share_an_output(tiny_llama, settings, tmp_path):
+    import fcntl
+
+    folder = tmp_path / ".out.emoe-partial"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing"):
+            emoe.convert(str(tiny_llama), output=tmp_path / "out", resume=True, **settings)

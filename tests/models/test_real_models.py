@@ -1,0 +1,78 @@
+"""The laws on real models from packages: SmolLM2-135M (Llama) and all-MiniLM-L6-v2 (BERT)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import emoe
+from emoe.assets import resolve_model
+
+pytestmark = pytest.mark.model
+
+TEXT = (
+    "The harbour was quiet in the early morning. Two fishing boats came back with the tide, and the men on the quay "
+    "counted boxes of mackerel while the gulls waited on the roof of the old customs house."
+)
+FAST = {"calibration_tokens": 4096, "held_out_tokens": 0, "sequence_length": 256}
+
+
+@pytest.fixture(scope="module")
+def smollm() -> str:
+    return str(resolve_model("smollm2-135m").folder)
+
+
+def logits(folder: str, auto=AutoModelForCausalLM, top_k: int | None = None) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
+    model = auto.from_pretrained(folder).eval()
+    if top_k:
+        model.set_top_k(top_k)
+    with torch.no_grad():
+        out = model(**tokens)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def test_smollm_with_all_experts_is_the_dense_model(smollm, tmp_path):
+    """Every layer converted; all experts on within 1e-4, half of them not; the export is bit for bit the source."""
+    emoe.convert(smollm, output=tmp_path / "out", split="weights", gate="average-key", **FAST)
+    dense = logits(smollm)
+    assert (logits(str(tmp_path / "out"), top_k=64) - dense).abs().max() <= 1e-4
+    assert (logits(str(tmp_path / "out"), top_k=32) - dense).abs().max() > 0.1
+    assert emoe.export(tmp_path / "out", tmp_path / "back") == {"layers": 30, "identical": 30}
+    assert torch.equal(logits(str(tmp_path / "back")), dense)
+
+
+def test_minilm_with_all_experts_is_the_dense_model(tmp_path):
+    """An encoder without a language head: its last hidden states, and the report by hidden-state error."""
+    folder = str(resolve_model("all-minilm-l6-v2").folder)
+    report = emoe.convert(folder, output=tmp_path / "out", **(FAST | {"held_out_tokens": 1024}))
+    dense = logits(folder, AutoModel)
+    assert (logits(str(tmp_path / "out"), AutoModel, top_k=64) - dense).abs().max() <= 1e-4
+    quality = report["quality"]
+    assert quality["measure"] == "hidden-state error"
+    errors = [row["value"] for row in quality["rows"]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5 < errors[0]
+
+
+def test_two_late_layers_stay_within_a_tenth(smollm, tmp_path):
+    """The paper's setting on SmolLM2: layers 26 and 28, average-key, half of the experts."""
+    report = emoe.convert(
+        smollm, output=tmp_path / "out", preset="finetune", **(FAST | {"held_out_tokens": 2048, "sequence_length": 512})
+    )
+    assert report["converted_layers"] == [26, 28]
+    rows = {row["active"]: row for row in report["quality"]["rows"]}
+    assert abs(rows[1.0]["ratio"] - 1) < 1e-4
+    assert 1.0 < rows[0.5]["ratio"] < 1.10
+
+
+def test_gates_and_splits_rank_as_documented(smollm, tmp_path):
+    """One layer: co-activation loses less than random, the default gate less than average-key."""
+    ratio = {}
+    for split, gate in (("coactivation", "discriminant"), ("coactivation", "average-key"), ("random", "discriminant")):
+        settings = FAST | {"layers": "12", "held_out_tokens": 2048, "split": split, "gate": gate}
+        report = emoe.convert(smollm, output=tmp_path / f"{split}-{gate}", **settings)
+        ratio[split, gate] = next(r["ratio"] for r in report["quality"]["rows"] if r["active"] == 0.25)
+    assert ratio["coactivation", "discriminant"] < ratio["coactivation", "average-key"]
+    assert ratio["coactivation", "discriminant"] < ratio["random", "discriminant"]
