@@ -27,6 +27,7 @@ class ConvertConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     model: str = _setting("", "Dense checkpoint: an alias (see `emoe models`), a folder, a .gguf file or a hub id.")
+    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
     output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
     preset: str | None = _setting(None, "Settings to start from: 'fast' (all layers) or 'finetune' (the paper's).")
 
@@ -55,7 +56,9 @@ class ConvertConfig(BaseModel):
     )
     device: str = _setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
     batch_tokens: int = _setting(4096, "Tokens a forward call.", ge=1)
-    cache_limit: float = _setting(4.0, "GiB of hidden states kept in memory; what is beyond lies on disk.", ge=0)
+    cache_limit: float = _setting(
+        4.0, "GiB of hidden states kept in memory, all streams together; what is beyond lies on disk.", ge=0
+    )
     checkpoint_seconds: float = _setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
 
     resume: bool = _setting(False, "Go on with an interrupted conversion of the same settings.")

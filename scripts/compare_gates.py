@@ -65,6 +65,7 @@ def main() -> None:
     }
     if arguments.output:
         write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+        write_text(arguments.output.with_suffix(".md"), markdown(result, top_ks, arguments.experts))
     show(rows, top_ks, arguments.experts)
 
 
@@ -180,6 +181,26 @@ def run_routed(stream, layer, ffn, index: int, states, router: Router | None, to
     hook = ffn.router.register_forward_hook(route)
     stream.run_all(layer, index, states)
     hook.remove()
+
+
+def markdown(result: dict, top_ks: list[int], experts: int) -> str:
+    """The table for docs/results, with what it takes to repeat it."""
+    rows = result["rows"]
+    lines = [
+        f"Perplexity on held-out text, ratio to dense in brackets; dense {rows[0]['perplexity']:.2f}.",
+        "",
+        "| split | gate | " + " | ".join(f"{100 * k / experts:.0f}% active" for k in top_ks) + " |",
+        "|---|---" + "|---:" * len(top_ks) + "|",
+    ]
+    for split, gate in dict.fromkeys((row["split"], row["gate"]) for row in rows[1:]):
+        cells = {r["top_k"]: r for r in rows if (r["split"], r["gate"]) == (split, gate)}
+        lines.append(
+            f"| {split} | {gate} | "
+            + " | ".join(f"{cells[k]['perplexity']:.4g} ({cells[k]['ratio']:.3g})" for k in top_ks)
+            + " |"
+        )
+    facts = f"`{result['command']}`, commit {result['commit'][:12]}, {result['hardware']}, torch {result['torch']}"
+    return "\n".join([*lines, "", f"{facts}, {result['seconds']} s.", ""])
 
 
 def show(rows: list[dict], top_ks: list[int], experts: int) -> None:

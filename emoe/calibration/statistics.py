@@ -49,6 +49,16 @@ class NeuronStatistics:
         self.energy_F += magnitude_NF.square_().sum(0).cpu()
         self.tokens += len(h_NF)
 
+    def report(self) -> dict[str, float]:
+        """For people: the share of neurons that were never active, and the top tenth's share of all energy."""
+        summary = self.summary()
+        energy_F = summary["energy"].sort(descending=True).values
+        tenth = max(1, len(energy_F) // 10)
+        return {
+            "never_active": round((summary["firing_rate"] == 0).double().mean().item(), 4),
+            "energy_of_top_tenth": round((energy_F[:tenth].sum() / energy_F.sum().clamp_min(1e-30)).item(), 4),
+        }
+
     def summary(self) -> dict[str, torch.Tensor]:
         """Per neuron, (F,) fp64: share of tokens on which it was among the top ones, mean activation, mean energy."""
         n = max(1, self.tokens)

@@ -10,7 +10,9 @@ Legend: B sequences a batch, T tokens a sequence, D model width.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,16 +50,17 @@ class _Recorder(nn.Module):
 
 
 class HiddenStates:
-    """Hidden states of a set of sequences between two layers, (sequences, T, D); on disk past a size."""
+    """Hidden states of a set of sequences between two layers, (sequences, T, D); in memory or in a mapped file."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, memory_limit: int, folder: Path | None) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool, folder: Path | None) -> None:
         count = math.prod(shape)
-        if count * dtype.itemsize <= memory_limit:
+        if in_memory:
             self.data = torch.empty(shape, dtype=dtype)
         else:
-            # An unlinked temporary file: gone with the process, however it ends.
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
-                file.truncate(count * dtype.itemsize)
+            # An unlinked temporary file: gone with the process, however it ends. Its blocks are reserved now: a disk
+            # that fills up under a mapping kills the process without a word.
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-", suffix=".tmp") as file:
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
                 self.data = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
     def copy(self, stream: StreamedModel) -> HiddenStates:
@@ -75,7 +78,7 @@ class StreamedModel:
         dtype: element type of the weights while they run.
         device: where they run; hidden states rest on the CPU.
         batch_tokens: tokens a forward call.
-        memory_limit: bytes of one set of hidden states that may stay in memory; larger ones lie in a file.
+        memory_limit: bytes of hidden states that may stay in memory, all sets together; the rest lies in files.
         folder: where such files lie.
     """
 
@@ -91,6 +94,7 @@ class StreamedModel:
     ) -> None:
         self.reader, self.dtype, self.device, self.batch_tokens = reader, dtype, torch.device(device), batch_tokens
         self.memory_limit, self.folder = memory_limit, folder
+        self._memory_used = 0
         self.calls: dict[tuple[tuple[int, ...], int], tuple[tuple, dict]] = {}
         self.injected: torch.Tensor | None = None
         self.embedded: torch.Tensor | None = None
@@ -202,8 +206,17 @@ class StreamedModel:
         return states
 
     def hidden_states(self, shape: tuple[int, ...]) -> HiddenStates:
-        """Room for hidden states of (sequences, T, D)."""
-        return HiddenStates(shape, self.dtype, self.memory_limit, self.folder)
+        """Room for hidden states of (sequences, T, D): in memory while all of them fit under the limit."""
+        size = math.prod(shape) * self.dtype.itemsize
+        in_memory = self._memory_used + size <= self.memory_limit
+        states = HiddenStates(shape, self.dtype, in_memory=in_memory, folder=self.folder)
+        if in_memory:
+            self._memory_used += size
+            weakref.finalize(states, self._give_back, size)
+        return states
+
+    def _give_back(self, size: int) -> None:
+        self._memory_used -= size
 
     def _no_cache(self) -> dict[str, Any]:
         return {} if self.reader.spec.encoder else {"use_cache": False}

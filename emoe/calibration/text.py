@@ -77,6 +77,8 @@ def _read_file(path: Path) -> Iterator[str]:
             else:
                 while piece := file.read(PIECE):
                     yield piece
+    except OSError as error:
+        raise UserError(f"--calibration: cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--calibration: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,34 @@ from typing import Any
 from emoe.runtime import atomic_write
 
 COPIED = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
-    *("chat_template*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*"),
+    *("tokenizer*.json", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "chat_template.*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 """Files of the source that go along as they are."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, licence: copied byte for byte."""
+    """Tokenizer, generation config, licence: copied byte for byte, but for a tokenizer's pointer to code of its own."""
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
             with atomic_write(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+                if file.name == "tokenizer_config.json":
+                    _drop_remote_code(temporary)
+
+
+def _drop_remote_code(path: Path) -> None:
+    """Take ``auto_map`` out: whoever trusts our modelling code has not thereby trusted a stranger's tokenizer code."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def source_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json from a converted one: the way back of `emoe_fields`."""
+    """The source's config.json from a converted one, without its ``auto_map``: code of its own was never copied."""
     ours = {"num_experts", "num_experts_per_tok", "auto_map", "architectures", "model_type"}
     kept = {key: value for key, value in config.items() if key not in ours and not key.startswith("emoe_")}
-    replaced = {key: config["emoe_source"].get(key) for key in ("architectures", "auto_map")}
+    replaced = {"architectures": config["emoe_source"].get("architectures")}
     replaced["model_type"] = config["emoe_source"]["family"]
     return kept | {key: value for key, value in replaced.items() if value is not None}

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from emoe.checkpoint.writer import save_tensors
 from emoe.errors import UserError
-from emoe.runtime import atomic_write
 
 NAME = "partition.safetensors"
 
@@ -33,11 +32,11 @@ def inverse_of(order_F: torch.Tensor) -> torch.Tensor:
     return inverse_F
 
 
-def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """Hex sha256 over names and bytes of tensors, in order of their names."""
+def digest_ffn(roles: dict[str, tuple[str, str]], tensors: dict[str, torch.Tensor]) -> str:
+    """Hex sha256 over the tensors of an FFN in order of their (role, kind), whatever their names."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
+    for name, role in sorted(roles.items(), key=lambda item: item[1]):
+        digest.update("/".join(role).encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -56,9 +55,8 @@ class Partition:
         tensors = {f"layers.{i}.labels": labels.to(torch.int32) for i, labels in sorted(self.labels.items())}
         digests = {str(i): self.digests[i] for i in sorted(self.digests)}
         facts = {"num_experts": self.num_experts, "digests": digests, **self.facts}
-        with atomic_write(path) as temporary:
-            # One entry: safetensors writes several in an order that changes from run to run.
-            save_file(tensors, temporary, metadata={"emoe": json.dumps(facts)})
+        # One entry: safetensors writes several in an order that changes from run to run.
+        save_tensors(path, tensors, {"emoe": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> Partition:

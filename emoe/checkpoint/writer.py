@@ -6,11 +6,24 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emoe.checkpoint.reader import INDEX
 from emoe.runtime import atomic_write, write_text
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: a full disk and the like, which safetensors reports as an exception of its own.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"writing {path.name}: {error}") from None
 
 
 class ShardWriter:
@@ -25,8 +38,7 @@ class ShardWriter:
 
     def write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write one shard."""
-        with atomic_write(self.path(number)) as temporary:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_tensors(self.path(number), {name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
     def finish(self) -> None:
         """Write the index over all shards."""

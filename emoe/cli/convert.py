@@ -18,19 +18,16 @@ def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
-    from emoe.conversion.convert import prepare, run
-    from emoe.conversion.workspace import Workspace
-    from emoe.errors import UserError
+    from emoe.conversion.convert import prepare, run, workspace_of
+    from emoe.runtime import require_space
 
     plan = prepare(settings, [note])
-    if not settings.output:
-        raise UserError("--output: missing; name the folder to write")
+    workspace = workspace_of(plan)
     if not quiet:
         print("\n".join(plan.describe()), file=sys.stderr)
     if settings.dry_run:
-        from pathlib import Path
-
-        Workspace(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite).check()
+        workspace.check()
+        require_space(workspace.output.parent, plan.disk_bytes() - workspace.held_bytes(), "--output")
         print("dry run: every check passed, nothing was written", file=sys.stderr)
         return
     with progress_bar(quiet) as show:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.calibration.text import TokenBlocks
 from emoe.checkpoint.companions import copy_companions
 from emoe.conversion.plan import Plan
 from emoe.runtime import atomic_write, write_text
@@ -41,25 +42,29 @@ def emoe_config(plan: Plan) -> Any:
     return emoe_config_class(plan.reader.spec.model_type)(**{**plan.reader.config.to_dict(), **fields})
 
 
-def provenance(plan: Plan, digest: str, text_digest: str | None) -> dict[str, Any]:
+def provenance(plan: Plan, digest: str, blocks: TokenBlocks | None) -> dict[str, Any]:
     """Who made this and from what; nothing in it changes when the same conversion is run again."""
     c = plan.config
     return {
         "emoe_version": emoe.__version__,
-        "source": plan.source,
+        "source": plan.origin,
         "source_digest": digest,
         "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment},
         "gate": {"method": c.gate, "reference": plan.gate.reference},
-        "calibration": {"sources": c.calibration, "tokens": c.calibration_tokens, "digest": text_digest},
+        "calibration": {
+            "sources": [Path(source).name if Path(source).exists() else source for source in c.calibration],
+            "tokens": int(blocks.calibration.numel()) if blocks else 0,
+            "digest": blocks.digest if blocks else None,
+        },
         "seed": c.seed,
     }
 
 
-def write_companions(plan: Plan, folder: Path, source_digest: str, text_digest: str | None) -> None:
+def write_companions(plan: Plan, folder: Path, source_digest: str, blocks: TokenBlocks | None) -> None:
     """Everything beside weights, partition and report."""
     from emoe.modeling.modeling_emoe import code_files
 
-    config = plan.reader.raw_config | emoe_fields(plan, provenance(plan, source_digest, text_digest))
+    config = plan.reader.raw_config | emoe_fields(plan, provenance(plan, source_digest, blocks))
     copy_companions(plan.reader.folder, folder)
     for file in code_files():
         with atomic_write(folder / file.name) as temporary:

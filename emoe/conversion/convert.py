@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+import emoe
 from emoe.calibration.stream import HiddenStates, StreamedModel
 from emoe.calibration.text import TokenBlocks, load_blocks
 from emoe.checkpoint.partition import NAME as PARTITION
-from emoe.checkpoint.partition import Partition, digest_tensors
+from emoe.checkpoint.partition import Partition, digest_ffn, order_of
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.checkpoint.writer import ShardWriter
 from emoe.config import ConvertConfig, resolve_config
@@ -23,8 +24,9 @@ from emoe.conversion.plan import Plan, make_plan
 from emoe.conversion.quality import Quality, mask_tokens, measure_streams, next_token_labels
 from emoe.conversion.workspace import Workspace
 from emoe.errors import UserError
+from emoe.families.neurons import reorder
 from emoe.modeling.modeling_emoe import SparseFFN, make_sparse
-from emoe.runtime import Stopwatch, write_text
+from emoe.runtime import Stopwatch, require_space, write_text
 
 END_SHARD_BYTES = 512 << 20
 """Embeddings and head are split into shards of about this size: writing one takes no more memory than a layer."""
@@ -41,8 +43,10 @@ def prepare(config: ConvertConfig, notes: list[str] | None = None) -> Plan:
 
     if not config.model:
         raise UserError("--model: missing; give an alias (see `emoe models`), a folder, a .gguf file or a hub id")
-    resolved = resolve_model(config.model, accept_license=config.accept_license)
-    return make_plan(config, CheckpointReader(resolved.folder), config.model, notes or [])
+    resolved = resolve_model(config.model, accept_license=config.accept_license, revision=config.revision)
+    # A folder's whole path says more of its owner than of the model.
+    origin = f"folder {resolved.folder.name}" if resolved.kind == "folder" else resolved.source
+    return make_plan(config, CheckpointReader(resolved.folder), config.model, origin, notes or [])
 
 
 def convert(
@@ -57,13 +61,20 @@ def convert(
     return run(prepare(config, [note]), progress or (lambda stage, done, total: None))
 
 
+def workspace_of(plan: Plan) -> Workspace:
+    """Where a plan's output will grow; raises `UserError` when the plan names none."""
+    c = plan.config
+    if not c.output:
+        raise UserError("--output: missing; name the folder to write")
+    return Workspace(Path(c.output), plan.reader.folder, resume=c.resume, overwrite=c.overwrite)
+
+
 def run(plan: Plan, progress: Progress) -> dict:
     """Carry out a plan. Returns the report that also lies in the output as emoe_report.json."""
-    if not plan.config.output:
-        raise UserError("--output: missing; name the folder to write")
-    workspace = Workspace(Path(plan.config.output), resume=plan.config.resume, overwrite=plan.config.overwrite)
+    workspace = workspace_of(plan)
     with workspace.open():
         try:
+            require_space(workspace.output.parent, plan.disk_bytes() - workspace.held_bytes(), "--output")
             report = _Conversion(plan, workspace, progress).run()
             workspace.publish()
             return report
@@ -143,10 +154,13 @@ class _Conversion:
             held_out_tokens=c.held_out_tokens,
             seed=c.seed,
         )
-        if int(self.blocks.calibration.max()) >= self.reader.config.vocab_size:
+        largest = max(int(part.max()) for part in (self.blocks.calibration, self.blocks.held_out) if part.numel())
+        if largest >= self.reader.config.vocab_size:
             raise UserError(f"--model: the tokenizer in {self.reader.folder} has more entries than the embedding")
         self.seen = self.blocks.held_out
         if self.stream.measure == "masked-LM loss":
+            if tokenizer.mask_token_id is None:
+                raise UserError("--model: its tokenizer has no mask token to measure with; add --held-out-tokens 0")
             self.seen, self.labels = mask_tokens(
                 self.blocks.held_out, tokenizer.mask_token_id, tokenizer.all_special_ids, c.seed
             )
@@ -164,20 +178,26 @@ class _Conversion:
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def _fingerprint(self) -> dict[str, Any]:
-        headers = {p.name: p.stat().st_size for p in sorted(set(self.reader.shards.values()))}
-        source = hashlib.sha256(json.dumps([self.reader.raw_config, headers], sort_keys=True).encode()).hexdigest()
-        text = self.blocks.digest if self.blocks else None
-        return {**self.config.fingerprint(), "source": source, "text": text}
+        files = sorted({path.resolve() for path in self.reader.shards.values()})
+        stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        source = hashlib.sha256(json.dumps([self.reader.raw_config, stamps], sort_keys=True).encode()).hexdigest()
+        return {
+            **self.config.fingerprint(),
+            "source": source,
+            "text": self.blocks.digest if self.blocks else None,
+            "dtype": str(self.stream.dtype),
+            "device": str(self.stream.device),
+            "emoe": emoe.__version__,
+        }
 
     def _restore(self) -> None:
-        found = self.workspace.load_state(self._fingerprint()) if self.config.resume else None
-        if found is None:
+        state = self.workspace.load_state(self._fingerprint()) if self.config.resume else None
+        if state is None:
             return
-        state, tensors = found
         self.next_layer, self.layer_reports = state["next_layer"], state["layers"]
         self.watch.seconds, self.watch.peak_bytes = state["seconds"], state["peak_bytes"]
         self.partition.digests = {int(i): digest for i, digest in state["digests"].items()}
-        for name, tensor in tensors.items():
+        for name, tensor in self.workspace.state_tensors(state):
             kind, _, rest = name.partition("/")
             if kind == "labels":
                 self.partition.labels[int(rest)] = tensor
@@ -265,11 +285,11 @@ class _Conversion:
             self.writer.write(len(self.end_shards) + index, self._layer_tensors(index, tensors) | extra)
 
     def _convert_layer(self, layer, index, tensors, statistics, inputs) -> tuple[SparseFFN, dict[str, torch.Tensor]]:
+        self.layer_reports.append({"layer": index, "neurons": statistics.report() if statistics else None})
         with self.watch("clustering"):
             labels_F = split_neurons(layer, index, statistics, self.plan)
         self.partition.labels[index] = labels_F
-        ffn_tensors = {name: tensors[name] for name in self.reader.ffn_tensors(index)}
-        self.partition.digests[index] = digest_tensors(ffn_tensors)
+        self.partition.digests[index] = digest_ffn(self.reader.ffn_tensors(index), tensors)
         reorder_layer(layer, index, labels_F, self.plan)
         ffn = make_sparse(layer, self.emoe_config)
         if self.plan.gate.needs_calibration:
@@ -296,13 +316,10 @@ class _Conversion:
             if hook:
                 hook.remove()
         if ffn is not None:
-            self.layer_reports.append({"layer": index, "load": _load_summary(load_E)})
+            self.layer_reports[-1]["load"] = _load_summary(load_E)
 
     def _layer_tensors(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The layer as it is written: the source's tensors in their own type, neurons reordered."""
-        from emoe.checkpoint.partition import order_of
-        from emoe.families.neurons import reorder
-
         if index not in self.partition.labels:
             return tensors
         order_F = order_of(self.partition.labels[index])
@@ -325,7 +342,8 @@ class _Conversion:
         if DENSE not in self.streams:
             return None
         with self.watch("measuring"):
-            self.stream.load_ends()
+            if self.stream.measure != "hidden-state error":
+                self.stream.load_ends()
             converted = {k: self.streams[f"k={k}"] for k in self.plan.measured_k}
             flops = {k: self._ffn_flops(k) for k in self.plan.measured_k}
             quality = measure_streams(
@@ -337,6 +355,7 @@ class _Conversion:
     def _report(self, quality: Quality | None) -> dict:
         return {
             "model": self.plan.source,
+            "origin": self.plan.origin,
             "model_type": self.reader.spec.model_type,
             "num_layers": self.reader.num_layers,
             "converted_layers": self.plan.layers,
@@ -362,10 +381,10 @@ class _Conversion:
 
         folder = self.workspace.folder
         self.writer.finish()
-        self.partition.facts = {"split": self.config.split, "seed": str(self.config.seed), "source": self.plan.source}
+        self.partition.facts = {"split": self.config.split, "seed": str(self.config.seed), "source": self.plan.origin}
         self.partition.save(folder / PARTITION)
         source_digest = hashlib.sha256(json.dumps(self.partition.digests, sort_keys=True).encode()).hexdigest()
-        write_companions(self.plan, folder, source_digest, self.blocks.digest if self.blocks else None)
+        write_companions(self.plan, folder, source_digest, self.blocks)
         write_text(folder / "emoe_report.json", json.dumps(report, indent=2) + "\n")
         if report["quality"]:
             plot_quality(report, folder / "emoe_report.png")

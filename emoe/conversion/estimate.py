@@ -5,6 +5,7 @@ Legend: D model width, F hidden width, E experts.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,6 +64,8 @@ def shape_of(model: str) -> tuple[Any, int]:
     if alias is not None and alias.shape:
         raw = alias.shape
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw), 4 if alias.package else 2
+    if alias is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return _hub_config(model), 2
     if alias is None or alias.package:
         reader = CheckpointReader(resolve_model(model).folder)
         return reader.config, reader.dtype.itemsize
@@ -126,7 +129,7 @@ def estimate(settings: ConvertConfig) -> Estimate:
     flops = 2 * per_layer * (layers * measured + (chosen[-1] + 1) * watched)
     flops += len(chosen) * watched * (1.4 * ffn + 2 * 256 * neurons + 2 * width * (width + settings.experts))
     flops += 2 * outside * measured / max(1, 1 + (not config.tie_word_embeddings))
-    dtype = {2: torch.bfloat16, 4: torch.float32}[item]
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else {2: torch.bfloat16}.get(item, torch.float32)
     disk = (per_layer * layers + outside) * item + len(chosen) * settings.experts * (width + 1) * 4
     columns = {"features": 256, "keys": width, "nothing": 0}[split.needs]
     clustering_seconds = len(chosen) * 1.1e-9 * neurons * columns * settings.experts * 20

@@ -10,7 +10,7 @@ from emoe import clustering, gating
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.config import ConvertConfig
 from emoe.errors import UserError
-from emoe.runtime import format_bytes, require_space
+from emoe.runtime import format_bytes
 
 MEASURED_FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 """Shares of experts at which a conversion reports quality."""
@@ -70,6 +70,8 @@ class Plan:
     reader: CheckpointReader
     source: str
     """What the user called the model."""
+    origin: str
+    """Where it came from, with a digest or commit where there is one."""
     layers: list[int]
     num_neurons: int
     top_k: int
@@ -115,8 +117,9 @@ class Plan:
         return tokens * self.reader.config.hidden_size * size
 
     def disk_bytes(self) -> int:
-        """Bytes that the output's disk must have free: the checkpoint, and two states while it runs."""
-        return self.reader.total_bytes() + self.gate_bytes() + 2 * self.state_bytes() + SLACK
+        """Bytes that the output's disk must have free: the checkpoint, two states, hidden states past --cache-limit."""
+        spilled = max(0, 2 * self.state_bytes() - int(self.config.cache_limit * (1 << 30)))
+        return self.reader.total_bytes() + self.gate_bytes() + 2 * self.state_bytes() + spilled + SLACK
 
     def describe(self) -> list[str]:
         """What will be done, a line each."""
@@ -132,7 +135,19 @@ class Plan:
         ]
 
 
-def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, notes: list[str]) -> Plan:
+def check_device(device: str) -> None:
+    """Raise `UserError` unless PyTorch can compute on ``device`` here."""
+    if device == "auto":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: '{device}' is not usable here ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, origin: str, notes: list[str]) -> Plan:
     """Check settings against the checkpoint and the disk.
 
     Raises:
@@ -146,11 +161,10 @@ def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, note
     top_k = config.top_k or max(1, round(config.active * config.experts))
     if top_k > config.experts:
         raise UserError(f"--top-k: {top_k} is more than --experts {config.experts}; choose 1 to {config.experts}")
+    check_device(config.device)
     longest = getattr(reader.config, "max_position_embeddings", None) or config.sequence_length
+    longest -= reader.spec.position_offset
     if config.sequence_length > longest:
         notes = [*notes, f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"]
         config = config.model_copy(update={"sequence_length": longest})
-    plan = Plan(config, reader, source, layers, num_neurons, top_k, notes)
-    if config.output:
-        require_space(Path(config.output), plan.disk_bytes(), "--output")
-    return plan
+    return Plan(config, reader, source, origin, layers, num_neurons, top_k, notes)

@@ -23,7 +23,7 @@ class QualityRow:
     active: float
     """K / E."""
     value: float
-    """Perplexity, masked-LM loss (nats), or relative error of the last hidden states."""
+    """Perplexity, masked-LM loss (nats), or mean relative error of the hidden states behind the last layer."""
     ratio: float | None
     """Value over the dense model's; None for hidden-state error, where dense is 0."""
     agreement: float
@@ -79,16 +79,15 @@ def measure_streams(
         sequence, wanted = tokens[i : i + 1], labels[i].to(stream.device)
         reference = None
         for k, states in ((None, dense), *converted.items()):
-            out = stream.head_once(sequence, states.data[i : i + 1])
             if stream.measure == "hidden-state error":
-                hidden = out.last_hidden_state[0].float()
+                hidden = states.data[i].float()
                 reference = hidden if k is None else reference
                 error = (hidden - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)
                 sums[k][0] += error.sum().item()
                 sums[k][1] += torch.nn.functional.cosine_similarity(hidden, reference, dim=-1).sum().item()
                 continue
             keep = wanted != -100
-            logits = out.logits[0, keep].float()
+            logits = stream.head_once(sequence, states.data[i : i + 1]).logits[0, keep].float()
             best = logits.argmax(-1)
             reference = best if k is None else reference
             sums[k][0] += torch.nn.functional.cross_entropy(logits, wanted[keep], reduction="sum").item()

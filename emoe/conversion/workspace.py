@@ -1,8 +1,8 @@
-"""Where a conversion happens before it is done: a hidden folder beside the output.
+"""Where a conversion happens before it is done: two hidden folders beside the output.
 
-``.{name}.emoe-partial`` fills up with shards and states and is renamed to ``{name}`` when everything in it is complete.
-A process killed at any point leaves it behind for ``--resume``; the source and an earlier output are never touched
-before that last rename.
+``.{name}.emoe-partial`` fills up with shards and becomes ``{name}`` by a rename when everything in it is complete.
+``.{name}.emoe-state`` holds the lock and what ``--resume`` starts from; it goes last. The source and an earlier output
+are not touched before that rename, and a process killed at any point leaves something that ``--resume`` can finish.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 from emoe.checkpoint.reader import read_json
+from emoe.checkpoint.writer import save_tensors
 from emoe.errors import UserError
-from emoe.runtime import atomic_write, fsync_directory, write_text
+from emoe.runtime import fsync_directory, write_text
 
 STATE = "state.json"
 
@@ -31,23 +32,36 @@ class Workspace:
 
     Args:
         output: the folder that is to be.
+        source: the folder of the dense checkpoint, which the output may not overlap.
         resume: an unfinished conversion may be there and is gone on with.
-        overwrite: a finished or unfinished one may be there and is replaced.
+        overwrite: an earlier converted checkpoint, finished or not, may be there and is replaced.
     """
 
-    def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
-        self.output = output.absolute()
-        self.folder = self.output.with_name(f".{self.output.name}.emoe-partial")
-        self.retired = self.output.with_name(f".{self.output.name}.emoe-replaced")
+    def __init__(self, output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
+        self.output, self.source = output.absolute(), source.absolute()
+        self.folder, self.state_folder, self.retired = (
+            self.output.with_name(f".{self.output.name}.emoe-{kind}") for kind in ("partial", "state", "replaced")
+        )
         self.resume, self.overwrite = resume, overwrite
 
     def check(self) -> None:
         """Raise `UserError` when something is in the way, before any work is done."""
-        if self.output.exists() and not self.overwrite and not (self.resume and self.folder.exists()):
-            raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
+        here, there = self.output.resolve(), self.source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise UserError(f"--output: {self.output} overlaps the model's own folder {self.source}; choose another")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output: {self.output} is a file; choose another name")
-        if self.folder.exists() and not (self.resume or self.overwrite):
+        if self.output.is_mount():
+            raise UserError(f"--output: {self.output} is a mount point, which cannot be renamed; choose a folder in it")
+        if self.output.exists() and any(self.output.iterdir()):
+            if not self.overwrite:
+                raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
+            if not self._is_converted(self.output):
+                raise UserError(
+                    f"--output: {self.output} is not a converted checkpoint, --overwrite will not touch it; "
+                    "choose another folder"
+                )
+        if self._unfinished() and not (self.resume or self.overwrite):
             raise UserError(
                 f"--output: an unfinished conversion lies in {self.folder}; "
                 "add --resume to go on with it or --overwrite to start again"
@@ -58,61 +72,97 @@ class Workspace:
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output: {parent} is not writable; choose another folder")
 
+    @staticmethod
+    def _is_converted(folder: Path) -> bool:
+        try:
+            return str(read_json(folder / "config.json").get("model_type", "")).startswith("emoe_")
+        except UserError:
+            return False
+
+    def _unfinished(self) -> bool:
+        return self.folder.exists() or (self.state_folder / STATE).exists()
+
     @contextlib.contextmanager
     def open(self) -> Iterator[Workspace]:
         """Hold the workspace for this process alone."""
         self.check()
-        if self.folder.exists() and not self.resume:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
+        self.state_folder.mkdir(parents=True, exist_ok=True)
+        with open(self.state_folder / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"--output: another process is writing {self.output}; wait for it to end") from None
-            for stale in self.folder.glob(".*.tmp"):
-                stale.unlink()
+            self._recover()
+            self.check()
+            if not self.resume:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():  # killed after the last rename: the state speaks of shards that have moved on
+                (self.state_folder / STATE).unlink(missing_ok=True)
+                self.folder.mkdir()
+            for folder in (self.folder, self.state_folder):
+                for stale in folder.glob(".*.tmp"):
+                    stale.unlink()
             yield self
 
-    def load_state(self, fingerprint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    def _recover(self) -> None:
+        """Undo the first half of a `publish` that was killed between its two renames."""
+        if self.retired.exists():
+            if self.output.exists():
+                shutil.rmtree(self.retired)
+            else:
+                os.rename(self.retired, self.output)
+
+    def held_bytes(self) -> int:
+        """Bytes that an unfinished conversion has written already."""
+        return sum(p.stat().st_size for p in self.folder.glob("*")) if self.resume and self.folder.exists() else 0
+
+    def load_state(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
         """The last complete state of a conversion with the same settings; None to start from the beginning.
 
         Raises:
             UserError: the unfinished conversion had other settings; the first that differs is named.
         """
-        if not (self.folder / STATE).is_file():
+        if not (self.state_folder / STATE).is_file():
             return None
-        state = read_json(self.folder / STATE, "--resume")
+        state = read_json(self.state_folder / STATE, "--resume")
         for key, value in fingerprint.items():
             if state["fingerprint"].get(key) != value:
                 raise UserError(
                     f"--resume: the unfinished conversion had {key}={state['fingerprint'].get(key)!r}, this one has "
                     f"{value!r}; use the same settings or --overwrite"
                 )
-        return state, load_file(self.folder / state["tensors"])
+        return state
+
+    def state_tensors(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a state, one at a time."""
+        with safe_open(self.state_folder / state["tensors"], framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
 
     def save_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Replace the state in one step: the tensors first, then the JSON that names them."""
         state = {**state, "tensors": f"state-{state['next_layer']}.safetensors"}
-        with atomic_write(self.folder / state["tensors"]) as temporary:
-            save_file(tensors, temporary)
-        write_text(self.folder / STATE, json.dumps(state))
-        for old in self.folder.glob("state-*.safetensors"):
+        save_tensors(self.state_folder / state["tensors"], tensors)
+        write_text(self.state_folder / STATE, json.dumps(state))
+        for old in self.state_folder.glob("state-*.safetensors"):
             if old.name != state["tensors"]:
                 old.unlink()
 
     def publish(self) -> None:
-        """Drop the states and rename the folder to the output; an overwritten output goes only then."""
-        for file in (*self.folder.glob("state-*.safetensors"), self.folder / STATE, self.folder / ".lock"):
-            file.unlink(missing_ok=True)
+        """Rename the folder to the output; an overwritten output goes only then, the state last."""
         if self.output.exists():
-            shutil.rmtree(self.retired, ignore_errors=True)
             os.rename(self.output, self.retired)
-        os.rename(self.folder, self.output)
+        try:
+            os.rename(self.folder, self.output)
+        except OSError:
+            self._recover()
+            raise
         fsync_directory(self.output.parent)
         shutil.rmtree(self.retired, ignore_errors=True)
+        shutil.rmtree(self.state_folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """After a failure: keep what --resume can use, drop a workspace that holds no state."""
-        if not (self.folder / STATE).is_file():
+        if not (self.state_folder / STATE).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.state_folder, ignore_errors=True)

@@ -30,4 +30,9 @@ def export(model: str | Path, output: str | Path, to: str = "dense", *, progress
         raise UserError(f"--output: {output} exists; choose another folder")
     from emoe.exporting.dense import export_dense
 
-    return export_dense(model, output, progress or (lambda stage, done, total: None))
+    try:
+        return export_dense(model, output, progress or (lambda stage, done, total: None))
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {output} ({error.strerror or error}); make room and try again"
+        ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emoe.checkpoint.companions import copy_companions, source_config
 from emoe.checkpoint.partition import NAME as PARTITION
-from emoe.checkpoint.partition import Partition, digest_tensors, inverse_of, order_of
+from emoe.checkpoint.partition import Partition, digest_ffn, inverse_of, order_of
 from emoe.checkpoint.reader import CheckpointReader, read_json
 from emoe.checkpoint.writer import ShardWriter
 from emoe.errors import UserError
@@ -43,10 +43,12 @@ def export_dense(model: Path, output: Path, progress: Callable[[str, int, int], 
             names = [n for n in reader.layer_names(index) if ".router." not in n]
             tensors = reader.read(names)
             if index in partition.labels:
+                if len(partition.labels[index]) != reader.hidden_width:
+                    raise UserError(f"--model: {model / PARTITION} is of a model of another width; convert again")
                 back_F = inverse_of(order_of(partition.labels[index]))
                 roles = reader.ffn_tensors(index)
                 restored = {n: reorder(reader.spec, *roles[n], tensors[n], back_F) for n in roles}
-                identical += digest_tensors(restored) == partition.digests[index]
+                identical += digest_ffn(roles, restored) == partition.digests[index]
                 tensors |= restored
             writer.write(index + 1, tensors)
         writer.finish()

@@ -11,6 +11,7 @@ SPEC = FamilySpec(
     up="intermediate.dense",
     down="output.dense",
     old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+    position_offset=2,
     encoder=True,
     sizes=("FacebookAI/roberta-base",),
 )

@@ -45,6 +45,8 @@ class FamilySpec:
     """The stock layer returns (hidden, attention weights) instead of the hidden states."""
     old_spellings: tuple[tuple[str, str], ...] = ()
     """(spelling in transformers 5, another one found in checkpoints) of parts of parameter names."""
+    position_offset: int = 0
+    """Places of the position table that no token can take (RoBERTa counts from its padding index on)."""
     encoder: bool = False
     """Bidirectional: quality is masked-LM loss instead of perplexity."""
     sizes: tuple[str, ...] = ()

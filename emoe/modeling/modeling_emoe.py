@@ -21,6 +21,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, logging
 
 from . import configuration_emoe
 from .configuration_emoe import PREFIX
@@ -29,6 +30,8 @@ try:
     from emoe_kernels.experts.op import expert_ffn
 except ImportError:  # a converted checkpoint on a machine without our packages: its own copy of the PyTorch path
     from .portable import expert_ffn
+
+logger = logging.get_logger(__name__)
 
 KERNEL_ACTIVATIONS = {
     "silu": "silu",
@@ -91,10 +94,10 @@ class Router(nn.Module):
         return self
 
     def _from_weights(self, ffn) -> tuple[torch.Tensor, ...]:
-        """Rows that the gate takes from the FFN's weights, fp32, kept until a weight changes."""
+        """Rows that the gate takes from the FFN's weights, fp32; kept in evaluation until a weight changes."""
         tables = ffn.weight_views()
-        state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in (tables.keys_FD, tables.up_FD))
-        if self._derived is None or self._derived[0] != state:
+        state = tuple(_fingerprint(t) for t in (tables.keys_FD, tables.up_FD))
+        if self.training or self._derived is None or self._derived[0] != state:
             if self.gate == "average-key":
                 keys_ESD = tables.keys_FD.detach().unflatten(0, (self.num_experts, -1))
                 rows = (keys_ESD.mean(1, dtype=torch.float32),)
@@ -106,11 +109,11 @@ class Router(nn.Module):
 
     def logits(self, x_ND: torch.Tensor, ffn) -> torch.Tensor:
         """Gate logits (N, E), fp32."""
-        x_ND = x_ND.float()
         if self.gate == "discriminant":
-            return torch.nn.functional.linear(x_ND, self.weight, self.bias)
-        if not ffn.plain:  # an adapter or quantiser holds the weights: ask the modules
+            return torch.nn.functional.linear(x_ND.float(), self.weight, self.bias)
+        if not ffn.plain:  # an adapter or quantiser holds the weights: ask the modules, which compute in their own type
             return self._logits_from_modules(x_ND, ffn)
+        x_ND = x_ND.float()
         if self.gate == "average-key":
             return x_ND @ self._from_weights(ffn)[0].T
         keys_ED, key_bias_E, up_ED, up_bias_E = self._from_weights(ffn)
@@ -121,10 +124,10 @@ class Router(nn.Module):
 
     def _logits_from_modules(self, x_ND: torch.Tensor, ffn) -> torch.Tensor:
         if self.gate == "average-key":
-            zero_1D = torch.zeros_like(x_ND[:1])
-            keyed_NF = ffn.pre_activation(torch.cat([x_ND, zero_1D]).to(ffn.compute_dtype)).float()
+            zero_1D = x_ND.new_zeros(1, x_ND.shape[1])  # its pre-activation is the bias, which the gate leaves out
+            keyed_NF = ffn.pre_activation(torch.cat([x_ND, zero_1D])).float()
             return (keyed_NF[:-1] - keyed_NF[-1:]).unflatten(1, (self.num_experts, -1)).mean(-1)
-        h_NF = ffn.hidden(x_ND.to(ffn.compute_dtype)).float()
+        h_NF = ffn.hidden(x_ND).float()
         return h_NF[:, self.neuron].abs() * self.scale
 
     @torch.no_grad()
@@ -151,9 +154,20 @@ def _rows(linear) -> torch.Tensor:
 
 
 def _untouched(linear) -> bool:
-    """A stock linear without hooks: reading its weight gives what calling it would compute."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
-    return type(linear) in (nn.Linear, Conv1D) and not hooks
+    """A stock linear without hooks, its weight at hand: reading the weight gives what calling it would compute."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) in (nn.Linear, Conv1D) and not hooks and not linear.weight.is_meta
+
+
+def _fingerprint(weight: torch.Tensor) -> tuple:
+    """Changes whenever a weight does: by its version counter or, when it was written to behind its back as in
+    ``weight.data += delta``, by 64 of its values; those only on a CPU, since a GPU would have to be waited for."""
+    version = 0 if weight.is_inference() else weight._version
+    probe = ()
+    if weight.device.type == "cpu":
+        flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().T.reshape(-1)
+        probe = tuple(flat[:: max(1, flat.numel() // 64)][:64].tolist())
+    return (weight.data_ptr(), version, weight.dtype, weight.device, probe)
 
 
 class SparseFFN:
@@ -175,11 +189,6 @@ class SparseFFN:
     def plain(self) -> bool:
         """No adapter, quantiser or hook stands between us and the weights."""
         return all(_untouched(self.linear(role)) for role in ("gate", "up", "down") if self.layout[role])
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Element type of the FFN's parameters."""
-        return next(p.dtype for p in self.linear("down").parameters() if p.is_floating_point())
 
     def weight_views(self) -> WeightViews:
         """Only for a `plain` FFN."""
@@ -216,6 +225,9 @@ class SparseFFN:
         x_ND = x.reshape(-1, x.shape[-1])
         routing = self.router(x_ND, self)
         if self.activation is None or not self.plain:
+            logger.warning_once(
+                "An FFN's linears are wrapped, hooked or have an unknown activation: masked, not skipped."
+            )
             return self._masked(x_ND, routing).view(x.shape)
         w = self.weight_views()
         if torch.is_autocast_enabled(x.device.type):
@@ -340,13 +352,17 @@ class EMoEModelMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As transformers', plus the modelling files and the partition, so that the copy loads everywhere too."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        target, source = Path(save_directory), Path(self.config._name_or_path)
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
         for file in code_files():
             shutil.copyfile(file, target / file.name)
         for name in ("partition.safetensors", "emoe_config.yaml"):
-            if (source / name).is_file() and source.resolve() != target.resolve():
-                shutil.copyfile(source / name, target / name)
+            found = cached_file(self.config._name_or_path, name, _raise_exceptions_for_missing_entries=False)
+            if found is None:
+                logger.warning(f"{name} was not found in {self.config._name_or_path}: the copy has none")
+            elif Path(found).resolve() != (target / name).resolve():
+                shutil.copyfile(found, target / name)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def code_files() -> list[Path]:

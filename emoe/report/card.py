@@ -36,6 +36,6 @@ def write_card(report: dict, plan: Plan, path: Path) -> None:
         licence=source_licence(plan.reader.folder),
         version=emoe.__version__,
         encoder=plan.reader.spec.encoder,
-        parameters=plan.reader.total_bytes(),
+        name=re.sub(r"[^\w.\-/ ]", "", report["model"]),
     )
     write_text(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,19 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import read_json, shard_map
 from emoe.errors import UserError
+
+
+def _count_parameters(config: dict[str, Any]) -> int:
+    """Trainable parameters of the model class that the checkpoint names, from its shape alone; tied ones once."""
+    import torch
+
+    from emoe.modeling.auto import emoe_config_class, emoe_model_class, stock_classes
+
+    family = config["emoe_source"]["family"]
+    stock = (config["emoe_source"].get("architectures") or [stock_classes(family)["AutoModel"]])[0]
+    with torch.device("meta"):
+        model = emoe_model_class(stock)(emoe_config_class(family).from_dict(config))
+    return sum(p.numel() for p in model.parameters())
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -25,17 +39,11 @@ def describe(folder: Path) -> dict[str, Any]:
     if not str(config.get("model_type", "")).startswith("emoe_"):
         raise UserError(f"inspect: {folder} is not a converted checkpoint (model_type '{config.get('model_type')}')")
     partition = Partition.load(folder / PARTITION)
-    trainable = gate_entries = 0
-    for path in sorted(set(shard_map(folder).values())):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                count = 1
-                for length in file.get_slice(name).get_shape():
-                    count *= length
-                if ".router." in name:
-                    gate_entries += count
-                else:
-                    trainable += count
+    gate_entries = 0
+    for name, path in shard_map(folder).items():
+        if ".router." in name:
+            with safe_open(path, framework="pt") as file:
+                gate_entries += math.prod(file.get_slice(name).get_shape())
     report = folder / "emoe_report.json"
     return {
         "folder": str(folder),
@@ -46,7 +54,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "layers": config["emoe_layers"],
         "gate": config["emoe_gate"],
         "neurons_per_expert": len(next(iter(partition.labels.values()))) // partition.num_experts,
-        "parameters": trainable,
+        "parameters": _count_parameters(config),
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
         "report": read_json(report, "inspect") if report.is_file() else None,

@@ -12,7 +12,7 @@ from emoe.runtime import format_bytes
 
 def print_report(report: dict[str, Any]) -> None:
     """Quality against active experts, load, time and memory of a conversion."""
-    console = Console()
+    console = Console(markup=False)  # names come from files that others wrote
     if report.get("quality"):
         console.print(quality_table(report))
     summary = load_line(report)
@@ -60,7 +60,7 @@ def load_line(report: dict[str, Any]) -> str | None:
 
 def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     """What `emoe inspect` shows; `brief` leaves the report out."""
-    console = Console()
+    console = Console(markup=False)  # names come from files that others wrote
     provenance = found["provenance"]
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")

@@ -114,7 +114,8 @@ def test_a_gated_model_says_what_to_do(kind, hub):
         (OSError("connection reset"), "cannot be reached .connection reset"),
     ],
 )
-def test_each_hub_failure_is_one_line(error, message, hub):
+def test_each_hub_failure_is_one_line(error, message, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.answer = error
     with pytest.raises(UserError, match=message) as caught:
         resolve_model("someone/none", revision="v9")

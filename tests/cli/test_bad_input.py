@@ -60,6 +60,8 @@ def flags(text_file, tmp_path) -> list:
         (["--calibration-tokens", "many"], "--calibration-tokens"),
         (["--dtype", "float8"], "--dtype"),
         (["--bogus", 1], "--bogus"),
+        (["--device", "cuda"], "--device: 'cuda' is not usable here"),
+        (["--device", "gpu"], "--device: 'gpu' is not usable here"),
         (["--sequence-length", 4], "--sequence-length"),
     ],
 )
@@ -162,9 +164,7 @@ def test_a_missing_tensor_and_a_wrong_shape(refused, broken, text_file, tmp_path
 
 
 def test_no_space_is_seen_beforehand(refused, tiny_llama, text_file, tmp_path, monkeypatch):
-    import emoe.runtime
-
-    monkeypatch.setattr(emoe.runtime, "free_bytes", lambda folder: 1 << 20)
+    monkeypatch.setattr("emoe.runtime.free_bytes", lambda folder: 1 << 20)
     line = refused("convert", "--model", tiny_llama, *flags(text_file, tmp_path), "--dry-run")
     assert "--output" in line
     assert "1.0 MiB free" in line

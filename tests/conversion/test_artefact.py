@@ -169,6 +169,23 @@ def test_routing_stays_in_fp32(way, converted_llama):
             assert torch.isfinite(narrow(TOKENS).logits).all()
 
 
+@pytest.mark.parametrize("gate", ["representative", "average-key"])
+def test_weights_written_behind_the_gate_s_back_are_noticed(gate, tiny_llama, settings, tmp_path):
+    """`weight.data += …`, as adapters merge themselves, moves no version counter."""
+    import emoe
+
+    emoe.convert(str(tiny_llama), output=tmp_path / "out", **(settings | {"gate": gate, "held_out_tokens": 0}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ffn = model.model.layers[0].mlp
+    x_ND = torch.randn(6, 32)
+    before = ffn.router(x_ND, ffn).logits_NE
+    ffn.gate_proj.weight.data += 0.1 * torch.randn_like(ffn.gate_proj.weight)
+    after = ffn.router(x_ND, ffn).logits_NE
+    assert (after - before).abs().max() > 1e-3
+    model.train()
+    torch.testing.assert_close(ffn.router(x_ND, ffn).logits_NE, after)
+
+
 def test_top_k_is_checked(model):
     for wrong in (0, 9, -1):
         with pytest.raises(ValueError, match=f"top_k={wrong} must lie between 1 and num_experts=8"):

@@ -79,6 +79,22 @@ def test_an_encoder_without_a_head_under_a_head_s_name(settings, tmp_path):
     assert difference.abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_a_fine_tuned_classifier(family, settings, tmp_path):
+    """No language head: quality is the error of the hidden states; the head comes along."""
+    head = "AutoModelForSequenceClassification"
+    folder = tiny_checkpoint(tmp_path / "dense", family, head=head)
+    report = emoe.convert(str(folder), output=tmp_path / "out", **(settings | {"sequence_length": 1024}))
+    assert report["quality"]["measure"] == "hidden-state error"
+    errors = [row["value"] for row in report["quality"]["rows"]]
+    assert errors[-1] < 1e-4 < min(errors[:-1])
+    source = getattr(transformers, head).from_pretrained(folder).eval()
+    model = getattr(transformers, head).from_pretrained(tmp_path / "out").eval()
+    model.set_top_k(8)
+    with torch.no_grad():
+        assert (model(TOKENS[:1]).logits - source(TOKENS[:1]).logits).abs().max() <= 1e-4
+
+
 def test_a_bf16_checkpoint_stays_bf16(settings, tmp_path):
     """Weights keep their type on disk, gate tables are fp32, and a bf16 model still routes in fp32."""
     folder = tiny_checkpoint(tmp_path / "dense", "llama")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -115,9 +117,78 @@ def test_an_existing_output_survives_until_the_new_one_is_whole(tiny_llama, sett
 def test_two_processes_do_not_share_an_output(tiny_llama, settings, tmp_path):
     import fcntl
 
-    folder = tmp_path / ".out.emoe-partial"
-    folder.mkdir()
-    with open(folder / ".lock", "w") as lock:
+    for name in ("state", "partial"):
+        (tmp_path / f".out.emoe-{name}").mkdir()
+    (tmp_path / ".out.emoe-partial" / "shard").write_text("of the other process")
+    with open(tmp_path / ".out.emoe-state" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing"):
-            emoe.convert(str(tiny_llama), output=tmp_path / "out", resume=True, **settings)
+        for how in ("resume", "overwrite"):
+            with pytest.raises(UserError, match="another process is writing"):
+                emoe.convert(str(tiny_llama), output=tmp_path / "out", **{how: True}, **settings)
+    assert (tmp_path / ".out.emoe-partial" / "shard").exists()
+
+
+def test_overwrite_touches_nothing_but_a_converted_checkpoint(tiny_llama, settings, tmp_path):
+    """Neither the model itself, nor a folder around it, nor somebody's pictures."""
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "models" / "llama"))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_bytes(b"cat")
+    before = contents(tmp_path)
+    for output, complaint in (
+        (source, "overlaps the model's own folder"),
+        (source.parent, "overlaps the model's own folder"),
+        (source / "inside", "overlaps the model's own folder"),
+        (tmp_path / "pictures", "is not a converted checkpoint, --overwrite will not touch it"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            emoe.convert(str(source), output=output, overwrite=True, **settings)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_last_rename_that_fails_loses_nothing(kill, tiny_llama, settings, converted_llama, tmp_path, monkeypatch):
+    """The conversion was whole: --resume finishes it; until then the earlier output is where it was."""
+    output, arguments = tmp_path / "out", settings | {"overwrite": True}
+    emoe.convert(str(tiny_llama), output=output, **(settings | {"seed": 5}))
+    earlier = contents(output)
+    rename = os.rename
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing of ours may catch it."""
+
+    def failing(source, target):
+        if Path(target) == output and "partial" in str(source):
+            raise Killed if kill else OSError(16, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(Killed if kill else UserError):
+        emoe.convert(str(tiny_llama), output=output, **arguments)
+    monkeypatch.undo()
+    if not kill:
+        assert contents(output) == earlier
+    emoe.convert(str(tiny_llama), output=output, resume=True, **arguments)
+    assert contents(output) == contents(converted_llama)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_disk_that_is_really_full(tiny_llama, settings, tmp_path):
+    """Files may not grow past 40 kB (RLIMIT_FSIZE): one line, source untouched, nothing that looks like an output."""
+    code = """
+        import resource, signal, sys
+        from emoe.cli.main import main
+        import emoe.conversion.convert, transformers, matplotlib
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        sys.exit(main(sys.argv[1:]))
+    """
+    before = contents(tiny_llama)
+    flags = ["--experts", "8", "--calibration", settings["calibration"][0], "--calibration-tokens", "2048"]
+    command = [sys.executable, "-c", textwrap.dedent(code), "convert", "--model", str(tiny_llama), *flags]
+    command += ["--output", str(tmp_path / "out"), "--sequence-length", "64", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "--output: cannot write" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert contents(tiny_llama) == before
