@@ -46,7 +46,7 @@ class ConvertConfig(BaseModel):
     )
     calibration_tokens: int = _setting(32768, "Tokens to calibrate on.", ge=1)
     held_out_tokens: int = _setting(
-        8192, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
+        4096, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
     )
     sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
     seed: int = _setting(0, "Seed of everything random.", ge=0)

@@ -19,8 +19,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    # The checkpoint brings its own modelling code; the flag says that we trust it.
+    logging.set_verbosity_error()
+    # The checkpoint brings its own modelling code; the flag says that we trust it. (The tokenizer has none, but
+    # transformers reads the model's config to choose its class.)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).eval()
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     print(f"{type(model).__name__} loaded through AutoModelForCausalLM: {model.num_parameters():,} parameters")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 import time
@@ -95,3 +96,13 @@ def test_help_answers_within_a_second():
 def test_importing_emoe_is_light():
     code = "import sys, emoe; print([m for m in ('torch', 'transformers', 'sklearn', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/*.md")]))
+def test_pages_have_no_dead_link_and_no_gap(page):
+    text = page.read_text()
+    assert "@@" not in text
+    assert "TODO" not in text
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links {target}"

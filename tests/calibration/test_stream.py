@@ -85,7 +85,7 @@ def test_the_output_column_weighs_in():
 
 
 def peak(depth: int, folder) -> int:
-    """Peak resident bytes of converting a Llama of `depth` layers of 5 MiB in a process of its own."""
+    """Peak resident bytes of converting a Llama of `depth` layers of 18 MiB in a process of its own."""
     code = """
         import sys
         sys.path.insert(0, sys.argv[1])
@@ -93,7 +93,7 @@ def peak(depth: int, folder) -> int:
         from support.tiny import tiny_checkpoint, TEXT
         depth, folder = int(sys.argv[2]), Path(sys.argv[3])
         if sys.argv[4] == "make":
-            tiny_checkpoint(folder / "dense", "llama", hidden_size=256, intermediate_size=1280, num_hidden_layers=depth)
+            tiny_checkpoint(folder / "dense", "llama", hidden_size=512, intermediate_size=2560, num_hidden_layers=depth)
             (folder / "text.txt").write_text(TEXT * 200)
         else:
             import emoe
@@ -112,7 +112,9 @@ def peak(depth: int, folder) -> int:
 
 
 def test_peak_memory_does_not_grow_with_depth(tmp_path):
-    shallow, deep = peak(3, tmp_path / "shallow"), peak(27, tmp_path / "deep")
-    added = 24 * (3 * 256 * 1280 + 256 * 256 * 2 + 256 * 128) * 4  # bytes of the 24 further layers
-    assert added > 100e6
-    assert deep - shallow < 0.15 * added, f"{shallow / 1e6:.0f} MB for 3 layers, {deep / 1e6:.0f} MB for 27"
+    """Measured: 856 MB for 8 layers, 871 for 24. Pages that the allocator keeps back vary by some 20 MB from run to run
+    and grow over the first few layers (3 layers: 790 MB); the 16 further layers have 290 MB."""
+    shallow, deep = peak(8, tmp_path / "shallow"), peak(24, tmp_path / "deep")
+    added = 16 * (3 * 512 * 2560 + 512 * 512 * 2 + 512 * 256) * 4  # bytes of their largest tensors
+    assert added > 280e6
+    assert deep - shallow < 0.2 * added, f"{shallow / 1e6:.0f} MB for 8 layers, {deep / 1e6:.0f} MB for 24"
