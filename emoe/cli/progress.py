@@ -64,9 +64,11 @@ def _lines(unit: str) -> Callable[[str, int, int], None]:
 def silence_libraries() -> None:
     """Other libraries' bars and advice do not belong in our output."""
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
