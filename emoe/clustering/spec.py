@@ -50,17 +50,23 @@ class SplitMethod(Protocol):
         ...
 
 
+def nearest_divisors(total: int, parts: int) -> str:
+    """``"8 or 12"``: the divisors of ``total`` just below and just above ``parts``."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below = [d for d in divisors if d < parts][-1:]
+    above = [d for d in divisors if d > parts][:1]
+    return " or ".join(str(d) for d in below + above)
+
+
 def equal_size(total: int, parts: int, *, total_name: str = "num_neurons", parts_name: str = "num_experts") -> int:
     """Size of each of ``parts`` equal parts; a `UserError` that names the nearest divisors when there is none."""
     if total < 1:
         raise UserError(f"{total_name}={total} must be at least 1")
     if parts >= 1 and total % parts == 0:
         return total // parts
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    below = [d for d in divisors if d < parts][-1:]
-    above = [d for d in divisors if d > parts][:1]
-    advice = " or ".join(str(d) for d in below + above)
-    raise UserError(f"{total_name}={total} is not divisible by {parts_name}={parts}; try {advice}")
+    raise UserError(
+        f"{total_name}={total} is not divisible by {parts_name}={parts}; try {nearest_divisors(total, parts)}"
+    )
 
 
 def required_rows(rows: np.ndarray | None, num_neurons: int, *, method: str, what: str) -> np.ndarray:

@@ -29,7 +29,7 @@ def emoe_fields(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
         "emoe_gate": plan.config.gate,
         "emoe_ffn": spec.layout(),
         # Not under the name "model_type": transformers would take this for a nested configuration of that type.
-        "emoe_source": {"family": spec.model_type, **{key: raw.get(key) for key in ("architectures", "auto_map")}},
+        "emoe_source": {"family": spec.model_type, "architectures": raw.get("architectures")},
         "emoe_provenance": provenance,
     }
 

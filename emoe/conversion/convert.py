@@ -204,6 +204,7 @@ class _Conversion:
             else:
                 self.streams[rest] = self.stream.hidden_states(tuple(tensor.shape))
                 self.streams[rest].data.copy_(tensor)
+        self._last_state = sum(self.watch.seconds.values())
 
     def _save_state(self) -> None:
         elapsed = sum(self.watch.seconds.values())

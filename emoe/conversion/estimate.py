@@ -61,15 +61,12 @@ def shape_of(model: str) -> tuple[Any, int]:
         reader = CheckpointReader(model)
         return reader.config, reader.dtype.itemsize
     alias = ALIASES.get(model.lower())
-    if alias is not None and alias.shape:
-        raw = alias.shape
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw), 4 if alias.package else 2
-    if alias is None and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if alias is not None:
+        return CONFIG_MAPPING[alias.family].from_dict(alias.shape), 4 if alias.package else 2
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
         return _hub_config(model), 2
-    if alias is None or alias.package:
-        reader = CheckpointReader(resolve_model(model).folder)
-        return reader.config, reader.dtype.itemsize
-    return _hub_config(alias.hub_id), 2
+    reader = CheckpointReader(resolve_model(model).folder)  # a .gguf file, or a name that nobody knows
+    return reader.config, reader.dtype.itemsize
 
 
 def _hub_config(hub_id: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from emoe import clustering, gating
 from emoe.checkpoint.reader import CheckpointReader
+from emoe.clustering.spec import nearest_divisors
 from emoe.config import ConvertConfig
 from emoe.errors import UserError
 from emoe.runtime import format_bytes
@@ -55,11 +56,8 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 def check_experts(num_neurons: int, experts: int) -> None:
     """Raise `UserError` unless ``experts`` divides ``num_neurons``; the nearest numbers that do are named."""
     if num_neurons % experts:
-        divisors = [n for n in range(1, num_neurons + 1) if num_neurons % n == 0]
-        below = max((n for n in divisors if n < experts), default=None)
-        above = min((n for n in divisors if n > experts), default=None)
-        options = " or ".join(str(n) for n in (below, above) if n)
-        raise UserError(f"--experts: FFN width {num_neurons} is not divisible by {experts}; try {options}")
+        advice = nearest_divisors(num_neurons, experts)
+        raise UserError(f"--experts: FFN width {num_neurons} is not divisible by {experts}; try {advice}")
 
 
 @dataclass
@@ -148,7 +146,7 @@ def check_device(device: str) -> None:
 
 
 def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, origin: str, notes: list[str]) -> Plan:
-    """Check settings against the checkpoint and the disk.
+    """Check settings against the checkpoint.
 
     Raises:
         UserError: the first check that fails, naming its flag.

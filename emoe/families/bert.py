@@ -12,5 +12,4 @@ SPEC = FamilySpec(
     down="output.dense",
     old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     encoder=True,
-    sizes=("google-bert/bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"),
 )

@@ -10,5 +10,4 @@ SPEC = FamilySpec(
     up="up_proj",
     down="down_proj",
     activation_key="hidden_activation",
-    sizes=("google/gemma-3-1b-pt",),
 )

@@ -12,5 +12,4 @@ SPEC = FamilySpec(
     dropout="dropout",
     activation_key="activation_function",
     width_keys=("n_inner",),
-    sizes=("openai-community/gpt2",),
 )

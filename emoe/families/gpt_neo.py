@@ -11,5 +11,4 @@ SPEC = FamilySpec(
     dropout="dropout",
     activation_key="activation_function",
     layer_returns_tuple=True,
-    sizes=("EleutherAI/gpt-neo-125m",),
 )

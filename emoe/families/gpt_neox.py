@@ -9,5 +9,4 @@ SPEC = FamilySpec(
     up="dense_h_to_4h",
     down="dense_4h_to_h",
     old_spellings=(("lm_head.", "embed_out."),),
-    sizes=("EleutherAI/pythia-160m",),
 )

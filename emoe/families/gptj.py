@@ -12,5 +12,4 @@ SPEC = FamilySpec(
     activation_key="activation_function",
     width_keys=("n_inner",),
     layer_returns_tuple=True,
-    sizes=("EleutherAI/gpt-j-6b",),
 )

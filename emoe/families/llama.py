@@ -9,5 +9,4 @@ SPEC = FamilySpec(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    sizes=("meta-llama/Llama-2-7b-hf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 )

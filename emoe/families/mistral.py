@@ -9,5 +9,4 @@ SPEC = FamilySpec(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    sizes=("mistralai/Mistral-7B-v0.1",),
 )

@@ -12,5 +12,4 @@ SPEC = FamilySpec(
     down="fc2",
     activation_key="activation_function",
     width_keys=("ffn_dim",),
-    sizes=("facebook/opt-125m",),
 )

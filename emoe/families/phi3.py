@@ -9,5 +9,4 @@ SPEC = FamilySpec(
     up="gate_up_proj",
     down="down_proj",
     fused=True,
-    sizes=("microsoft/Phi-3-mini-4k-instruct",),
 )

@@ -9,5 +9,4 @@ SPEC = FamilySpec(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    sizes=("Qwen/Qwen2.5-0.5B",),
 )

@@ -13,5 +13,4 @@ SPEC = FamilySpec(
     old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     position_offset=2,
     encoder=True,
-    sizes=("FacebookAI/roberta-base",),
 )

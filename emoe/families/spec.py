@@ -49,8 +49,6 @@ class FamilySpec:
     """Places of the position table that no token can take (RoBERTa counts from its padding index on)."""
     encoder: bool = False
     """Bidirectional: quality is masked-LM loss instead of perplexity."""
-    sizes: tuple[str, ...] = ()
-    """Well-known checkpoints, for messages and docs."""
 
     @property
     def gated(self) -> bool:

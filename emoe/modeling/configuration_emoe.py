@@ -24,7 +24,7 @@ class EMoEFields:
     emoe_ffn: dict | None = None
     """Where the FFN of this family lives: names of its modules, as `emoe.families.FamilySpec.layout` gives them."""
     emoe_source: dict | None = None
-    """What the source's config.json had in fields that this one replaces: family (model_type), architectures, …"""
+    """What the source's config.json had in fields that this one replaces: family (its model_type), architectures."""
     emoe_provenance: dict | None = None
     """Who made it: version, source and its digest, split, calibration, seed."""
 
