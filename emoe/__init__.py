@@ -1,6 +1,7 @@
 """Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts.
 
-``import emoe`` also teaches transformers' Auto classes to load converted models.
+``import emoe`` also teaches transformers' Auto classes to load converted models, and its mixture-of-experts models
+``experts_implementation="emoe"``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ def _register() -> None:
     register()
 
 
+def _register_experts() -> None:
+    import emoe_kernels.integrations.transformers  # noqa: F401 - registers itself
+
+
 after_import("transformers.models.auto.configuration_auto", _register)
+after_import("transformers.integrations.moe", _register_experts)
 
 _LAZY = {"convert": "emoe.conversion.convert", "ConvertConfig": "emoe.config", "export": "emoe.exporting"}
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import convert, estimate, export, inspect, models
+from emoe.cli import convert, doctor, estimate, export, inspect, models
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -29,6 +29,7 @@ app.command("inspect")(inspect.inspect)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

@@ -1,6 +1,7 @@
-"""Which implementation of the kernels runs.
+"""Which implementation of the kernels runs, and why.
 
-The innermost `with use(name):` decides; outside of any, the environment variable EMOE_KERNELS; without that, "auto".
+The innermost `with use(name):` decides; outside of any, the environment variable EMOE_KERNELS; without that, "auto":
+on a GPU Triton, on a CPU the C++ extension, and the portable path where these are not to be had.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import os
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from types import TracebackType
+from typing import NamedTuple
 
-IMPLEMENTATIONS = ("reference", "portable")
-"""reference: the equation, dense. portable: sparse, in PyTorch alone."""
+IMPLEMENTATIONS = ("reference", "portable", "cpu", "triton")
+"""reference: the equation, dense. portable: sparse, in PyTorch alone, any device. cpu: a C++ extension, compiled on
+first use. triton: GPU kernels."""
 
 AUTO = "auto"
-"""The fastest implementation that runs here: `portable`, the only sparse one so far."""
+"""The fastest implementation that runs here."""
 
 ENVIRONMENT_VARIABLE = "EMOE_KERNELS"
 
@@ -47,18 +50,104 @@ def use(name: str) -> AbstractContextManager:
     """Within `with use("reference"):` that implementation runs. Contexts nest; the innermost one decides.
 
     Held in a context variable: threads and asyncio tasks do not disturb each other, and a new thread starts with the
-    default. A backward pass belongs to the implementation that ran forward. ValueError for an unknown name, raised
-    by this call and not by entering.
+    default. A backward pass belongs to the implementation that ran forward, and a compiled function to the one that
+    was chosen when `torch.compile` traced it. ValueError for an unknown name, raised by this call and not by entering.
     """
     return _Use(_check(name, "name"))
 
 
-def resolve() -> str:
-    """The name of the implementation that runs now, one of `IMPLEMENTATIONS`.
+class Choice(NamedTuple):
+    """An implementation, and why it is that one."""
+
+    name: str
+    """One of `IMPLEMENTATIONS`."""
+    reason: str
+    """One line, for people."""
+
+
+_settled: dict[tuple[str, str], Choice] = {}
+"""(what was asked for, device type) → what runs. Neither compilers nor packages come and go within a process."""
+
+
+def requested() -> str:
+    """The name that `use` or EMOE_KERNELS asks for, else "auto".
 
     ValueError if EMOE_KERNELS holds an unknown name; empty counts as unset.
     """
     name = _chosen.get()
     if name is None:
-        name = _check(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
-    return "portable" if name == AUTO else name
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+        if name != AUTO:
+            _check(name, ENVIRONMENT_VARIABLE)
+    return name
+
+
+def resolve(device_type: str = "cpu") -> str:
+    """The name of the implementation that runs now on tensors of a device type such as "cpu" or "cuda".
+
+    Compiles the C++ extension if it is wanted and has not been compiled yet. ValueError for a name in EMOE_KERNELS
+    that is unknown or cannot run on this device; RuntimeError if the extension was asked for and cannot be had.
+    """
+    wanted = requested()
+    choice = _settled.get((wanted, device_type))
+    if choice is None:
+        choice = _settled[wanted, device_type] = _decide(wanted, device_type, may_build=True)
+    return choice.name
+
+
+# torch.compile calls these while it traces and takes the answer as a constant: it cannot trace context variables. What
+# torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes seconds.
+resolve._dynamo_marked_constant = requested._dynamo_marked_constant = True
+
+
+def explain(device_type: str = "cpu") -> Choice:
+    """What `resolve` answers, and why; raises what it raises, but compiles nothing.
+
+    For an extension that would be compiled on first use this says so; whether the compiler then succeeds is known
+    only afterwards.
+    """
+    wanted = requested()
+    return _settled.get((wanted, device_type)) or _decide(wanted, device_type, may_build=False)
+
+
+def _decide(wanted: str, device_type: str, may_build: bool) -> Choice:
+    """The rules. A name that was asked for runs or raises; "auto" falls back to `portable`."""
+    if wanted in ("reference", "portable"):
+        return Choice(wanted, "it was asked for")
+    fast = wanted if wanted != AUTO else {"cuda": "triton", "cpu": "cpu"}.get(device_type)
+    if fast is None:
+        return Choice("portable", f"there are no faster kernels for {device_type} devices")
+    available, detail = _cpu(device_type, may_build) if fast == "cpu" else _triton(device_type)
+    if available:
+        return Choice(fast, detail if wanted == AUTO else f"it was asked for; {detail}")
+    if wanted == AUTO:
+        return Choice("portable", detail)
+    error = RuntimeError if (fast, device_type) == ("cpu", "cpu") else ValueError
+    raise error(f"the implementation {fast!r} was asked for on {device_type}: {detail}")
+
+
+def _cpu(device_type: str, may_build: bool) -> tuple[bool, str]:
+    if device_type != "cpu":
+        return False, "the C++ extension computes on CPU tensors only"
+    try:
+        from . import extension
+    except ImportError as error:
+        return False, f"there is no C++ extension ({error})"
+    if may_build and not extension.load():
+        return False, extension.status().detail
+    status = extension.status()
+    return status.available, status.detail
+
+
+def _triton(device_type: str) -> tuple[bool, str]:
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        hint = "; TRITON_INTERPRET=1 interprets them on the CPU, very slowly" if device_type == "cpu" else ""
+        return False, f"the Triton kernels need a GPU{hint}"
+    try:
+        import triton
+
+        from .experts import triton_op  # noqa: F401 - a Triton too old for our kernels shows here
+    except Exception as error:  # a broken installation raises whatever it likes; what follows needs no Triton
+        return False, f"the Triton kernels cannot be imported ({type(error).__name__}: {error})"
+    return True, f"Triton {triton.__version__}" + (", interpreted: for tests only" if interpreted else "")

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from emoe_kernels import use
+from emoe_kernels import extension, use
 from emoe_kernels.experts import ACTIVATIONS, expert_ffn, portable
 
+FAST = ("portable", "cpu") if extension.status().available else ("portable",)
 BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
 
 
@@ -73,6 +75,12 @@ def assert_same(actual, expected, tolerance):
         assert error(actual[name], expected[name]) <= tolerance, name  # also fails on NaN
 
 
+@pytest.fixture(params=FAST)
+def fast(request):
+    """The name of an implementation that computes the chosen experts only."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
     """torch.empty gives NaN, so that a row which no expert wrote shows."""
@@ -103,23 +111,23 @@ SHAPES = [  # N, D, F, E, K
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, gated):
+def test_output_and_gradients(fast, shape, gated):
     args = make(*shape, gated=gated)
     expected = run_with_grads("reference", args)
-    assert_same(run_with_grads("portable", args), expected, 1e-5)
-    assert error(run("portable", args), expected["y"]) <= 1e-5
+    assert_same(run_with_grads(fast, args), expected, 1e-5)
+    assert error(run(fast, args), expected["y"]) <= 1e-5
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weights", "ones"])
 @pytest.mark.parametrize("biases", [(), *((b,) for b in BIASES), BIASES], ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_each_bias_with_and_without_weights(gated, biases, weighted):
+def test_each_bias_with_and_without_weights(fast, gated, biases, weighted):
     args = make(18, 12, 30, 5, 2, gated=gated, biases=biases, weighted=weighted)
     expected = run_with_grads("reference", args)
-    assert_same(run_with_grads("portable", args), expected, 1e-5)
-    assert error(run("portable", args), expected["y"]) <= 1e-5
+    assert_same(run_with_grads(fast, args), expected, 1e-5)
+    assert error(run(fast, args), expected["y"]) <= 1e-5
     few = {k: args[k][:4] if args[k] is not None else None for k in ("x_ND", "experts_NK", "weights_NK")}
-    assert error(run("portable", args, **few), expected["y"][:4]) <= 1e-5
+    assert error(run(fast, args, **few), expected["y"][:4]) <= 1e-5
 
 
 def _rows(x):
@@ -142,39 +150,112 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("N", [5, 40])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_strided_views(name, N):
+def test_strided_views(fast, name, N):
     args = make(N, 24, 40, 5, 2)
     strided = args | {k: view(args[k]) for k, view in LAYOUTS[name].items()}
     assert not all(strided[k].is_contiguous() for k in LAYOUTS[name]) or "chunks" in name
     expected = run_with_grads("reference", {k: v.contiguous() if torch.is_tensor(v) else v for k, v in strided.items()})
-    assert_same(run_with_grads("portable", strided), expected, 1e-5)
-    assert error(run("portable", strided), expected["y"]) <= 1e-5
+    assert_same(run_with_grads(fast, strided), expected, 1e-5)
+    assert error(run(fast, strided), expected["y"]) <= 1e-5
+
+
+def stack(args, view_rows=lambda w: w, view_columns=lambda w: w):
+    """The same arguments with stacked weights, contiguous unless a view says otherwise."""
+    E = args["num_experts"]
+    stacked = {k: v for k, v in args.items() if k != "num_experts"}
+    for name in ("up_FD", "gate_FD", "up_bias_F", "gate_bias_F"):
+        if args[name] is not None:
+            stacked[name] = args[name].unflatten(0, (E, -1)).contiguous()
+    for name in ("up_FD", "gate_FD"):
+        if args[name] is not None:
+            stacked[name] = view_rows(stacked[name])
+    return stacked | {"down_DF": view_columns(args["down_DF"].unflatten(1, (E, -1)).transpose(0, 1).contiguous())}
+
+
+STACKED = {
+    "contiguous": {},
+    "transposed, as GPT-OSS": {
+        "view_rows": lambda w: w.mT.contiguous().mT,
+        "view_columns": lambda w: w.mT.contiguous().mT,
+    },
+    "halves of gate_up_proj": {"view_rows": lambda w: torch.cat([torch.full_like(w, torch.nan), w], 1)[:, len(w[0]) :]},
+    "every second expert": {"view_columns": lambda w: torch.stack([w, torch.full_like(w, torch.nan)], 1)[:, 0]},
+}
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("N", [5, 40, 0])
+@pytest.mark.parametrize("layout", STACKED)
+def test_stacked_weights(fast, layout, N, gated):
+    args = make(N, 24, 40, 5, 2, gated=gated)
+    stacked = stack(args, **STACKED[layout])
+    expected = run_with_grads("reference", args)
+    actual = run_with_grads(fast, stacked)
+    assert_same(run_with_grads("reference", stacked), actual, 1e-5)
+    assert error(run(fast, stacked), expected["y"]) <= 1e-5
+    for name in ("up_FD", "gate_FD", "up_bias_F", "gate_bias_F"):
+        if args[name] is not None:
+            actual[f"d {name}"] = actual[f"d {name}"].flatten(0, 1)
+    actual["d down_DF"] = actual["d down_DF"].transpose(0, 1).flatten(1)
+    assert_same(actual, expected, 1e-5)
+
+
+class Copies(TorchDispatchMode):
+    """Notes operations that write a tensor of at least `size` elements without computing anything new."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copying = any(word in str(func) for word in ("clone", "copy", "contiguous", "cat", "stack", "zeros"))
+        if copying and torch.is_tensor(out) and out.numel() >= self.size:
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_gradients_of_dense_weights_are_not_copied(fast, transposed):
+    """They are written in the strides of the stacked views, so the way back to (F, D) is a view too."""
+    args = make(40, 24, 40 * 24, 8, 2)
+    names = ("up_FD", "gate_FD", "down_DF")
+    leaves = {k: args[k].t().contiguous() if transposed else args[k] for k in names}
+    leaves = {k: w.requires_grad_() for k, w in leaves.items()}
+    views = {k: w.t() if transposed else w for k, w in leaves.items()}
+    with use(fast):
+        y = expert_ffn(**(args | views))
+    with Copies(args["up_FD"].numel()) as copies:
+        y.sum().backward()
+    assert copies.seen == []
+    for leaf in leaves.values():
+        assert leaf.grad.stride() == leaf.stride()
 
 
 @pytest.mark.parametrize("N", [6, 40])
-def test_unused_slots_vary_the_number_of_experts(N):
+def test_unused_slots_vary_the_number_of_experts(fast, N):
     args = make(N, 12, 24, 6, 3)
     experts_NK = args["experts_NK"]
     experts_NK[0] = -1  # a token without experts gets the output bias alone
     experts_NK[1, 0] = experts_NK[2, 1] = experts_NK[3, 2] = experts_NK[4, :2] = -1
     expected = run_with_grads("reference", args)
-    actual = run_with_grads("portable", args)
+    actual = run_with_grads(fast, args)
     assert_same(actual, expected, 1e-5)
-    for y in (actual["y"], run("portable", args)):
+    for y in (actual["y"], run(fast, args)):
         assert error(y, expected["y"]) <= 1e-5
         assert torch.equal(y[0], args["down_bias_D"])
     assert not actual["d weights_NK"][experts_NK == -1].any()
 
     experts_NK.fill_(-1)  # nobody chooses anything
-    assert_same(run_with_grads("portable", args), run_with_grads("reference", args), 1e-5)
-    assert torch.equal(run("portable", args), args["down_bias_D"].expand(N, -1))
+    assert_same(run_with_grads(fast, args), run_with_grads("reference", args), 1e-5)
+    assert torch.equal(run(fast, args), args["down_bias_D"].expand(N, -1))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_activations(activation, gated):
+def test_activations(fast, activation, gated):
     args = make(40, 12, 24, 6, 3, gated=gated) | {"activation": activation}
-    assert_same(run_with_grads("portable", args), run_with_grads("reference", args), 1e-5)
+    assert_same(run_with_grads(fast, args), run_with_grads("reference", args), 1e-5)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "quick_gelu"])
@@ -185,17 +266,19 @@ def test_gradcheck(activation):
     leaves = tuple(args[k].requires_grad_() for k in names)
 
     def f(*values):
-        return expert_ffn(**(args | dict(zip(names, values, strict=True))), activation=activation)
+        with use("portable"):
+            return expert_ffn(**(args | dict(zip(names, values, strict=True))), activation=activation)
 
     assert torch.autograd.gradcheck(f, leaves)
 
 
-def test_only_what_is_asked_for_gets_a_gradient():
+def test_only_what_is_asked_for_gets_a_gradient(fast):
     args = make(20, 12, 24, 6, 3)
-    full = run_with_grads("portable", args)
+    full = run_with_grads(fast, args)
     for name in (k[2:] for k in full if k != "y"):
         leaf = args[name].detach().requires_grad_()
-        y = expert_ffn(**(args | {name: leaf}))
+        with use(fast):
+            y = expert_ffn(**(args | {name: leaf}))
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
         assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], full[f"d {name}"]), name
 
@@ -208,7 +291,7 @@ BF16_SHAPES = [  # N, E, K; D = 64, F = 256
 
 
 @pytest.mark.parametrize("N, E, K", BF16_SHAPES)
-def test_bf16_is_as_exact_as_a_dense_layer(N, E, K):
+def test_bf16_is_as_exact_as_a_dense_layer(fast, N, E, K):
     """Against fp32 on the same bf16 values: the errors of the dense bf16 layer are the yardstick, not a constant.
 
     The dense layer is all experts with weight 1 in plain torch; the sparse one sums K of E experts, rounds each
@@ -217,7 +300,7 @@ def test_bf16_is_as_exact_as_a_dense_layer(N, E, K):
     """
     args = make(N, 64, 256, E, K, dtype=torch.bfloat16)
     exact = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in args.items()}
-    expected, actual = run_with_grads("reference", exact), run_with_grads("portable", args)
+    expected, actual = run_with_grads("reference", exact), run_with_grads(fast, args)
 
     names = [k for k in args if k not in ("experts_NK", "weights_NK", "num_experts")]
 
@@ -236,13 +319,13 @@ def test_bf16_is_as_exact_as_a_dense_layer(N, E, K):
     for name in expected:
         assert actual[name].dtype == torch.bfloat16
         assert error(actual[name], expected[name]) <= 1.25 * bound[name], name
-    assert error(run("portable", args), expected["y"]) <= 1.25 * bound["y"]
+    assert error(run(fast, args), expected["y"]) <= 1.25 * bound["y"]
 
 
-def test_router_weights_may_stay_fp32():
+def test_router_weights_may_stay_fp32(fast):
     args = make(40, 24, 40, 5, 2, dtype=torch.bfloat16)
     args["weights_NK"] = args["weights_NK"].float() + 1e-4
-    actual, expected = run_with_grads("portable", args), run_with_grads("reference", args)
+    actual, expected = run_with_grads(fast, args), run_with_grads("reference", args)
     assert_same(actual, expected, 2e-2)
     assert actual["y"].dtype == torch.bfloat16 and actual["d weights_NK"].dtype == torch.float32
 
@@ -251,7 +334,7 @@ def test_router_weights_may_stay_fp32():
 
 
 @pytest.mark.parametrize("N", [5, 50])
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_all_experts_are_the_dense_layer(implementation, N):
     a = make(N, 20, 48, 6, 6, weighted=False)
     h = torch.nn.functional.silu(linear(a["x_ND"], a["gate_FD"], a["gate_bias_F"]))
@@ -259,16 +342,16 @@ def test_all_experts_are_the_dense_layer(implementation, N):
     assert error(run(implementation, a), dense) <= 1e-5
 
 
-def test_a_token_does_not_depend_on_its_batch_mates():
+def test_a_token_does_not_depend_on_its_batch_mates(fast):
     args = make(40, 20, 48, 6, 2)
-    y = run("portable", args)
+    y = run(fast, args)
     for n in (0, 17, 39):
         alone = {k: args[k][n : n + 1] for k in ("x_ND", "experts_NK", "weights_NK")}
-        assert error(run("portable", args, **alone), y[n : n + 1]) <= 1e-5
+        assert error(run(fast, args, **alone), y[n : n + 1]) <= 1e-5
 
 
 @pytest.mark.parametrize("N", [6, 40])
-def test_order_of_experts_and_of_slots_changes_nothing(N):
+def test_order_of_experts_and_of_slots_changes_nothing(fast, N):
     E = 6
     args = make(N, 20, 48, E, 3)
     order = torch.randperm(E, generator=torch.Generator().manual_seed(2))
@@ -276,19 +359,19 @@ def test_order_of_experts_and_of_slots_changes_nothing(N):
     for name, dim in (("up_FD", 0), ("gate_FD", 0), ("up_bias_F", 0), ("gate_bias_F", 0), ("down_DF", 1)):
         permuted[name] = args[name].unflatten(dim, (E, -1)).index_select(dim, order).flatten(dim, dim + 1)
     permuted["experts_NK"] = order.argsort()[args["experts_NK"]]  # where the expert went
-    assert error(run("portable", permuted), run("portable", args)) <= 1e-6
+    assert error(run(fast, permuted), run(fast, args)) <= 1e-6
 
     flipped = {k: args[k].flip(1) for k in ("experts_NK", "weights_NK")}
-    assert torch.equal(run("portable", args, **flipped), run("portable", args))
+    assert torch.equal(run(fast, args, **flipped), run(fast, args))
 
 
 @pytest.mark.parametrize("N", [6, 40])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_token_stays_alone(N, bad):
+def test_a_bad_token_stays_alone(fast, N, bad):
     args = make(N, 20, 48, 6, 3)
-    clean = run("portable", args), run_with_grads("portable", args)
+    clean = run(fast, args), run_with_grads(fast, args)
     args["x_ND"][2, 3] = bad
-    dirty = run("portable", args), run_with_grads("portable", args)
+    dirty = run(fast, args), run_with_grads(fast, args)
     others = torch.arange(N) != 2
     for y_clean, y_dirty in ((clean[0], dirty[0]), (clean[1]["y"], dirty[1]["y"])):
         assert torch.equal(y_dirty[others], y_clean[others])
@@ -298,22 +381,22 @@ def test_a_bad_token_stays_alone(N, bad):
 
 
 @pytest.mark.parametrize("N", [6, 40])
-def test_an_overflowing_expert_reaches_only_those_who_chose_it(N):
+def test_an_overflowing_expert_reaches_only_those_who_chose_it(fast, N):
     args = make(N, 20, 48, 6, 2)
     args["experts_NK"] %= 5
     args["experts_NK"][:, 1] = (args["experts_NK"][:, 0] + 1) % 5
     args["experts_NK"][3, 1] = 5
-    clean = run("portable", args)
+    clean = run(fast, args)
     args["up_FD"][40:] *= 1e30
     args["gate_FD"][40:] *= 1e30  # the hidden values of expert 5 are infinite for about every token
-    y = run("portable", args)
+    y = run(fast, args)
     others = torch.arange(N) != 3
     assert torch.equal(y[others], clean[others])
     assert not y[3].isfinite().all()
 
 
 @pytest.mark.parametrize("N", [6, 40])
-def test_experts_nobody_chose_are_never_read(N):
+def test_experts_nobody_chose_are_never_read(fast, N):
     E = 8
     args = make(N, 20, 48, E, 2)
     args["experts_NK"] %= 4
@@ -322,8 +405,8 @@ def test_experts_nobody_chose_are_never_read(N):
     for name in ("up_FD", "gate_FD", "up_bias_F", "gate_bias_F"):
         args[name][24:] = torch.nan
     args["down_DF"][:, 24:] = torch.nan
-    assert error(run("portable", args), expected["y"]) <= 1e-5
-    actual = run_with_grads("portable", args)
+    assert error(run(fast, args), expected["y"]) <= 1e-5
+    actual = run_with_grads(fast, args)
     assert_same(actual, expected, 1e-5)
     for name in ("up_FD", "gate_FD", "up_bias_F", "gate_bias_F"):
         assert (actual[f"d {name}"][24:] == 0).all()
@@ -331,25 +414,25 @@ def test_experts_nobody_chose_are_never_read(N):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_give_the_same_bits(dtype):
+def test_two_runs_give_the_same_bits(fast, dtype):
     torch.use_deterministic_algorithms(False)  # of its own accord, not because torch was told to
     args = make(200, 24, 48, 6, 3, dtype=dtype)
-    first, second = run_with_grads("portable", args), run_with_grads("portable", args)
+    first, second = run_with_grads(fast, args), run_with_grads(fast, args)
     assert all(torch.equal(first[name], second[name]) for name in first)
     few = {k: args[k][:8] for k in ("x_ND", "experts_NK", "weights_NK")}
-    assert torch.equal(run("portable", args, **few), run("portable", args, **few))
+    assert torch.equal(run(fast, args, **few), run(fast, args, **few))
 
 
 @pytest.mark.parametrize("N", [6, 40])
 def test_autocast_does_not_act_inside(N):
     args = make(N, 20, 48, 6, 3)
-    for implementation in ("reference", "portable"):
+    for implementation in ("reference", *FAST):
         expected = run(implementation, args), run_with_grads(implementation, args)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = run(implementation, args), run_with_grads(implementation, args)
         assert torch.equal(actual[0], expected[0])
         assert actual[1]["y"].dtype == torch.float32 and torch.equal(actual[1]["y"], expected[1]["y"])
-    assert all(torch.equal(actual[1][name], expected[1][name]) for name in expected[1])  # portable: backward too
+    assert all(torch.equal(actual[1][name], expected[1][name]) for name in expected[1])  # backward too
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -398,16 +481,53 @@ WRONG = [
 
 
 @pytest.mark.parametrize("change, message", WRONG, ids=[m for _, m in WRONG])
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_are_named(fast, change, message):
     with pytest.raises(ValueError, match=message):
-        run("portable", make(5, 20, 48, 6, 3), **change)
+        run(fast, make(5, 20, 48, 6, 3), **change)
 
 
-def test_ids_are_checked_when_training_too():
+WRONG_STACKED = [
+    ({"num_experts": 7}, "num_experts=7, but up_FD stacks 6 experts"),
+    ({"experts_NK": torch.zeros(5, 7).long()}, "K=7 experts per token, but num_experts=6"),
+    ({"up_FD": torch.zeros(6, 8, 21)}, r"up_FD has shape \(6, 8, 21\); expected \(6, 8, 20\)"),
+    ({"up_FD": torch.zeros(1, 6, 8, 20)}, "up_FD has shape .* expected two or three dimensions"),
+    ({"up_FD": torch.zeros(48, 20)}, "num_experts is missing; up_FD of shape"),
+    ({"down_DF": torch.zeros(6, 8, 20)}, r"down_DF has shape \(6, 8, 20\); expected \(6, 20, 8\)"),
+    ({"down_DF": torch.zeros(20, 48)}, r"down_DF has shape \(20, 48\); expected \(6, 20, 8\)"),
+    ({"gate_FD": torch.zeros(48, 20)}, "gate_FD has shape"),
+    ({"up_bias_F": torch.zeros(48)}, "up_bias_F has shape"),
+    ({"gate_bias_F": torch.zeros(8)}, "gate_bias_F has shape"),
+    ({"gate_FD": None}, "gate_bias_F is given without gate_FD"),
+    ({"down_bias_D": torch.zeros(6, 20)}, "down_bias_D has shape"),
+    ({"down_DF": torch.zeros(6, 20, 8).double()}, "down_DF has dtype torch.float64, x_ND has torch.float32"),
+    ({"down_DF": torch.zeros(6, 20, 8, device="meta")}, "down_DF is on meta, x_ND is on cpu"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG_STACKED, ids=[m for _, m in WRONG_STACKED])
+def test_wrong_stacked_arguments_are_named(fast, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(fast, stack(make(5, 20, 48, 6, 3)), **change)
+
+
+def test_the_number_of_experts_may_be_told_twice(fast):
+    args = stack(make(5, 20, 48, 6, 3))
+    assert torch.equal(run(fast, args, num_experts=6), run(fast, args))
+
+
+def test_ids_are_checked_when_training_too(fast):
     args = make(40, 20, 48, 6, 3)
     args["experts_NK"][7, 1] = 6
     with pytest.raises(ValueError, match=r"experts_NK holds ids outside -1 .. 5"):
-        run_with_grads("portable", args)
+        run_with_grads(fast, args)
+
+
+def test_portable_stands_alone():
+    """Where it has been copied to, models call it with dense weights; it takes stacked ones there as well."""
+    args = make(20, 12, 24, 6, 3)
+    expected = run("portable", args)
+    assert torch.equal(portable.expert_ffn(**args), expected)
+    assert torch.equal(portable.expert_ffn(**stack(args)), expected)
 
 
 def test_portable_imports_only_torch_and_the_standard_library():

@@ -3,6 +3,10 @@
 Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons per expert, K experts chosen per
 token, R <= N * K (token, expert) pairs sorted by expert, G pairs of one group of neighbouring experts.
 
+Inside, weights are stacked: up and gate (E, S, D), down (E, D, S), their biases (E, S). For a dense checkpoint these
+are views of its matrices (`stack_rows`, `stack_columns`); gradients get the strides of those views, so that they too
+go back to the dense shape without a copy.
+
 This file imports only torch and the standard library, because it is copied verbatim beside converted checkpoints,
 which then run without this package.
 """
@@ -10,6 +14,7 @@ which then run without this package.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,6 +57,20 @@ def get_activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+def stack_rows(weight_FD: Tensor | None, num_experts: int) -> Tensor | None:
+    """(F, D) as (E, S, D), or (F,) as (E, S): a view, since splitting one dimension fits any strides. None stays."""
+    if weight_FD is None:
+        return None
+    shape = weight_FD.shape
+    return weight_FD.view(num_experts, shape[0] // num_experts, *shape[1:])
+
+
+def stack_columns(weight_DF: Tensor, num_experts: int) -> Tensor:
+    """(D, F) as (E, D, S): a view."""
+    D, F = weight_DF.shape
+    return weight_DF.view(D, num_experts, F // num_experts).transpose(0, 1)
+
+
 class Plan(NamedTuple):
     """(token, expert) pairs sorted by expert, and by token within an expert."""
 
@@ -62,7 +81,7 @@ class Plan(NamedTuple):
     """Where the pair stands in the flattened (N, K) tensors: n * K + k."""
 
 
-def _bad_ids(num_experts: int) -> ValueError:
+def bad_ids(num_experts: int) -> ValueError:
     return ValueError(f"experts_NK holds ids outside -1 .. {num_experts - 1} (num_experts={num_experts})")
 
 
@@ -72,7 +91,7 @@ def make_plan(experts_NK: Tensor, num_experts: int) -> Plan:
     if flat.numel() == 0:
         return Plan([0] * (num_experts + 1), flat, flat)
     if int(flat.min()) < 0 or int(flat.max()) > num_experts:
-        raise _bad_ids(num_experts)
+        raise bad_ids(num_experts)
     unused, *counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
     # stable: tokens stay in ascending order within an expert, so that sums are taken in the same order every time
     slots_R = torch.sort(flat, stable=True).indices[unused:]
@@ -82,12 +101,11 @@ def make_plan(experts_NK: Tensor, num_experts: int) -> Plan:
     return Plan(offsets, slots_R // experts_NK.shape[1], slots_R)
 
 
-class _Block(NamedTuple):
-    """One expert within a group: its pairs (rows of the group) and its neurons (rows of up, columns of down)."""
+class Block(NamedTuple):
+    """One expert within a group, and its pairs: rows of the group."""
 
     expert: int
     rows: slice
-    neurons: slice
 
 
 # Elementwise work and gathers are done for several experts at a time, GEMMs for one. Below some hundreds of rows a
@@ -95,7 +113,7 @@ class _Block(NamedTuple):
 _GROUP_ROWS = 1024
 
 
-def _groups(offsets: list[int], neurons: int) -> Iterator[tuple[slice, list[_Block]]]:
+def groups(offsets: list[int]) -> Iterator[tuple[slice, list[Block]]]:
     """Runs of chosen experts with about `_GROUP_ROWS` pairs together. Experts without pairs are not mentioned."""
     start, blocks = 0, []
     for e in range(len(offsets) - 1):
@@ -105,23 +123,24 @@ def _groups(offsets: list[int], neurons: int) -> Iterator[tuple[slice, list[_Blo
         if blocks and high - start > _GROUP_ROWS:
             yield slice(start, low), blocks
             start, blocks = low, []
-        blocks.append(_Block(e, slice(low - start, high - start), slice(e * neurons, (e + 1) * neurons)))
+        blocks.append(Block(e, slice(low - start, high - start)))
     if blocks:
         yield slice(start, offsets[-1]), blocks
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over experts are taken: K roundings to bf16 would cost log2(K) / 2 bits."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _project(x_GD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, blocks: list[_Block], out_GS: Tensor) -> None:
-    for _, rows, neurons in blocks:
-        weight_DS = weight_FD[neurons].t()
-        if bias_F is None:
+def project(x_GD: Tensor, weight_ESD: Tensor, bias_ES: Tensor | None, blocks: list[Block], out_GS: Tensor) -> None:
+    """out = x W_e^T + b_e for the rows of each expert of one group."""
+    for e, rows in blocks:
+        weight_DS = weight_ESD[e].t()
+        if bias_ES is None:
             torch.mm(x_GD[rows], weight_DS, out=out_GS[rows])
         else:
-            torch.addmm(bias_F[neurons], x_GD[rows], weight_DS, out=out_GS[rows])
+            torch.addmm(bias_ES[e], x_GD[rows], weight_DS, out=out_GS[rows])
 
 
 def _hidden(act: Activation, up_GS: Tensor, gate_GS: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -131,43 +150,48 @@ def _hidden(act: Activation, up_GS: Tensor, gate_GS: Tensor | None, wide: torch.
     return act.forward(gate_GS.to(wide)).mul_(up_GS.to(wide))
 
 
-def _forward(x_ND, plan, up_FD, down_DF, gate_FD, up_bias_F, gate_bias_F, down_bias_D, weights_R1, act, keep):
+def _forward(x_ND, plan, up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_R1, act, keep):
     """y, and the pre-activations (up_RS, gate_RS) if `keep`, else (None, None)."""
-    (N, D), E = x_ND.shape, len(plan.offsets) - 1
-    S, wide = up_FD.shape[0] // E, _wide(x_ND.dtype)
+    (N, D), S, wide = x_ND.shape, up_ESD.shape[1], wide_dtype(x_ND.dtype)
     y_ND = x_ND.new_zeros(N, D, dtype=wide)
     up_RS = x_ND.new_empty(plan.tokens_R.numel(), S) if keep else None
-    gate_RS = x_ND.new_empty(plan.tokens_R.numel(), S) if keep and gate_FD is not None else None
-    for pairs, blocks in _groups(plan.offsets, S):
+    gate_RS = x_ND.new_empty(plan.tokens_R.numel(), S) if keep and gate_ESD is not None else None
+    for pairs, blocks in groups(plan.offsets):
         tokens_G = plan.tokens_R[pairs]
         x_GD = x_ND.index_select(0, tokens_G)
         up_GS = up_RS[pairs] if keep else x_ND.new_empty(len(tokens_G), S)
-        _project(x_GD, up_FD, up_bias_F, blocks, up_GS)
+        project(x_GD, up_ESD, up_bias_ES, blocks, up_GS)
         gate_GS = None
-        if gate_FD is not None:
+        if gate_ESD is not None:
             gate_GS = gate_RS[pairs] if keep else torch.empty_like(up_GS)
-            _project(x_GD, gate_FD, gate_bias_F, blocks, gate_GS)
+            project(x_GD, gate_ESD, gate_bias_ES, blocks, gate_GS)
         h_GS = _hidden(act, up_GS, gate_GS, wide)
         if weights_R1 is not None:
             h_GS = h_GS * weights_R1[pairs]
         h_GS = h_GS.to(x_ND.dtype)
-        for _, rows, neurons in blocks:
+        for e, rows in blocks:
             # Tokens are distinct within an expert: no two rows of one index_add_ meet, so the order is fixed.
-            part_nD = torch.mm(h_GS[rows], down_DF[:, neurons].t(), out=x_GD[rows])
+            part_nD = torch.mm(h_GS[rows], down_EDS[e].t(), out=x_GD[rows])
             y_ND.index_add_(0, tokens_G[rows], part_nD.to(wide))
     if down_bias_D is not None:
         y_ND += down_bias_D
     return y_ND.to(x_ND.dtype), up_RS, gate_RS
 
 
-def _empty_grad(weight: Tensor, dim: int, offsets: list[int]) -> Tensor:
-    """A gradient whose blocks of unchosen experts are zero; the others are about to be written by a GEMM."""
+def empty_grad(weight: Tensor, offsets: list[int]) -> Tensor:
+    """A gradient in the strides of `weight` (E, ...), zero where nobody chose; GEMMs write the other blocks."""
     grad = torch.empty_like(weight)
-    per_expert = grad.unflatten(dim, (len(offsets) - 1, -1))
     for e in range(len(offsets) - 1):
         if offsets[e] == offsets[e + 1]:
-            per_expert.select(dim, e).zero_()
+            grad[e].zero_()
     return grad
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Turns autocast off, at no cost where it is off: entering the context takes 3 us, a tenth of a small layer."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -178,7 +202,7 @@ class _ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, plan, up, down, gate, up_bias, gate_bias, down_bias, weights, act):
-        weights_R1 = _pair_weights(weights, plan, x.dtype)
+        weights_R1 = pair_weights(weights, plan, x.dtype)
         y, up_RS, gate_RS = _forward(x, plan, up, down, gate, up_bias, gate_bias, down_bias, weights_R1, act, True)
         ctx.save_for_backward(x, up, down, gate, weights, up_RS, gate_RS, plan.tokens_R, plan.slots_R)
         ctx.offsets, ctx.act = plan.offsets, act
@@ -187,29 +211,29 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_ND):
-        with torch.autocast(dy_ND.device.type, enabled=False):
+        with without_autocast(dy_ND.device.type):
             return _backward(ctx, dy_ND)
 
 
 def _backward(ctx, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-    x_ND, up_FD, down_DF, gate_FD, weights_NK, up_RS, gate_RS, tokens_R, slots_R = ctx.saved_tensors
+    x_ND, up_ESD, down_EDS, gate_ESD, weights_NK, up_RS, gate_RS, tokens_R, slots_R = ctx.saved_tensors
     need_x, _, need_up, need_down, need_gate, need_bu, need_bg, need_bd, need_w, _ = ctx.needs_input_grad
-    act, offsets, dtype, wide = ctx.act, ctx.offsets, x_ND.dtype, _wide(x_ND.dtype)
+    act, offsets, dtype, wide = ctx.act, ctx.offsets, x_ND.dtype, wide_dtype(x_ND.dtype)
     S = up_RS.shape[1]
-    weights_R1 = _pair_weights(weights_NK, Plan(offsets, tokens_R, slots_R), dtype)
+    weights_R1 = pair_weights(weights_NK, Plan(offsets, tokens_R, slots_R), dtype)
 
     dx_ND = torch.zeros_like(x_ND, dtype=wide, memory_format=torch.contiguous_format) if need_x else None
-    dup_FD = _empty_grad(up_FD, 0, offsets) if need_up else None
-    dgate_FD = _empty_grad(gate_FD, 0, offsets) if need_gate else None
-    ddown_DF = _empty_grad(down_DF, 1, offsets) if need_down else None
-    dbu_F = x_ND.new_zeros(up_FD.shape[0]) if need_bu else None
-    dbg_F = x_ND.new_zeros(up_FD.shape[0]) if need_bg else None
+    dup_ESD = empty_grad(up_ESD, offsets) if need_up else None
+    dgate_ESD = empty_grad(gate_ESD, offsets) if need_gate else None
+    ddown_EDS = empty_grad(down_EDS, offsets) if need_down else None
+    dbu_ES = x_ND.new_zeros(up_ESD.shape[:2]) if need_bu else None
+    dbg_ES = x_ND.new_zeros(up_ESD.shape[:2]) if need_bg else None
     dbd_D = dy_ND.sum(0, dtype=wide).to(dtype) if need_bd else None
     dweights_NK = torch.zeros_like(weights_NK, memory_format=torch.contiguous_format) if need_w else None
     need_up_side, need_gate_side = need_up or need_bu, need_gate or need_bg
     need_hidden = need_x or need_up_side or need_gate_side or need_w
 
-    for pairs, blocks in _groups(offsets, S) if need_hidden or need_down else ():
+    for pairs, blocks in groups(offsets) if need_hidden or need_down else ():
         tokens_G = tokens_R[pairs]
         w_G1 = None if weights_R1 is None else weights_R1[pairs]
         up_GS = up_RS[pairs].to(wide)
@@ -220,14 +244,14 @@ def _backward(ctx, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
             h_GS = _hidden(act, up_GS, gate_GS, wide)
         if need_down:
             hw_GS = (h_GS if w_G1 is None else h_GS * w_G1).to(dtype)
-            for _, rows, neurons in blocks:
-                torch.mm(dy_GD[rows].t(), hw_GS[rows], out=ddown_DF[:, neurons])
+            for e, rows in blocks:
+                torch.mm(dy_GD[rows].t(), hw_GS[rows], out=ddown_EDS[e])
         if not need_hidden:
             continue
 
         dh_GS = x_ND.new_empty(len(tokens_G), S)
-        for _, rows, neurons in blocks:
-            torch.mm(dy_GD[rows], down_DF[:, neurons], out=dh_GS[rows])
+        for e, rows in blocks:
+            torch.mm(dy_GD[rows], down_EDS[e], out=dh_GS[rows])
         dh_GS = dh_GS.to(wide)
         if need_w:
             dweights_NK.view(-1)[slots_R[pairs]] = (dh_GS * h_GS).sum(1).to(weights_NK.dtype)
@@ -240,21 +264,21 @@ def _backward(ctx, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
             dgate_GS = act.backward(dh_GS * up_GS, gate_GS).to(dtype)
 
         x_GD = x_ND.index_select(0, tokens_G) if need_up or need_gate else None
-        for grad_GS, grad_FD, grad_F in ((dup_GS, dup_FD, dbu_F), (dgate_GS, dgate_FD, dbg_F)):
-            for _, rows, neurons in blocks:
-                if grad_FD is not None:
-                    torch.mm(grad_GS[rows].t(), x_GD[rows], out=grad_FD[neurons])
-                if grad_F is not None:
-                    torch.sum(grad_GS[rows], 0, out=grad_F[neurons])
+        for grad_GS, grad_ESD, grad_ES in ((dup_GS, dup_ESD, dbu_ES), (dgate_GS, dgate_ESD, dbg_ES)):
+            for e, rows in blocks:
+                if grad_ESD is not None:
+                    torch.mm(grad_GS[rows].t(), x_GD[rows], out=grad_ESD[e])
+                if grad_ES is not None:
+                    torch.sum(grad_GS[rows], 0, out=grad_ES[e])
         if need_x:
-            for _, rows, neurons in blocks:
-                part_nD = torch.mm(dup_GS[rows], up_FD[neurons], out=dy_GD[rows])  # dy_GD has been used up
+            for e, rows in blocks:
+                part_nD = torch.mm(dup_GS[rows], up_ESD[e], out=dy_GD[rows])  # dy_GD has been used up
                 if dgate_GS is not None:
-                    part_nD.addmm_(dgate_GS[rows], gate_FD[neurons])
+                    part_nD.addmm_(dgate_GS[rows], gate_ESD[e])
                 dx_ND.index_add_(0, tokens_G[rows], part_nD.to(wide))
 
     dx_ND = dx_ND.to(dtype) if need_x else None
-    return dx_ND, None, dup_FD, ddown_DF, dgate_FD, dbu_F, dbg_F, dbd_D, dweights_NK, None
+    return dx_ND, None, dup_ESD, ddown_EDS, dgate_ESD, dbu_ES, dbg_ES, dbd_D, dweights_NK, None
 
 
 # Where `_forward_few` beats a GEMM an expert. Milliseconds few / grouped; AMD Zen 4 with AVX-512, torch 2.13, 1 thread
@@ -269,9 +293,7 @@ _FEW_TOKENS = 16
 _FEW_BLOCK_BYTES = 512 * 1024
 
 
-def _forward_few(
-    x_ND, experts_NK, num_experts, up_FD, down_DF, gate_FD, up_bias_F, gate_bias_F, down_bias_D, weights_NK, act
-):
+def _forward_few(x_ND, experts_NK, up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_NK, act):
     """A handful of tokens and small experts: gather the U experts that somebody chose, then three dense GEMMs.
 
     With few rows a GEMM an expert is all call overhead. A token's hidden values in experts chosen by others alone
@@ -280,9 +302,9 @@ def _forward_few(
     ids_U, index_NK = torch.unique(experts_NK, return_inverse=True)
     unused = int(ids_U.numel() > 0 and ids_U[0] == -1)
     ids_U = ids_U[unused:]
-    U, S, wide = ids_U.numel(), up_FD.shape[0] // num_experts, _wide(x_ND.dtype)
-    if U and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= num_experts):
-        raise _bad_ids(num_experts)
+    U, (E, S, _), wide = ids_U.numel(), up_ESD.shape, wide_dtype(x_ND.dtype)
+    if U and (int(ids_U[0]) < 0 or int(ids_U[-1]) >= E):
+        raise bad_ids(E)
     column_NK = index_NK + (1 - unused)  # column 0 takes the unused slots and is then dropped
     zeros = x_ND.new_zeros(x_ND.shape[0], U + 1, 1, dtype=wide)
     value = 1.0 if weights_NK is None else weights_NK.to(wide).unsqueeze(-1)
@@ -290,22 +312,53 @@ def _forward_few(
     chosen_NU1 = zeros.bool().scatter(1, column_NK.unsqueeze(-1), True)[:, 1:]
 
     def gather(weight: Tensor | None, dim: int) -> Tensor | None:
-        if weight is None or num_experts == U:
-            return weight
-        return weight.unflatten(dim, (num_experts, -1)).index_select(dim, ids_U).flatten(dim, dim + 1)
+        """The chosen experts along `dim`, and that dimension joined with the next: U * S rows or columns."""
+        if weight is None:
+            return None
+        chosen = weight if E == U else weight.index_select(dim, ids_U)
+        return chosen.flatten(dim, dim + 1)
 
     linear = torch.nn.functional.linear
-    up = linear(x_ND, gather(up_FD, 0), gather(up_bias_F, 0))
-    gate = None if gate_FD is None else linear(x_ND, gather(gate_FD, 0), gather(gate_bias_F, 0))
+    up = linear(x_ND, gather(up_ESD, 0), gather(up_bias_ES, 0))
+    gate = None if gate_ESD is None else linear(x_ND, gather(gate_ESD, 0), gather(gate_bias_ES, 0))
     h_NUS = _hidden(act, up, gate, wide).unflatten(1, (U, S)) * scale_NU1
     h_NUS = h_NUS.masked_fill_(~chosen_NU1, 0.0)  # not left to the zero in scale: 0 * inf is NaN
-    return linear(h_NUS.flatten(1).to(x_ND.dtype), gather(down_DF, 1), down_bias_D)
+    return linear(h_NUS.flatten(1).to(x_ND.dtype), gather(down_EDS.transpose(0, 1), 1), down_bias_D)
 
 
-def _pair_weights(weights_NK: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor | None:
+def pair_weights(weights_NK: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor | None:
+    """The routing weight of each pair, (R, 1), in the wide dtype."""
     if weights_NK is None:
         return None
-    return weights_NK.reshape(-1).index_select(0, plan.slots_R).to(_wide(dtype)).unsqueeze(1)
+    return weights_NK.reshape(-1).index_select(0, plan.slots_R).to(wide_dtype(dtype)).unsqueeze(1)
+
+
+def stacked_ffn(
+    x_ND: Tensor,
+    experts_NK: Tensor,
+    up_ESD: Tensor,
+    down_EDS: Tensor,
+    *,
+    gate_ESD: Tensor | None = None,
+    up_bias_ES: Tensor | None = None,
+    gate_bias_ES: Tensor | None = None,
+    down_bias_D: Tensor | None = None,
+    activation: str = "silu",
+    weights_NK: Tensor | None = None,
+) -> Tensor:
+    """`expert_ffn` on stacked weights: expert e is up_ESD[e], gate_ESD[e], down_EDS[e]. Views of any strides."""
+    act = get_activation(activation)
+    inputs = (up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_NK)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_ND, *inputs))
+    E, S, D = up_ESD.shape
+    with without_autocast(x_ND.device.type):
+        if not needs_grad and x_ND.shape[0] <= _FEW_TOKENS and S * D * up_ESD.element_size() <= _FEW_BLOCK_BYTES:
+            return _forward_few(x_ND, experts_NK, *inputs, act)
+        plan = make_plan(experts_NK, E)
+        if needs_grad:
+            return _ExpertFFN.apply(x_ND, plan, *inputs, act)
+        weights_R1 = pair_weights(weights_NK, plan, x_ND.dtype)
+        return _forward(x_ND, plan, *inputs[:-1], weights_R1, act, keep=False)[0]
 
 
 def expert_ffn(
@@ -314,7 +367,7 @@ def expert_ffn(
     up_FD: Tensor,
     down_DF: Tensor,
     *,
-    num_experts: int,
+    num_experts: int | None = None,
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
     gate_bias_F: Tensor | None = None,
@@ -329,18 +382,25 @@ def expert_ffn(
     within a row, -1 where a slot is unused; weights are 1 where `weights_NK` is None. Any strides are accepted, and
     no weight is copied whole. Raises ValueError for an unknown activation or expert id.
 
+    Weights may also come stacked, up and gate (E, S, D), down (E, D, S), biases (E, S); `num_experts` is needed only
+    if they do not.
+
     Sums over experts are taken in fp32 if x is bf16 or fp16. Calls that need no gradient may take another path for
     few tokens, and so differ in the last bits from calls that do. Two equal calls give equal bits.
     """
-    act = get_activation(activation)
-    inputs = (up_FD, down_DF, gate_FD, up_bias_F, gate_bias_F, down_bias_D, weights_NK)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_ND, *inputs))
-    block_bytes = up_FD.numel() // num_experts * up_FD.element_size()
-    with torch.autocast(x_ND.device.type, enabled=False):
-        if not needs_grad and x_ND.shape[0] <= _FEW_TOKENS and block_bytes <= _FEW_BLOCK_BYTES:
-            return _forward_few(x_ND, experts_NK, num_experts, *inputs, act)
-        plan = make_plan(experts_NK, num_experts)
-        if needs_grad:
-            return _ExpertFFN.apply(x_ND, plan, *inputs, act)
-        weights_R1 = _pair_weights(weights_NK, plan, x_ND.dtype)
-        return _forward(x_ND, plan, *inputs[:-1], weights_R1, act, keep=False)[0]
+    up, down, gate, up_bias, gate_bias = up_FD, down_DF, gate_FD, up_bias_F, gate_bias_F
+    if up.dim() == 2:
+        up, gate, up_bias, gate_bias = (stack_rows(t, num_experts) for t in (up, gate, up_bias, gate_bias))
+        down = stack_columns(down, num_experts)
+    return stacked_ffn(
+        x_ND,
+        experts_NK,
+        up,
+        down,
+        gate_ESD=gate,
+        up_bias_ES=up_bias,
+        gate_bias_ES=gate_bias,
+        down_bias_D=down_bias_D,
+        activation=activation,
+        weights_NK=weights_NK,
+    )

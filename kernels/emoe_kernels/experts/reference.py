@@ -1,6 +1,6 @@
 """Sparse expert FFN, the equation: compute every expert, then multiply what was not chosen by zero.
 
-Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons per expert, K experts chosen per token.
+Legend: N tokens, D model width, E experts, S neurons per expert, F = E * S hidden width, K experts chosen per token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from .portable import get_activation
 def expert_ffn(
     x_ND: Tensor,
     experts_NK: Tensor,
-    up_FD: Tensor,
-    down_DF: Tensor,
+    up_ESD: Tensor,
+    down_EDS: Tensor,
     *,
-    num_experts: int,
-    gate_FD: Tensor | None = None,
-    up_bias_F: Tensor | None = None,
-    gate_bias_F: Tensor | None = None,
+    gate_ESD: Tensor | None = None,
+    up_bias_ES: Tensor | None = None,
+    gate_bias_ES: Tensor | None = None,
     down_bias_D: Tensor | None = None,
     activation: str = "silu",
     weights_NK: Tensor | None = None,
@@ -32,14 +31,20 @@ def expert_ffn(
     in the sparse implementations.
     """
     act = get_activation(activation).forward
+    E, S, _ = up_ESD.shape
     with torch.autocast(x_ND.device.type, enabled=False):
-        up_NF = linear(x_ND, up_FD, up_bias_F)
-        h_NF = act(up_NF) if gate_FD is None else act(linear(x_ND, gate_FD, gate_bias_F)) * up_NF
+
+        def project(weight_ESD, bias_ES):
+            return linear(x_ND, weight_ESD.flatten(0, 1), None if bias_ES is None else bias_ES.flatten())
+
+        up_NF = project(up_ESD, up_bias_ES)
+        h_NF = act(up_NF) if gate_ESD is None else act(project(gate_ESD, gate_bias_ES)) * up_NF
 
         # -1 equals no expert, so an unused slot adds nothing
-        chosen_NKE = experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=x_ND.device)
+        chosen_NKE = experts_NK.unsqueeze(-1) == torch.arange(E, device=x_ND.device)
         weights_NK1 = 1.0 if weights_NK is None else weights_NK.unsqueeze(-1)
         mask_NE = (chosen_NKE * weights_NK1).sum(1)
-        mask_NF = mask_NE.repeat_interleave(up_FD.shape[0] // num_experts, dim=1)
+        mask_NF = mask_NE.repeat_interleave(S, dim=1)
 
+        down_DF = down_EDS.transpose(0, 1).flatten(1)
         return linear((h_NF * mask_NF).to(x_ND.dtype), down_DF, down_bias_D)

@@ -1,0 +1,125 @@
+"""`emoe doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from emoe.cli.options import Json
+from emoe.errors import UserError
+
+
+def doctor(
+    build: Annotated[bool, typer.Option("--build", help="Compile the C++ kernels now, not on first use.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Say which sparse kernels will run on this machine, and why."""
+    from emoe_kernels import dispatch, extension
+
+    try:
+        dispatch.requested()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if build and not extension.load():
+        raise UserError(f"--build: {extension.status().detail}")
+    found = examine()
+    if json_output:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+
+
+def examine() -> dict[str, Any]:
+    """What this machine has and what runs on each of its devices. Compiles nothing."""
+    import torch
+
+    import emoe
+    from emoe_kernels import dispatch, extension
+
+    status, features = extension.status(), extension.features()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(f"cuda:{i}" for i in range(len(gpus)))]
+    return {
+        "devices": [{"device": device, **_what_runs(device.split(":")[0])} for device in devices],
+        "EMOE_KERNELS": os.environ.get(dispatch.ENVIRONMENT_VARIABLE),
+        "versions": {
+            "emoe": emoe.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "transformers", "triton")},
+        },
+        "cpu": {
+            "name": _processor(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "avx512_bf16": "avx512_bf16" in features,
+            "amx_bf16": "amx_bf16" in features,
+        },
+        "extension": {
+            "available": status.available,
+            "detail": status.detail,
+            "path": str(status.path) if status.path else None,
+            "compiler": extension.compiler(),
+        },
+        "gpus": [
+            {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory}
+            for gpu in gpus
+        ],
+    }
+
+
+def _what_runs(device_type: str) -> dict[str, str | None]:
+    from emoe_kernels.dispatch import explain
+
+    try:
+        name, reason = explain(device_type)
+    except (ValueError, RuntimeError) as error:  # asked for by name, and not to be had here
+        name, reason = None, str(error)
+    return {"implementation": name, "reason": reason}
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere the architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from emoe.runtime import format_bytes
+
+    table = Table()
+    for heading in ("device", "kernels", "why"):
+        table.add_column(heading)
+    for row in found["devices"]:
+        table.add_row(row["device"], row["implementation"] or "none", row["reason"])
+    Console().print(table)
+
+    cpu, extension = found["cpu"], found["extension"]
+    asked = found["EMOE_KERNELS"]
+    print("EMOE_KERNELS: " + (f"{asked}" if asked else "not set; the fastest that runs here is taken"))
+    print("versions:     " + ", ".join(f"{k} {v or 'not installed'}" for k, v in found["versions"].items()))
+    extras = [flag for flag in ("avx512_bf16", "amx_bf16") if cpu[flag]]
+    print(f"processor:    {cpu['name']}; {cpu['threads']} threads")
+    print("instructions: " + ", ".join([cpu["capability"], *extras]))
+    print(f"compiler:     {extension['compiler'] or 'none'}")
+    print(f"C++ kernels:  {extension['detail']}" + (f" ({extension['path']})" if extension["path"] else ""))
+    gpus = [f"{gpu['name']} ({gpu['capability']}, {format_bytes(gpu['memory_bytes'])})" for gpu in found["gpus"]]
+    print("GPUs:         " + (", ".join(gpus) or "none"))

@@ -1,0 +1,300 @@
+// The backward pass: three sweeps, each dividing its results among the threads so that no two write the same place.
+//
+//   1. per (expert, up to 256 of its pairs): dh = dy Wd, then with the saved pre-activations, elementwise: h again,
+//      the gradients du, dg of the pre-activations and of the routing weights.
+//   2. per chunk of columns of x: dx = du Wu + dg Wg for every expert in turn, added to an accumulator (N, chunk).
+//   3. per (expert, chunk of columns): dWu = du^T x, dWg = dg^T x, dWd^T = h^T dy, written straight into the gradients.
+// The weights are right operands here: fp32 blocks are copied, bf16 rows interleaved, an expert's share at a time.
+#include "passes.h"
+
+namespace emoe {
+
+namespace {
+
+constexpr int64_t kRows = 64;         // pairs in one GEMM
+constexpr int64_t kGroup = 256;       // pairs for which an expert's share of down is packed once
+constexpr int64_t kDepth = 512;       // columns of dy, rows of the packed share of down
+constexpr int64_t kPairDepth = 256;   // pairs summed in one GEMM of sweep 3
+
+// What sweep 1 leaves for the other two.
+template <typename T>
+struct Hidden {
+  T* du;  // (R, S), R padded by kRows rows that nobody wrote and nobody uses
+  T* dg;
+  T* duT;  // per expert (S, padded pairs), starting at columns[e] * S; padding is zero
+  T* dgT;
+  T* hT;  // weighted
+  std::vector<int64_t> columns;
+
+  int64_t padded(int64_t e) const { return columns[e + 1] - columns[e]; }
+};
+
+struct Group {
+  int64_t expert, first, count;
+};
+
+template <Activation A, typename T>
+void hidden_gradients(const Call<T>& c, const Plan& plan, const Group& group, const float* dh, int64_t padded,
+                      const T* up_pre, const T* gate_pre, const Hidden<T>& out, float* dweights) {
+  const int64_t S = c.S, e = group.expert, ldT = out.padded(e);
+  const int64_t column = out.columns[e] * S + group.first - plan.offsets[e];
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const int64_t live = std::clamp<int64_t>(group.count - i, 0, kLanes);
+    alignas(64) float dots[16] = {};
+    for (int64_t s = 0; s < S; s += kLanes) {
+      const __mmask16 lanes = first_lanes(S - s);
+      __m512 du[16], dg[16], h[16];
+      for (int64_t j = 0; j < kLanes; j++) {
+        du[j] = dg[j] = h[j] = _mm512_setzero_ps();
+        if (j >= live) continue;
+        const int64_t p = group.first + i + j;
+        const float weight = c.weights ? c.weights[plan.slots[p]] : 1.f;
+        const Vec grad(load(dh + (i + j) * S + s, lanes)), up(load(up_pre + p * S + s, lanes));
+        const Vec scaled = grad * Vec(weight);
+        Vec value;
+        if (c.gate.data) {
+          const Vec gate(load(gate_pre + p * S + s, lanes));
+          const Vec active = activate<A>(gate);
+          value = active * up;
+          du[j] = active * scaled;
+          dg[j] = derivative<A>(gate) * up * scaled;
+          if (out.dg) store(out.dg + p * S + s, dg[j], lanes);
+        } else {
+          value = activate<A>(up);
+          du[j] = derivative<A>(up) * scaled;
+        }
+        if (out.du) store(out.du + p * S + s, du[j], lanes);
+        if (dweights) dots[j] += _mm512_mask_reduce_add_ps(lanes, grad * value);
+        h[j] = value * Vec(weight);
+      }
+      const int64_t rows = std::min(kLanes, S - s);
+      const auto store_columns = [&](T* to, __m512 block[16]) {
+        if (!to) return;
+        transpose_16x16(block);
+        for (int64_t r = 0; r < rows; r++) store(to + column + (s + r) * ldT + i, block[r]);
+      };
+      store_columns(out.duT, du);
+      store_columns(out.dgT, dg);
+      store_columns(out.hT, h);
+    }
+    for (int64_t j = 0; dweights && j < live; j++) dweights[plan.slots[group.first + i + j]] = dots[j];
+  }
+}
+
+// Row pointers, for the packing functions.
+template <typename T>
+const T** row_pointers(Scratch& scratch, const T* base, int64_t stride, int64_t count) {
+  const T** rows = scratch.get<const T*>(count);
+  for (int64_t i = 0; i < count; i++) rows[i] = base + i * stride;
+  return rows;
+}
+
+template <Activation A, typename T>
+void sweep_hidden(const Call<T>& c, const Plan& plan, const Group& group, const T* dy, const T* up_pre,
+                  const T* gate_pre, const Hidden<T>& out, float* dweights) {
+  thread_local Scratch sums, gathered, packed, pointers, copy;
+  const int64_t S = c.S, D = c.D, padded = round_up(group.count, kLanes);
+  float* dh = sums.get<float>(padded * S);
+  T* rows = gathered.get<T>(padded * kDepth);
+  for (int64_t d = 0; d < D; d += kDepth) {
+    const int64_t depth = std::min(kDepth, D - d);
+    const Block<T> w(c.down, group.expert, d, depth, 0, S, copy);
+    T* down = packed.get<T>(depth * S);
+    pack_rows(row_pointers(pointers, w.data, w.ld, depth), depth, depth, S, down);
+    for (int64_t i = 0; i < padded; i++) {
+      if (i < group.count) {
+        std::memcpy(rows + i * depth, dy + plan.tokens[group.first + i] * D + d, depth * sizeof(T));
+      } else {
+        std::memset(rows + i * depth, 0, depth * sizeof(T));
+      }
+    }
+    for (int64_t i = 0; i < padded; i += kRows) {
+      const int64_t m = std::min(kRows, padded - i);
+      gemm<T>(m, S, depth, rows + i * depth, depth, down, S, dh + i * S, S, d > 0);
+    }
+  }
+  hidden_gradients<A>(c, plan, group, dh, padded, up_pre, gate_pre, out, dweights);
+}
+
+template <typename T>
+void sweep_input(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, int64_t d, int64_t width, T* dx) {
+  thread_local Scratch accumulator, part, packed_up, packed_gate, pointers, copy;
+  const int64_t S = c.S;
+  float* sums = accumulator.get<float>(c.N * width);
+  std::memset(sums, 0, c.N * width * sizeof(float));
+  float* product = part.get<float>(kRows * width);
+  const auto pack = [&](const Weight<T>& weight, int64_t e, Scratch& scratch) {
+    const Block<T> w(weight, e, 0, S, d, width, copy);
+    T* packed = scratch.get<T>(S * width);
+    pack_rows(row_pointers(pointers, w.data, w.ld, S), S, S, width, packed);
+    return packed;
+  };
+  for (const int64_t e : plan.chosen) {
+    const T* up = pack(c.up, e, packed_up);
+    const T* gate = c.gate.data ? pack(c.gate, e, packed_gate) : nullptr;
+    for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; p += kRows) {
+      const int64_t count = std::min(kRows, plan.offsets[e + 1] - p), m = round_up(count, kLanes);
+      gemm<T>(m, width, S, hidden.du + p * S, S, up, width, product, width, false);
+      if (gate) gemm<T>(m, width, S, hidden.dg + p * S, S, gate, width, product, width, true);
+      add_rows(product, width, width, plan.tokens.data() + p, count, sums);
+    }
+  }
+  write_columns(sums, c.N, width, dx, c.D, d);
+}
+
+// value (S, width) -> rows 0 .. S - 1 and columns d .. of a gradient (S, D) with any strides.
+template <typename T>
+void write_block(const float* value, int64_t S, int64_t width, T* to, int64_t row, int64_t col) {
+  if (col == 1) {
+    for (int64_t s = 0; s < S; s++) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const __mmask16 lanes = first_lanes(width - j);
+        store(to + s * row + j, load(value + s * width + j, lanes), lanes);
+      }
+    }
+  } else if (row == 1) {
+    store_transposed(value, width, S, width, to, col);
+  } else {
+    for (int64_t s = 0; s < S; s++) {
+      for (int64_t j = 0; j < width; j++) to[s * row + j * col] = static_cast<T>(value[s * width + j]);
+    }
+  }
+}
+
+template <typename T>
+void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, const T* dy, int64_t e, int64_t d,
+                   int64_t width, const Gradients<T>& grads) {
+  thread_local Scratch sums, packed, pointers;
+  const int64_t S = c.S, first = plan.offsets[e], n = plan.offsets[e + 1] - first, ldT = hidden.padded(e);
+  float* up = sums.get<float>(3 * S * width);
+  float *gate = up + S * width, *down = gate + S * width;
+  T* operand = packed.get<T>(kPairDepth * width);
+  const T** rows = pointers.get<const T*>(kPairDepth);
+
+  const auto pack = [&](const T* from, int64_t stride, int64_t p, int64_t depth) {
+    const int64_t count = std::min(depth, n - p);
+    for (int64_t i = 0; i < count; i++) rows[i] = from + plan.tokens[first + p + i] * stride + d;
+    pack_rows(rows, count, depth, width, operand);
+  };
+  const auto add = [&](const T* left, float* sum, int64_t p, int64_t depth) {
+    gemm<T>(S, width, depth, left + hidden.columns[e] * S + p, ldT, operand, width, sum, width, p > 0);
+  };
+  // Depths are powers of two: a GEMM is generated per shape, and an expert's number of pairs is new at every step.
+  for (int64_t p = 0, depth = kPairDepth; p < ldT; p += depth) {
+    while (depth > ldT - p) depth /= 2;
+    if (hidden.duT || hidden.dgT) {
+      pack(c.x, c.x_row, p, depth);
+      if (grads.up.data) add(hidden.duT, up, p, depth);
+      if (grads.gate.data) add(hidden.dgT, gate, p, depth);
+    }
+    if (grads.down.data) {
+      pack(dy, c.D, p, depth);
+      add(hidden.hT, down, p, depth);
+    }
+  }
+  if (grads.up.data) write_block(up, S, width, grads.up.at(e, 0, d), grads.up.row, grads.up.col);
+  if (grads.gate.data) write_block(gate, S, width, grads.gate.at(e, 0, d), grads.gate.row, grads.gate.col);
+  if (grads.down.data) write_block(down, S, width, grads.down.at(e, d, 0), grads.down.col, grads.down.row);
+}
+
+// db[s] = sum of row s of (S, padded).
+template <typename T>
+void bias_gradient(const T* rows, int64_t S, int64_t padded, T* bias) {
+  for (int64_t s = 0; s < S; s++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < padded; i += kLanes) sum = _mm512_add_ps(sum, load(rows + s * padded + i));
+    bias[s] = static_cast<T>(_mm512_reduce_add_ps(sum));
+  }
+}
+
+// Rows r < rows of an expert that nobody chose.
+template <typename T>
+void zero_rows(const Weight<T>& gradient, int64_t e, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; gradient.data && r < rows; r++) {
+    T* to = gradient.at(e, r, 0);
+    if (gradient.col == 1) {
+      std::memset(to, 0, cols * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < cols; i++) to[i * gradient.col] = T(0);
+    }
+  }
+}
+
+template <typename T>
+void zero_unchosen(const Call<T>& c, const Plan& plan, const Gradients<T>& grads) {
+  parallel_dynamic(c.E, [&](int64_t e) {
+    if (plan.offsets[e] < plan.offsets[e + 1]) return;
+    zero_rows(grads.up, e, c.S, c.D);
+    zero_rows(grads.gate, e, c.S, c.D);
+    zero_rows(grads.down, e, c.D, c.S);
+    for (T* bias : {grads.up_bias, grads.gate_bias}) {
+      if (bias) std::fill_n(bias + e * c.S, c.S, T(0));
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void backward(const Call<T>& c, const Plan& plan, Activation activation, const T* dy, const T* up_pre,
+              const T* gate_pre, const Gradients<T>& grads) {
+  const int64_t S = c.S, D = c.D, E = c.E;
+  const bool gated = c.gate.data;
+  Hidden<T> hidden{};
+  hidden.columns.assign(E + 1, 0);
+  std::vector<Group> groups;
+  for (int64_t e = 0; e < E; e++) {
+    const int64_t n = plan.offsets[e + 1] - plan.offsets[e];
+    hidden.columns[e + 1] = hidden.columns[e] + round_up(n, kLanes);
+    for (int64_t i = 0; i < n; i += kGroup) groups.push_back({e, plan.offsets[e] + i, std::min(kGroup, n - i)});
+  }
+  std::vector<Tensor> memory;
+  const auto allocate = [&](bool wanted, int64_t rows) -> T* {
+    if (!wanted) return nullptr;
+    memory.push_back(empty_bytes(rows * S * int64_t(sizeof(T))));
+    return static_cast<T*>(memory.back().data_ptr());
+  };
+  hidden.du = allocate(grads.x, plan.pairs() + kRows);
+  hidden.dg = allocate(grads.x && gated, plan.pairs() + kRows);
+  hidden.duT = allocate(grads.up.data || grads.up_bias, hidden.columns[E]);
+  hidden.dgT = allocate(gated && (grads.gate.data || grads.gate_bias), hidden.columns[E]);
+  hidden.hT = allocate(grads.down.data, hidden.columns[E]);
+
+  with_activation(activation, [&](auto which) {
+    parallel_dynamic(groups.size(), [&](int64_t i) {
+      const GemmScope<T> scope;
+      sweep_hidden<which()>(c, plan, groups[i], dy, up_pre, gate_pre, hidden, grads.weights);
+    });
+  });
+  if (grads.x) {
+    const int64_t width = column_chunk(c.N, D);
+    parallel_dynamic((D + width - 1) / width, [&](int64_t i) {
+      const GemmScope<T> scope;
+      sweep_input(c, plan, hidden, i * width, std::min(width, D - i * width), grads.x);
+    });
+  }
+  if (grads.up.data || grads.gate.data || grads.down.data) {
+    constexpr int64_t width = 256;
+    const int64_t parts = (D + width - 1) / width;
+    parallel_dynamic(static_cast<int64_t>(plan.chosen.size()) * parts, [&](int64_t i) {
+      const GemmScope<T> scope;
+      const int64_t d = i % parts * width;
+      sweep_weights(c, plan, hidden, dy, plan.chosen[i / parts], d, std::min(width, D - d), grads);
+    });
+  }
+  if (int64_t(plan.chosen.size()) < E) zero_unchosen(c, plan, grads);
+  if (grads.up_bias || grads.gate_bias) {
+    parallel_dynamic(plan.chosen.size(), [&](int64_t i) {
+      const int64_t e = plan.chosen[i], at = hidden.columns[e] * S;
+      if (grads.up_bias) bias_gradient(hidden.duT + at, S, hidden.padded(e), grads.up_bias + e * S);
+      if (grads.gate_bias) bias_gradient(hidden.dgT + at, S, hidden.padded(e), grads.gate_bias + e * S);
+    });
+  }
+}
+
+template void backward(const Call<float>&, const Plan&, Activation, const float*, const float*, const float*,
+                       const Gradients<float>&);
+template void backward(const Call<BFloat16>&, const Plan&, Activation, const BFloat16*, const BFloat16*,
+                       const BFloat16*, const Gradients<BFloat16>&);
+
+}  // namespace emoe

@@ -1,0 +1,112 @@
+"""Sparse expert FFN on CPUs: the C++ kernels of csrc/ behind an autograd function.
+
+Legend: N tokens, D model width, E experts, S neurons per expert, K experts chosen per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import extension
+from .portable import ACTIVATIONS, get_activation
+
+if not extension.load():
+    raise ImportError(extension.status().detail)
+
+_ops = torch.ops.emoe_cpu
+_ACTIVATIONS = {name: index for index, name in enumerate(ACTIVATIONS)}
+"""Name → the value of `enum class Activation` in csrc/activations.h, which lists them in the same order."""
+
+
+def supports(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | None) -> str | None:
+    """None if `expert_ffn` takes these tensors, otherwise the reason."""
+    if x_ND.dtype == torch.float32:
+        return None
+    if x_ND.dtype != torch.bfloat16:
+        return f"the C++ kernels compute in float32 and bfloat16, not {str(x_ND.dtype).removeprefix('torch.')}"
+    S, D = up_ESD.shape[1:]
+    if S % 2 or D % 2:
+        return f"in bfloat16 the C++ kernels take pairs, and D={D} or S={S} is odd"
+    return None
+
+
+@torch.library.register_fake("emoe_cpu::forward")
+def _(x, experts, up, down, gate, up_bias, gate_bias, down_bias, weights, activation):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("emoe_cpu::forward_keep")
+def _(x, experts, up, down, gate, up_bias, gate_bias, down_bias, weights, activation):
+    pairs, S = experts.numel(), up.shape[1]
+    return x.new_empty(x.shape), x.new_empty(pairs, S), x.new_empty(0 if gate is None else pairs, S)
+
+
+@torch.library.register_fake("emoe_cpu::backward_into")
+def _(*_arguments):
+    return None
+
+
+class _ExpertFFN(torch.autograd.Function):
+    """Keeps x and the pre-activations (N * K rows of S values each), and recomputes the hidden values."""
+
+    @staticmethod
+    def forward(ctx, x, experts, up, down, gate, up_bias, gate_bias, down_bias, weights, activation):
+        y, up_pre, gate_pre = _ops.forward_keep(
+            x, experts, up, down, gate, up_bias, gate_bias, down_bias, weights, activation
+        )
+        ctx.save_for_backward(x, experts, up, down, gate, up_bias, gate_bias, weights, up_pre, gate_pre)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, experts, up, down, gate, up_bias, gate_bias, weights, up_pre, gate_pre = ctx.saved_tensors
+        need_x, _, need_up, need_down, need_gate, need_bu, need_bg, need_bd, need_w, _ = ctx.needs_input_grad
+
+        def empty(tensor: Tensor | None, needed: bool, memory_format=torch.preserve_format) -> Tensor | None:
+            return torch.empty_like(tensor, memory_format=memory_format) if needed else None
+
+        # The strides of the weights are kept, so that the way back from the stacked view to the dense layout is a view.
+        dx = empty(x, need_x, torch.contiguous_format)
+        dup, ddown, dgate = empty(up, need_up), empty(down, need_down), empty(gate, need_gate)
+        dup_bias = empty(up_bias, need_bu, torch.contiguous_format)
+        dgate_bias = empty(gate_bias, need_bg, torch.contiguous_format)
+        dweights = x.new_zeros(experts.shape, dtype=torch.float32) if need_w else None
+        _ops.backward_into(
+            dy, x, experts, up, down, gate, weights, up_pre, gate_pre, ctx.activation,
+            dx, dup, ddown, dgate, dup_bias, dgate_bias, dweights,
+        )  # fmt: skip
+        ddown_bias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if need_bd else None
+        if need_w:
+            dweights = dweights.to(weights.dtype)
+        return dx, None, dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias, dweights, None
+
+
+def expert_ffn(
+    x_ND: Tensor,
+    experts_NK: Tensor,
+    up_ESD: Tensor,
+    down_EDS: Tensor,
+    *,
+    gate_ESD: Tensor | None = None,
+    up_bias_ES: Tensor | None = None,
+    gate_bias_ES: Tensor | None = None,
+    down_bias_D: Tensor | None = None,
+    activation: str = "silu",
+    weights_NK: Tensor | None = None,
+) -> Tensor:
+    """What `emoe_kernels.experts.expert_ffn` computes, for tensors that `supports` has passed.
+
+    GEMMs and sums over experts accumulate in fp32; bf16 hidden values are rounded once, between the two GEMMs. Few
+    tokens an expert (8 or less on average, without gradients) take dot products instead of GEMMs, and so may differ in
+    the last bits. Equal calls give equal bits, with any number of threads.
+    """
+    get_activation(activation)
+    code = _ACTIVATIONS[activation]
+    tensors = (up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_NK)
+    if torch.is_grad_enabled() and (x_ND.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        return _ExpertFFN.apply(x_ND, experts_NK, *tensors, code)
+    return _ops.forward(x_ND, experts_NK, *tensors, code)

@@ -1,0 +1,171 @@
+"""The C++ kernels for CPUs (csrc/): compiled on first use, kept for later processes, and never a requirement.
+
+The library lies in ``$EMOE_KERNELS_CACHE``, by default ``~/.cache/emoe_kernels``, in a folder named after a digest of
+the sources, the torch release and the processor's features, so that a change of any of them compiles anew and a home
+directory may be shared by different machines.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "csrc"
+_LIBRARY = "emoe_cpu.so"
+_COMPILER_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-DCPU_CAPABILITY=AVX512",  # at::vec: vectors of 16 floats
+    "-DCPU_CAPABILITY_AVX512",
+    "-Wno-ignored-attributes",
+)
+_REQUIRED_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+_lock = threading.Lock()
+_loaded = False
+_failure: str | None = None
+
+
+class Status(NamedTuple):
+    """Whether the compiled kernels can be used."""
+
+    available: bool
+    """They are loaded, lie compiled on disk, or will be compiled on first use."""
+    detail: str
+    """One line: which of these, or why not."""
+    path: Path | None
+    """Where the library lies or will lie; None if this machine cannot have one."""
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """The processor's features as Linux names them ("avx512_bf16", "amx_bf16", ...); empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def compiler() -> str | None:
+    """The path of the C++ compiler, ``$CXX`` or c++, or None."""
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("EMOE_KERNELS_CACHE") or Path.home() / ".cache" / "emoe_kernels")
+
+
+@functools.cache
+def _digest() -> str:
+    digest = hashlib.sha256(repr((torch.__version__, _COMPILER_FLAGS, sorted(features()))).encode())
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _unsupported() -> str | None:
+    """Why no compiler could help, or None."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"the C++ kernels are written for x86-64 Linux, not {platform.machine()} {sys.platform}"
+    missing = [feature for feature in _REQUIRED_FEATURES if feature not in features()]
+    if missing:
+        return f"the C++ kernels need AVX-512; this processor lacks {', '.join(missing)}"
+    return None
+
+
+def status() -> Status:
+    """Whether the compiled kernels can be used, and why. Compiles and loads nothing."""
+    reason = _unsupported()
+    if reason:
+        return Status(False, reason, None)
+    path = _cache() / _digest() / _LIBRARY
+    if _loaded:
+        return Status(True, "the C++ kernels are loaded", path)
+    if _failure:
+        return Status(False, _failure, path)
+    if path.exists():
+        return Status(True, "the C++ kernels have been compiled", path)
+    if compiler() is None:
+        return Status(False, "the C++ kernels need a C++ compiler, once (on Debian: apt-get install g++)", path)
+    return Status(True, "the C++ kernels will be compiled on first use, in about half a minute", path)
+
+
+def load() -> bool:
+    """Make ``torch.ops.emoe_cpu`` available, compiling it if need be. False, after one warning, if that cannot be."""
+    global _loaded, _failure
+    with _lock:
+        if _loaded or _failure:
+            return _loaded
+        found = status()
+        _failure = None if found.available else found.detail
+        if not _failure:
+            try:
+                if not found.path.exists():
+                    _compile(found.path)
+                torch.ops.load_library(str(found.path))
+                _loaded = True
+            except Exception as error:  # compilers, ninja and the loader fail in their own ways
+                _failure = _explain(error, found.path)
+        if _failure:
+            logger.warning("%s; the sparse FFN runs in plain PyTorch, which is slower", _failure)
+        return _loaded
+
+
+def _explain(error: Exception, path: Path) -> str:
+    """One line, with the rest in a file beside the library if it can be written."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if len(lines) == 1:
+        return f"the C++ kernels could not be built: {lines[0]}"
+    log = path.parent / "build.log"
+    try:
+        log.write_text("\n".join(lines) + "\n")
+    except OSError:
+        return f"the C++ kernels could not be built: {lines[0]}"
+    return f"the C++ kernels could not be built; the compiler's output is in {log}"
+
+
+def _compile(path: Path) -> None:
+    """Compile beside `path`, then rename: an interrupted or concurrent build leaves nothing that could be loaded."""
+    from torch.utils import cpp_extension  # takes a second to import
+
+    try:
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+    except ImportError:
+        pass  # then torch looks for one on the PATH, and says so if there is none
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print("emoe_kernels: compiling the C++ kernels, once for this machine ...", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+        cpp_extension.load(
+            "emoe_cpu",
+            [str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
+            extra_cflags=list(_COMPILER_FLAGS),
+            extra_ldflags=["-fopenmp"],
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder) / _LIBRARY, path)
+    print(f"emoe_kernels: compiled in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    load()
+    print(status().detail)
