@@ -12,7 +12,7 @@ if [ "$(cat "$VENV/.emoe-installed" 2>/dev/null)" != "$WANTED $PWD" ]; then
     echo "emoe needs Python 3.10 or newer (on Debian: apt-get install python3 python3-venv)" >&2
     exit 2
   fi
-  echo "Installing into $VENV (first time only, about two minutes) ..." >&2
+  echo "Installing into $VENV (first time only, about three minutes) ..." >&2
   "$PYTHON" -m venv "$VENV" || {
     echo "cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2
     exit 2
@@ -21,7 +21,8 @@ if [ "$(cat "$VENV/.emoe-installed" 2>/dev/null)" != "$WANTED $PWD" ]; then
   {
     "$VENV/bin/python" -m pip install --upgrade pip &&
       "$VENV/bin/python" -m pip install "$TORCH" &&
-      "$VENV/bin/python" -m pip install -e ".[test]" "$TORCH"
+      "$VENV/bin/python" -m pip install -e ".[test]" "$TORCH" &&
+      "$VENV/bin/python" -m emoe_kernels.extension # compiles the CPU kernels; without a compiler it says so and goes on
   } >"$LOG" 2>&1 || {
     tail -n 20 "$LOG" >&2
     echo "installation failed; the whole log is in $LOG" >&2

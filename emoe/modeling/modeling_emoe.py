@@ -12,6 +12,7 @@ and needs nothing but torch and transformers; with ``emoe_kernels`` installed it
 """
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,7 +184,7 @@ class SparseFFN:
 
     def linear(self, role: str) -> nn.Module:
         """The linear that plays `role`: "gate", "up" or "down"."""
-        return self.get_submodule(self.layout[role])
+        return attrgetter(self.layout[role])(self)  # get_submodule took 2 us, seven times a layer and token
 
     @property
     def plain(self) -> bool:

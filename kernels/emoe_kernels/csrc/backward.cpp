@@ -5,6 +5,7 @@
 //   2. per chunk of columns of x: dx = du Wu + dg Wg for every expert in turn, added to an accumulator (N, chunk).
 //   3. per (expert, chunk of columns): dWu = du^T x, dWg = dg^T x, dWd^T = h^T dy, written straight into the gradients.
 // The weights are right operands here: fp32 blocks are copied, bf16 rows interleaved, an expert's share at a time.
+#include "few_backward.h"
 #include "passes.h"
 
 namespace emoe {
@@ -89,12 +90,34 @@ const T** row_pointers(Scratch& scratch, const T* base, int64_t stride, int64_t 
   return rows;
 }
 
+// dh (count, S) = dy Wd, with few tokens.
+template <typename T>
+void hidden_few(const Call<T>& c, const Plan& plan, const Group& group, const T* dy, float* dh) {
+  thread_local Scratch values, pointers, copy;
+  const int64_t n = group.count, D = c.D;
+  float* rows = values.get<float>(n * D);
+  const float** x = pointers.get<const float*>(2 * n);
+  float** out = const_cast<float**>(x + n);
+  for (int64_t i = 0; i < n; i++) {
+    x[i] = rows + i * D;
+    out[i] = dh + i * c.S;
+    const T* from = dy + plan.tokens[group.first + i] * D;
+    for (int64_t d = 0; d < D; d += kLanes) store(rows + i * D + d, load(from + d, first_lanes(D - d)), first_lanes(D - d));
+  }
+  const Block<T> w(c.down, group.expert, 0, D, 0, c.S, copy);
+  sum_of_rows(w.data, w.ld, D, c.S, x, out, n);
+}
+
 template <Activation A, typename T>
 void sweep_hidden(const Call<T>& c, const Plan& plan, const Group& group, const T* dy, const T* up_pre,
                   const T* gate_pre, const Hidden<T>& out, float* dweights) {
   thread_local Scratch sums, gathered, packed, pointers, copy;
   const int64_t S = c.S, D = c.D, padded = round_up(group.count, kLanes);
   float* dh = sums.get<float>(padded * S);
+  if (few_tokens(plan)) {
+    hidden_few(c, plan, group, dy, dh);
+    return hidden_gradients<A>(c, plan, group, dh, padded, up_pre, gate_pre, out, dweights);
+  }
   T* rows = gathered.get<T>(padded * kDepth);
   for (int64_t d = 0; d < D; d += kDepth) {
     const int64_t depth = std::min(kDepth, D - d);
@@ -130,6 +153,16 @@ void sweep_input(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, in
     return packed;
   };
   for (const int64_t e : plan.chosen) {
+    if (few_tokens(plan)) {
+      const int64_t first = plan.offsets[e], count = plan.offsets[e + 1] - first;
+      const auto add = [&](const Weight<T>& weight, const T* h) {
+        const Block<T> w(weight, e, 0, S, d, width, copy);
+        add_weighted_rows(w.data, w.ld, S, width, h + first * S, plan.tokens.data() + first, count, sums);
+      };
+      add(c.up, hidden.du);
+      if (c.gate.data) add(c.gate, hidden.dg);
+      continue;
+    }
     const T* up = pack(c.up, e, packed_up);
     const T* gate = c.gate.data ? pack(c.gate, e, packed_gate) : nullptr;
     for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; p += kRows) {
@@ -267,7 +300,8 @@ void backward(const Call<T>& c, const Plan& plan, Activation activation, const T
     });
   });
   if (grads.x) {
-    const int64_t width = column_chunk(c.N, D);
+    // few tokens: long runs of a row, for the memory's sake
+    const int64_t width = few_tokens(plan) ? std::max<int64_t>(column_chunk(c.N, D), 512) : column_chunk(c.N, D);
     parallel_dynamic((D + width - 1) / width, [&](int64_t i) {
       const GemmScope<T> scope;
       sweep_input(c, plan, hidden, i * width, std::min(width, D - i * width), grads.x);

@@ -94,7 +94,7 @@ constexpr int64_t kRows = 16;  // rows of an expert that are activated together
 
 // Hidden values h (R, S) in the dtype of the weights, rows r0 .. r0 + rows - 1 of one expert.
 template <Activation A, typename T>
-void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t rows, T* h) {
+void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t rows, T* h, T* up_pre, T* gate_pre) {
   thread_local Scratch sums, pointers, copy;
   const int64_t first = plan.offsets[e], n = plan.offsets[e + 1] - first, S = c.S, D = c.D;
   const T** x = pointers.get<const T*>(n);
@@ -117,6 +117,8 @@ void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t 
       u[r] = up[r * ld + i] + (c.up_bias ? static_cast<float>(c.up_bias[e * S + r0 + r]) : 0.f);
       if (gate) g[r] = gate[r * ld + i] + (c.gate_bias ? static_cast<float>(c.gate_bias[e * S + r0 + r]) : 0.f);
     }
+    if (up_pre) store(up_pre + (first + i) * S + r0, load(u), first_lanes(rows));
+    if (up_pre && gate) store(gate_pre + (first + i) * S + r0, load(g), first_lanes(rows));
     const Vec value = gate ? activate<A>(Vec::loadu(g)) * Vec::loadu(u) : activate<A>(Vec::loadu(u));
     const float weight = c.weights ? c.weights[plan.slots[first + i]] : 1.f;
     store(h + (first + i) * S + r0, _mm512_mul_ps(value, _mm512_set1_ps(weight)), first_lanes(rows));
@@ -165,7 +167,7 @@ void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_
 }  // namespace
 
 template <typename T>
-void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y) {
+void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y, T* up_pre, T* gate_pre) {
   const Tensor hidden = empty_bytes(plan.pairs() * c.S * int64_t(sizeof(T)));
   T* h = static_cast<T*>(hidden.data_ptr());
   const int64_t blocks = (c.S + kRows - 1) / kRows;
@@ -175,7 +177,7 @@ void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y
     at::parallel_for(0, static_cast<int64_t>(plan.chosen.size()) * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t r0 = i % blocks * kRows;
-        up_rows<which()>(c, plan, plan.chosen[i / blocks], r0, std::min(kRows, c.S - r0), h);
+        up_rows<which()>(c, plan, plan.chosen[i / blocks], r0, std::min(kRows, c.S - r0), h, up_pre, gate_pre);
       }
     });
   });
@@ -187,7 +189,7 @@ void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y
   });
 }
 
-template void forward_few(const Call<float>&, const Plan&, Activation, float*);
-template void forward_few(const Call<BFloat16>&, const Plan&, Activation, BFloat16*);
+template void forward_few(const Call<float>&, const Plan&, Activation, float*, float*, float*);
+template void forward_few(const Call<BFloat16>&, const Plan&, Activation, BFloat16*, BFloat16*, BFloat16*);
 
 }  // namespace emoe

@@ -8,14 +8,6 @@ namespace emoe {
 
 namespace {
 
-// Tokens a chosen expert, on average, up to which dot products on the weights' natural rows beat GEMMs on 16 columns.
-// Time of dot products over time of GEMMs, AMD Zen 4, 2 threads, E 64, K 16, random routing, medians:
-//   tokens an expert         1     2.2   4     6     8     16
-//   D 576,  F 1536,  bf16   0.38  0.34  0.45  0.54  0.68  0.97
-//   D 4096, F 11008, bf16   0.68  0.48  0.56  0.60  0.64  0.96
-//   D 4096, F 11008, fp32   0.57  0.45  0.43  0.58  0.64  0.94
-constexpr int64_t kFewTokens = 8;
-
 template <typename T>
 const T* pointer(const OptionalTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
@@ -67,13 +59,8 @@ Tensor forward(const Tensor& x, const Tensor& experts, const Tensor& up, const T
   Tensor y = at::empty({x.size(0), x.size(1)}, x.options());
   with_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto call = arguments.call<T>();
-    const bool few = plan.pairs() <= kFewTokens * int64_t(plan.chosen.size());
-    if (few) {
-      forward_few(call, plan, Activation(activation), y.mutable_data_ptr<T>());
-    } else {
-      forward_grouped<T>(call, plan, Activation(activation), y.mutable_data_ptr<T>(), nullptr, nullptr);
-    }
+    const auto pass = few_tokens(plan) ? forward_few<T> : forward_grouped<T>;
+    pass(arguments.call<T>(), plan, Activation(activation), y.mutable_data_ptr<T>(), nullptr, nullptr);
   });
   return y;
 }
@@ -93,8 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_keep(const Tensor& x, const Tensor& e
   for (const Tensor& fresh : {y, up_pre, gate_pre}) advise_huge_pages(fresh);
   with_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    forward_grouped(arguments.call<T>(), plan, Activation(activation), y.mutable_data_ptr<T>(),
-                    up_pre.mutable_data_ptr<T>(), gate_pre.mutable_data_ptr<T>());
+    const auto pass = few_tokens(plan) ? forward_few<T> : forward_grouped<T>;
+    pass(arguments.call<T>(), plan, Activation(activation), y.mutable_data_ptr<T>(), up_pre.mutable_data_ptr<T>(),
+         gate_pre.mutable_data_ptr<T>());
   });
   return {y, up_pre, gate_pre};
 }

@@ -101,7 +101,7 @@ def expert_ffn(
     """What `emoe_kernels.experts.expert_ffn` computes, for tensors that `supports` has passed.
 
     GEMMs and sums over experts accumulate in fp32; bf16 hidden values are rounded once, between the two GEMMs. Few
-    tokens an expert (8 or less on average, without gradients) take dot products instead of GEMMs, and so may differ in
+    tokens an expert (8 or less a chosen expert, on average) take dot products instead of GEMMs, and so may differ in
     the last bits. Equal calls give equal bits, with any number of threads.
     """
     get_activation(activation)

@@ -1,0 +1,75 @@
+// Products with a weight's natural rows for few tokens: what the first two sweeps of backward need.
+#pragma once
+
+#include "common.h"
+
+namespace emoe {
+
+// out[m] (cols) = sum over r of x[m][r] * w[r] for TOKENS tokens: w (rows, cols) is read once, row by row. 6 registers
+// of 16 lanes: experts of up to 96 neurons take one pass.
+template <int TOKENS, typename T>
+void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float* const* x, float* const* out) {
+  constexpr int kVectors = 6;
+  for (int64_t c = 0; c < cols; c += kVectors * kLanes) {
+    __mmask16 lanes[kVectors];
+    __m512 acc[TOKENS][kVectors];
+    for (int v = 0; v < kVectors; v++) {
+      lanes[v] = first_lanes(std::max<int64_t>(cols - c - v * kLanes, 0));
+      for (int m = 0; m < TOKENS; m++) acc[m][v] = _mm512_setzero_ps();
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const T* row = w + r * ld + c;
+      for (int v = 0; v < kVectors; v++) {
+        // eight rows ahead: neighbouring rows of down lie in different pages, where no hardware prefetcher follows
+        if (v * sizeof(T) % sizeof(float) == 0) {
+          _mm_prefetch(reinterpret_cast<const char*>(row + 8 * ld + v * kLanes), _MM_HINT_T0);
+        }
+        const __m512 value = load(row + v * kLanes, lanes[v]);
+        for (int m = 0; m < TOKENS; m++) acc[m][v] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[m][r]), acc[m][v]);
+      }
+    }
+    for (int m = 0; m < TOKENS; m++) {
+      for (int v = 0; v < kVectors; v++) store(out[m] + c + v * kLanes, acc[m][v], lanes[v]);
+    }
+  }
+}
+
+// Any number of tokens, four at a time.
+template <typename T>
+void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float* const* x, float* const* out,
+                 int64_t tokens) {
+  int64_t m = 0;
+  for (; m + 4 <= tokens; m += 4) sum_of_rows<4>(w, ld, rows, cols, x + m, out + m);
+  switch (tokens - m) {
+    case 3: return sum_of_rows<3>(w, ld, rows, cols, x + m, out + m);
+    case 2: return sum_of_rows<2>(w, ld, rows, cols, x + m, out + m);
+    case 1: return sum_of_rows<1>(w, ld, rows, cols, x + m, out + m);
+  }
+}
+
+// sums[tokens[i]] (width) += sum over s of h[i][s] * w[s] for `count` pairs; h (count, S) with leading dimension S.
+template <typename T>
+void add_weighted_rows(const T* w, int64_t ld, int64_t S, int64_t width, const T* h, const int32_t* tokens,
+                       int64_t count, float* sums) {
+  constexpr int kRows = 4;  // rows added at a time: a quarter of the traffic to the sums
+  const auto add = [&](auto rows, int64_t s) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const __mmask16 lanes = first_lanes(width - j);
+      __m512 value[kRows];
+      for (int r = 0; r < rows(); r++) value[r] = load(w + (s + r) * ld + j, lanes);
+      for (int64_t i = 0; i < count; i++) {
+        float* to = sums + tokens[i] * width + j;
+        __m512 sum = load(to, lanes);
+        for (int r = 0; r < rows(); r++) {
+          sum = _mm512_fmadd_ps(value[r], _mm512_set1_ps(static_cast<float>(h[i * S + s + r])), sum);
+        }
+        store(to, sum, lanes);
+      }
+    }
+  };
+  int64_t s = 0;
+  for (; s + kRows <= S; s += kRows) add(std::integral_constant<int, kRows>{}, s);
+  for (; s < S; s++) add(std::integral_constant<int, 1>{}, s);
+}
+
+}  // namespace emoe
