@@ -42,6 +42,26 @@ struct Dot<BFloat16> {
   }
 };
 
+// Lane i of the result is the sum of the lanes of acc[i]: 60 instructions where 16 reductions take 160.
+__m512 reduce_16(const __m512* acc) {
+  __m512 two[8], four[4], eight[2];
+  const auto fold = [](__m512 a, __m512 b, auto low, auto high) { return _mm512_add_ps(low(a, b), high(a, b)); };
+  for (int i = 0; i < 8; i++) {  // lanes of a 128-bit quarter: 0+2, 1+3 of each of the two
+    two[i] = fold(acc[2 * i], acc[2 * i + 1], [](auto a, auto b) { return _mm512_unpacklo_ps(a, b); },
+                  [](auto a, auto b) { return _mm512_unpackhi_ps(a, b); });
+  }
+  for (int i = 0; i < 4; i++) {
+    four[i] = fold(two[2 * i], two[2 * i + 1], [](auto a, auto b) { return _mm512_shuffle_ps(a, b, 0x44); },
+                   [](auto a, auto b) { return _mm512_shuffle_ps(a, b, 0xEE); });
+  }
+  for (int i = 0; i < 2; i++) {
+    eight[i] = fold(four[2 * i], four[2 * i + 1], [](auto a, auto b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
+                    [](auto a, auto b) { return _mm512_shuffle_f32x4(a, b, 0xDD); });
+  }
+  return fold(eight[0], eight[1], [](auto a, auto b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
+              [](auto a, auto b) { return _mm512_shuffle_f32x4(a, b, 0xDD); });
+}
+
 // out[i * out_ld + m] = rows[i] . x[m] for ROWS adjacent rows and TOKENS tokens.
 template <int ROWS, int TOKENS, typename T>
 void dot_rows(const T* w, int64_t ld, const T* const* x, int64_t D, float* out, int64_t out_ld) {
@@ -67,8 +87,16 @@ void dot_rows(const T* w, int64_t ld, const T* const* x, int64_t D, float* out, 
       for (int m = 0; m < TOKENS; m++) acc[r][m] = dot::add(acc[r][m], value, dot::load(x[m] + d, D - d));
     }
   }
-  for (int r = 0; r < ROWS; r++) {
-    for (int m = 0; m < TOKENS; m++) out[r * out_ld + m] = _mm512_reduce_add_ps(acc[r][m]);
+  if constexpr (ROWS == 4 && TOKENS == 4) {
+    const __m512 sums = reduce_16(acc[0]);
+    _mm_storeu_ps(out, _mm512_extractf32x4_ps(sums, 0));
+    _mm_storeu_ps(out + out_ld, _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(out + 2 * out_ld, _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(out + 3 * out_ld, _mm512_extractf32x4_ps(sums, 3));
+  } else {
+    for (int r = 0; r < ROWS; r++) {
+      for (int m = 0; m < TOKENS; m++) out[r * out_ld + m] = _mm512_reduce_add_ps(acc[r][m]);
+    }
   }
 }
 

@@ -29,10 +29,10 @@ void forward_few(const Call<T>& call, const Plan& plan, Activation activation, T
 
 // Tokens a chosen expert, on average, up to which dot products on the weights' natural rows beat GEMMs on 16 columns.
 // Time of dot products over time of GEMMs, forward, AMD Zen 4, 2 threads, E 64, K 16, random routing, medians:
-//   tokens an expert         1     2.2   4     6     8     16
-//   D 576,  F 1536,  bf16   0.38  0.34  0.45  0.54  0.68  0.97
-//   D 4096, F 11008, bf16   0.68  0.48  0.56  0.60  0.64  0.96
-//   D 4096, F 11008, fp32   0.57  0.45  0.43  0.58  0.64  0.94
+//   tokens an expert          2.2   4     8     12    16    24
+//   D 2048, F 5632,  bf16    0.42  0.47  0.78  0.83  0.95  1.18
+//   D 2048, F 5632,  fp32    0.46  0.56  0.79  1.17  1.28  1.51
+//   D 576,  F 1536,  bf16    0.41  0.58  0.84  1.19  1.17  1.35
 inline bool few_tokens(const Plan& plan) { return plan.pairs() <= 8 * int64_t(plan.chosen.size()); }
 
 // What backward writes, whole (zeros for experts without pairs); null where nobody asked. The gradients of weights have
