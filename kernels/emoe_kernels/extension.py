@@ -1,22 +1,28 @@
 """The C++ kernels for CPUs (csrc/): compiled on first use, kept for later processes, and never a requirement.
 
 The library lies in ``$EMOE_KERNELS_CACHE``, by default ``~/.cache/emoe_kernels``, in a folder named after a digest of
-the sources, the torch release and the processor's features, so that a change of any of them compiles anew and a home
-directory may be shared by different machines.
+the sources, the torch release, the C library and the processor's vector instructions, so that a change of any of them
+compiles anew and a home directory may be shared by different machines. Processes that need it at the same time wait for
+the one that compiles.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
+import re
+import shlex
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,16 +70,18 @@ def features() -> frozenset[str]:
 
 def compiler() -> str | None:
     """The path of the C++ compiler, ``$CXX`` or c++, or None."""
-    return shutil.which(os.environ.get("CXX") or "c++")
+    command = shlex.split(os.environ.get("CXX") or "c++")  # such as "ccache g++"
+    return shutil.which(command[0]) if command else None
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("EMOE_KERNELS_CACHE") or Path.home() / ".cache" / "emoe_kernels")
+    return Path(os.environ.get("EMOE_KERNELS_CACHE") or "~/.cache/emoe_kernels").expanduser().absolute()
 
 
 @functools.cache
 def _digest() -> str:
-    digest = hashlib.sha256(repr((torch.__version__, _COMPILER_FLAGS, sorted(features()))).encode())
+    vector = sorted(name for name in features() if name.startswith(("avx", "amx", "fma", "bmi")))
+    digest = hashlib.sha256(repr((torch.__version__, platform.libc_ver(), _COMPILER_FLAGS, vector)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -86,6 +94,9 @@ def _unsupported() -> str | None:
     missing = [feature for feature in _REQUIRED_FEATURES if feature not in features()]
     if missing:
         return f"the C++ kernels need AVX-512; this processor lacks {', '.join(missing)}"
+    release = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if release < (2, 8):  # older wheels bring an OpenMP runtime that a library of ours cannot share
+        return f"the C++ kernels need torch 2.8 or newer, this is {torch.__version__}"
     return None
 
 
@@ -94,16 +105,32 @@ def status() -> Status:
     reason = _unsupported()
     if reason:
         return Status(False, reason, None)
-    path = _cache() / _digest() / _LIBRARY
+    try:
+        path = _cache() / _digest() / _LIBRARY
+        compiled = path.exists()
+        foreign = _foreign(path) if compiled else None
+    except (OSError, RuntimeError) as error:  # no home directory, or somebody else's
+        return Status(False, f"no folder for the C++ kernels ({error}); set EMOE_KERNELS_CACHE", None)
     if _loaded:
         return Status(True, "the C++ kernels are loaded", path)
     if _failure:
         return Status(False, _failure, path)
-    if path.exists():
+    if foreign:
+        return Status(False, f"the C++ kernels are not loaded: {foreign}", path)
+    if compiled:
         return Status(True, "the C++ kernels have been compiled", path)
     if compiler() is None:
         return Status(False, "the C++ kernels need a C++ compiler, once (on Debian: apt-get install g++)", path)
     return Status(True, "the C++ kernels will be compiled on first use, in about half a minute", path)
+
+
+def _foreign(path: Path) -> str | None:
+    """Why this library is not ours to load: somebody else could have written it."""
+    for part in (path.parent, path):
+        found = part.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            return f"others than you can write to {part}"
+    return None
 
 
 def load() -> bool:
@@ -116,9 +143,7 @@ def load() -> bool:
         _failure = None if found.available else found.detail
         if not _failure:
             try:
-                if not found.path.exists():
-                    _compile(found.path)
-                torch.ops.load_library(str(found.path))
+                _load_or_compile(found.path)
                 _loaded = True
             except Exception as error:  # compilers, ninja and the loader fail in their own ways
                 _failure = _explain(error, found.path)
@@ -127,13 +152,26 @@ def load() -> bool:
         return _loaded
 
 
+def _load_or_compile(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, however it ends
+        if path.exists():
+            try:
+                return torch.ops.load_library(str(path))
+            except OSError as error:  # cut short, or of a machine that resembles this one too much
+                logger.warning("the compiled C++ kernels do not load and are compiled again: %s", error)
+                path.unlink()
+        _compile(path)
+
+
 def _explain(error: Exception, path: Path) -> str:
     """One line, with the rest in a file beside the library if it can be written."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if len(lines) == 1:
         return f"the C++ kernels could not be built: {lines[0]}"
-    log = path.parent / "build.log"
     try:
+        log = path.parent / "build.log"
         log.write_text("\n".join(lines) + "\n")
     except OSError:
         return f"the C++ kernels could not be built: {lines[0]}"
@@ -141,19 +179,14 @@ def _explain(error: Exception, path: Path) -> str:
 
 
 def _compile(path: Path) -> None:
-    """Compile beside `path`, then rename: an interrupted or concurrent build leaves nothing that could be loaded."""
+    """Compile beside `path`, load, then rename: an interrupted build leaves nothing that could be loaded."""
     from torch.utils import cpp_extension  # takes a second to import
 
-    try:
-        import ninja
-
-        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
-    except ImportError:
-        pass  # then torch looks for one on the PATH, and says so if there is none
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for rest in path.parent.glob("build-*"):  # of a build that was killed; we hold the lock
+        shutil.rmtree(rest, ignore_errors=True)
     print("emoe_kernels: compiling the C++ kernels, once for this machine ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder, _ninja_on_path():
         cpp_extension.load(
             "emoe_cpu",
             [str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
@@ -164,6 +197,23 @@ def _compile(path: Path) -> None:
         )
         os.replace(Path(folder) / _LIBRARY, path)
     print(f"emoe_kernels: compiled in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """The package `ninja` puts its program into the environment's bin, which need not be on the PATH."""
+    before = os.environ.get("PATH")
+    try:
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + (before or "")
+    except ImportError:
+        pass  # then torch looks for one on the PATH, and says so if there is none
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["PATH"] = before
 
 
 if __name__ == "__main__":

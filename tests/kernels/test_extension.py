@@ -69,14 +69,55 @@ def test_asked_for_and_not_to_be_had_is_an_error(tmp_path):
 
 
 @needs_extension
-def test_a_damaged_library_is_replaced_by_plain_pytorch(tmp_path):
-    path = Path(os.fspath(extension.status().path))
+def test_a_damaged_library_is_compiled_again(tmp_path):
+    """Here without a compiler, so that plain PyTorch runs; the damaged file is gone and does no further harm."""
+    path = extension.status().path
     damaged = tmp_path / path.parent.name / path.name
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"not a library")
+    out, err, status = python(CALL, EMOE_KERNELS_CACHE=str(tmp_path), CXX="no-such-compiler")
+    assert (out, status) == ("1536.0", 0)
+    assert "compiled again" in err[0] and "plain PyTorch" in err[-1] and not damaged.exists()
+
+
+@needs_extension
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path):
+    path = extension.status().path
+    copy = tmp_path / path.parent.name / path.name
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(path.read_bytes())
+    assert python(CALL, EMOE_KERNELS_CACHE=str(tmp_path), EMOE_KERNELS="cpu")[2] == 0
+    copy.chmod(0o777)
     out, err, status = python(CALL, EMOE_KERNELS_CACHE=str(tmp_path))
     assert (out, status) == ("1536.0", 0)
-    assert len(err) == 1 and "plain PyTorch" in err[0]
+    assert len(err) == 1 and f"others than you can write to {copy}" in err[0]
+
+
+@needs_extension
+def test_without_a_home_directory_plain_pytorch_runs(tmp_path):
+    home = tmp_path / "file"
+    home.write_text("")  # mkdir below it fails
+    out, err, status = python(CALL, HOME=str(home), EMOE_KERNELS_CACHE="")
+    assert (out, status) == ("1536.0", 0)
+    assert "plain PyTorch" in err[-1]
+
+
+@needs_extension
+def test_bf16_needs_a_processor_that_multiplies_it():
+    """AVX-512 without bf16, which oneDNN can be made to believe in: the reason is given and plain PyTorch runs."""
+    code = """
+import torch
+from emoe_kernels import use
+from emoe_kernels.experts import cpu, expert_ffn
+x, up, down = torch.ones(200, 8).bfloat16(), torch.ones(16, 8).bfloat16(), torch.ones(8, 16).bfloat16()
+call = lambda: expert_ffn(x, torch.zeros(200, 1).long(), up, down, num_experts=2, activation="relu")
+print(float(call()[0, 0]), "avx512_bf16" in cpu.supports(x, up.view(2, 8, 8), None, None))
+with use("cpu"):
+    call()
+"""
+    out, err, status = python(code, ONEDNN_MAX_CPU_ISA="AVX512_CORE")
+    assert out == "64.0 True" and status == 1
+    assert "'cpu' was asked for, but oneDNN has no bfloat16 kernels" in err[-1]
 
 
 def test_status_says_what_is_missing(monkeypatch):
@@ -122,7 +163,7 @@ def gradients(args):
 @pytest.mark.parametrize("N", [3, 130])  # the path for few tokens, and the one with GEMMs
 def test_the_number_of_threads_changes_no_bit(N, dtype):
     args = arguments(N, 200, 320, 8, 3, dtype)
-    results = []
+    results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -130,7 +171,7 @@ def test_the_number_of_threads_changes_no_bit(N, dtype):
                 y = expert_ffn(**args)
             results.append([y, *gradients(args)])
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -141,9 +182,11 @@ def test_the_number_of_threads_changes_no_bit(N, dtype):
 def test_any_shape(data):
     """Widths about the 16 lanes of a register, numbers of tokens about the 64 of a chunk."""
     draw = data.draw
-    E, D = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 15, 16, 17, 33, 100]))
-    S, N = draw(st.sampled_from([1, 2, 15, 16, 17, 31, 40])), draw(st.sampled_from([0, 1, 4, 15, 17, 63, 65, 200]))
-    args = arguments(N, D, E * S, E, draw(st.integers(1, E)), torch.float32, gated=draw(st.booleans()))
+    dtype, pairs = draw(st.sampled_from([(torch.float32, 1), (torch.bfloat16, 2)]))  # bf16: even widths
+    E, D = draw(st.integers(1, 5)), pairs * draw(st.sampled_from([1, 2, 15, 16, 17, 33, 100]))
+    S = pairs * draw(st.sampled_from([1, 2, 15, 16, 17, 31, 300]))  # 300: more rows than one GEMM takes
+    N = draw(st.sampled_from([0, 1, 4, 15, 17, 63, 65, 200, 530]))
+    args = arguments(N, D, E * S, E, draw(st.integers(1, E)), dtype, gated=draw(st.booleans()))
     unused = torch.rand(args["experts_NK"].shape, generator=torch.Generator().manual_seed(1)) < 0.2
     args["experts_NK"][unused] = -1
     exact = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in args.items()}
@@ -152,13 +195,15 @@ def test_any_shape(data):
     with use("cpu"), torch.no_grad():
         y = expert_ffn(**args)
     trained = gradients(args)
-    assert (y - expected).norm() <= 1e-5 * expected.norm() + 1e-30
-    assert (trained[0] - expected).norm() <= 1e-5 * expected.norm() + 1e-30
+    # bf16: 8 bits a number, and three roundings between x and dx; narrow layers average over little
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert (y - expected).norm() <= tolerance * expected.norm() + 1e-30
+    assert (trained[0] - expected).norm() <= tolerance * expected.norm() + 1e-30
     leaves = [v.requires_grad_() for v in exact.values() if torch.is_tensor(v) and v.is_floating_point()]
     with use("reference"):
         exact_gradients = torch.autograd.grad(expert_ffn(**exact).square().sum(), leaves)
     for actual, wanted in zip(trained[1:], exact_gradients, strict=True):
-        assert (actual - wanted).norm() <= 2e-5 * wanted.norm() + 1e-30
+        assert (actual - wanted).norm() <= 2 * tolerance * wanted.norm() + 1e-30
 
 
 @needs_extension
@@ -173,6 +218,41 @@ def test_all_experts_are_the_dense_layer_at_real_widths(dtype, E):
     rounded = linear(silu(linear(args["x_ND"], args["gate_FD"])) * linear(args["x_ND"], args["up_FD"]), args["down_DF"])
     error = lambda t: float((t - expected).norm() / expected.norm())  # noqa: E731
     assert error(y) <= (1e-5 if dtype == torch.float32 else error(rounded))
+
+
+@needs_extension
+def test_only_the_output_bias_or_down_wants_a_gradient():
+    args = arguments(70, 24, 48, 6, 2, torch.float32) | {"down_bias_D": torch.zeros(24)}
+    full = {}
+    for names in (("down_DF",), ("down_bias_D",), ("x_ND", "up_FD", "gate_FD", "down_DF", "down_bias_D")):
+        leaves = {k: args[k].detach().requires_grad_() for k in names}
+        with use("cpu"):
+            y = expert_ffn(**(args | leaves))
+        full[names] = dict(zip(names, torch.autograd.grad(y.square().sum(), leaves.values()), strict=True))
+    *single, everything = full.values()
+    for found in single:
+        for name, grad in found.items():
+            assert torch.equal(grad, everything[name])
+
+
+@needs_extension
+def test_forward_mode_is_refused_not_zero():
+    args = arguments(5, 24, 48, 6, 2, torch.float32)
+    with use("cpu"), pytest.raises((NotImplementedError, RuntimeError), match=r"first derivatives|jvp"):
+        torch.func.jvp(lambda x: expert_ffn(**(args | {"x_ND": x})), (args["x_ND"],), (args["x_ND"],))
+
+
+@needs_extension
+def test_operators_refuse_what_would_corrupt_memory():
+    a = arguments(10, 24, 48, 6, 2, torch.float32)
+    up, gate = a["up_FD"].unflatten(0, (6, 8)), a["gate_FD"].unflatten(0, (6, 8))
+    down = a["down_DF"].unflatten(1, (6, 8)).permute(1, 0, 2)
+    extension.load()
+    good = [a["x_ND"], a["experts_NK"], up, down, gate, None, None, None, None, 0]
+    torch.ops.emoe_cpu.forward(*good)
+    for index, wrong in ((1, torch.zeros(400, 2).long()), (2, up.bfloat16()), (3, down[..., :2]), (9, 99)):
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.ops.emoe_cpu.forward(*good[:index], wrong, *good[index + 1 :])
 
 
 @needs_extension
@@ -197,7 +277,7 @@ def test_operators_pass_the_checks_of_torch_library():
     down = a["down_DF"].unflatten(1, (6, 8)).permute(1, 0, 2)
     extension.load()
     call = (a["x_ND"], a["experts_NK"], up, down, gate, None, None, None, None, 0)
-    checks = ("test_schema", "test_faketensor")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.emoe_cpu.forward.default, call, test_utils=checks)
     torch.library.opcheck(torch.ops.emoe_cpu.forward_keep.default, call, test_utils=checks)
     _, up_pre, gate_pre = torch.ops.emoe_cpu.forward_keep(*call)

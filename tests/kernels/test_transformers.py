@@ -14,7 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import emoe_kernels
 import emoe_kernels.integrations.transformers as integration
-from emoe_kernels import use
+from emoe_kernels import extension, use
 
 VOCABULARY = 96
 SIZES = {
@@ -42,10 +42,10 @@ CONFIGS = {
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 
 
-@pytest.fixture(autouse=True)
-def _portable():
-    """Held fixed: what is tested here is what the kernels are given."""
-    with use("portable"):
+@pytest.fixture(autouse=True, params=("portable", "cpu") if extension.status().available else ("portable",))
+def _implementation(request):
+    """Held fixed, so that both are given fused and transposed weights, with and without a GPU."""
+    with use(request.param):
         yield
 
 

@@ -53,7 +53,7 @@ Vec derivative(Vec x) {
     const Vec s = sigmoid(Vec(1.702f) * x);
     return s + Vec(1.702f) * x * s * (Vec(1.f) - s);
   }
-  if constexpr (A == Activation::relu) return Vec::blendv(Vec(0.f), Vec(1.f), x > Vec(0.f));
+  if constexpr (A == Activation::relu) return Vec::blendv(Vec(1.f), Vec(0.f), x <= Vec(0.f));  // 1 at NaN, as torch
   if constexpr (A == Activation::relu_squared) return Vec(2.f) * at::vec::maximum(x, Vec(0.f));
 }
 
@@ -68,6 +68,7 @@ void with_activation(Activation which, F&& f) {
     case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
     case Activation::relu_squared: return f(std::integral_constant<Activation, Activation::relu_squared>{});
   }
+  TORCH_CHECK_VALUE(false, "activation ", int64_t(which), " is unknown");
 }
 
 }  // namespace emoe

@@ -12,17 +12,33 @@ namespace emoe {
 
 namespace {
 
-constexpr int64_t kRows = 64;         // pairs in one GEMM
+constexpr int64_t kPairs = 64;        // in one GEMM
 constexpr int64_t kGroup = 256;       // pairs for which an expert's share of down is packed once
 constexpr int64_t kDepth = 512;       // columns of dy, rows of the packed share of down
-constexpr int64_t kPairDepth = 256;   // pairs summed in one GEMM of sweep 3
+constexpr int64_t kPairDepth = kGroup;  // pairs summed in one GEMM of sweep 3
+
+// A run of an expert's padded pairs, of 256, 128, 64, 32 or 16: the pieces of a number of pairs are those of its binary
+// representation. Sweep 3 sums over a piece in one GEMM, whose depth and leading dimension are then one of five.
+struct Piece {
+  int64_t start, depth;
+};
+
+// The piece in which pair i of `padded` lies.
+Piece piece_at(int64_t padded, int64_t i) {
+  Piece piece{0, kPairDepth};
+  while (true) {
+    while (piece.depth > padded - piece.start) piece.depth /= 2;
+    if (i < piece.start + piece.depth) return piece;
+    piece.start += piece.depth;
+  }
+}
 
 // What sweep 1 leaves for the other two.
 template <typename T>
 struct Hidden {
-  T* du;  // (R, S), R padded by kRows rows that nobody wrote and nobody uses
+  T* du;  // (R, S), R padded by kPairs rows that nobody wrote and nobody uses
   T* dg;
-  T* duT;  // per expert (S, padded pairs), starting at columns[e] * S; padding is zero
+  T* duT;  // per expert and piece (S, depth), starting at (columns[e] + start) * S; padding is zero
   T* dgT;
   T* hT;  // weighted
   std::vector<int64_t> columns;
@@ -37,9 +53,10 @@ struct Group {
 template <Activation A, typename T>
 void hidden_gradients(const Call<T>& c, const Plan& plan, const Group& group, const float* dh, int64_t padded,
                       const T* up_pre, const T* gate_pre, const Hidden<T>& out, float* dweights) {
-  const int64_t S = c.S, e = group.expert, ldT = out.padded(e);
-  const int64_t column = out.columns[e] * S + group.first - plan.offsets[e];
+  const int64_t S = c.S, e = group.expert, first = group.first - plan.offsets[e];
   for (int64_t i = 0; i < padded; i += kLanes) {
+    const Piece piece = piece_at(out.padded(e), first + i);
+    const int64_t column = (out.columns[e] + piece.start) * S + first + i - piece.start;
     const int64_t live = std::clamp<int64_t>(group.count - i, 0, kLanes);
     alignas(64) float dots[16] = {};
     for (int64_t s = 0; s < S; s += kLanes) {
@@ -72,7 +89,7 @@ void hidden_gradients(const Call<T>& c, const Plan& plan, const Group& group, co
       const auto store_columns = [&](T* to, __m512 block[16]) {
         if (!to) return;
         transpose_16x16(block);
-        for (int64_t r = 0; r < rows; r++) store(to + column + (s + r) * ldT + i, block[r]);
+        for (int64_t r = 0; r < rows; r++) store(to + column + (s + r) * piece.depth, block[r]);
       };
       store_columns(out.duT, du);
       store_columns(out.dgT, dg);
@@ -109,13 +126,17 @@ void hidden_few(const Call<T>& c, const Plan& plan, const Group& group, const T*
 }
 
 template <Activation A, typename T>
-void sweep_hidden(const Call<T>& c, const Plan& plan, const Group& group, const T* dy, const T* up_pre,
+void sweep_hidden(const Call<T>& c, const Plan& plan, const Group& group, bool inner, const T* dy, const T* up_pre,
                   const T* gate_pre, const Hidden<T>& out, float* dweights) {
   thread_local Scratch sums, gathered, packed, pointers, copy;
   const int64_t S = c.S, D = c.D, padded = round_up(group.count, kLanes);
   float* dh = sums.get<float>(padded * S);
-  if (few_tokens(plan)) {
-    hidden_few(c, plan, group, dy, dh);
+  if (!inner || few_tokens(plan, c.N)) {
+    if (inner) {
+      hidden_few(c, plan, group, dy, dh);
+    } else {
+      std::memset(dh, 0, padded * S * sizeof(float));  // h alone is wanted
+    }
     return hidden_gradients<A>(c, plan, group, dh, padded, up_pre, gate_pre, out, dweights);
   }
   T* rows = gathered.get<T>(padded * kDepth);
@@ -131,8 +152,8 @@ void sweep_hidden(const Call<T>& c, const Plan& plan, const Group& group, const 
         std::memset(rows + i * depth, 0, depth * sizeof(T));
       }
     }
-    for (int64_t i = 0; i < padded; i += kRows) {
-      const int64_t m = std::min(kRows, padded - i);
+    for (int64_t i = 0; i < padded; i += kPairs) {
+      const int64_t m = std::min(kPairs, padded - i);
       gemm<T>(m, S, depth, rows + i * depth, depth, down, S, dh + i * S, S, d > 0);
     }
   }
@@ -145,7 +166,7 @@ void sweep_input(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, in
   const int64_t S = c.S;
   float* sums = accumulator.get<float>(c.N * width);
   std::memset(sums, 0, c.N * width * sizeof(float));
-  float* product = part.get<float>(kRows * width);
+  float* product = part.get<float>(kPairs * width);
   const auto pack = [&](const Weight<T>& weight, int64_t e, Scratch& scratch) {
     const Block<T> w(weight, e, 0, S, d, width, copy);
     T* packed = scratch.get<T>(S * width);
@@ -153,7 +174,7 @@ void sweep_input(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, in
     return packed;
   };
   for (const int64_t e : plan.chosen) {
-    if (few_tokens(plan)) {
+    if (few_tokens(plan, c.N)) {
       const int64_t first = plan.offsets[e], count = plan.offsets[e + 1] - first;
       const auto add = [&](const Weight<T>& weight, const T* h) {
         const Block<T> w(weight, e, 0, S, d, width, copy);
@@ -165,8 +186,8 @@ void sweep_input(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, in
     }
     const T* up = pack(c.up, e, packed_up);
     const T* gate = c.gate.data ? pack(c.gate, e, packed_gate) : nullptr;
-    for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; p += kRows) {
-      const int64_t count = std::min(kRows, plan.offsets[e + 1] - p), m = round_up(count, kLanes);
+    for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; p += kPairs) {
+      const int64_t count = std::min(kPairs, plan.offsets[e + 1] - p), m = round_up(count, kLanes);
       gemm<T>(m, width, S, hidden.du + p * S, S, up, width, product, width, false);
       if (gate) gemm<T>(m, width, S, hidden.dg + p * S, S, gate, width, product, width, true);
       add_rows(product, width, width, plan.tokens.data() + p, count, sums);
@@ -198,7 +219,7 @@ template <typename T>
 void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, const T* dy, int64_t e, int64_t d,
                    int64_t width, const Gradients<T>& grads) {
   thread_local Scratch sums, packed, pointers;
-  const int64_t S = c.S, first = plan.offsets[e], n = plan.offsets[e + 1] - first, ldT = hidden.padded(e);
+  const int64_t S = c.S, first = plan.offsets[e], n = plan.offsets[e + 1] - first, padded = hidden.padded(e);
   float* up = sums.get<float>(3 * S * width);
   float *gate = up + S * width, *down = gate + S * width;
   T* operand = packed.get<T>(kPairDepth * width);
@@ -210,11 +231,14 @@ void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, 
     pack_rows(rows, count, depth, width, operand);
   };
   const auto add = [&](const T* left, float* sum, int64_t p, int64_t depth) {
-    gemm<T>(S, width, depth, left + hidden.columns[e] * S + p, ldT, operand, width, sum, width, p > 0);
+    const T* from = left + (hidden.columns[e] + p) * S;
+    for (int64_t s = 0; s < S; s += kRowTile) {
+      const int64_t rows = std::min(kRowTile, S - s);
+      gemm<T>(rows, width, depth, from + s * depth, depth, operand, width, sum + s * width, width, p > 0);
+    }
   };
-  // Depths are powers of two: a GEMM is generated per shape, and an expert's number of pairs is new at every step.
-  for (int64_t p = 0, depth = kPairDepth; p < ldT; p += depth) {
-    while (depth > ldT - p) depth /= 2;
+  for (int64_t p = 0; p < padded;) {
+    const int64_t depth = piece_at(padded, p).depth;
     if (hidden.duT || hidden.dgT) {
       pack(c.x, c.x_row, p, depth);
       if (grads.up.data) add(hidden.duT, up, p, depth);
@@ -224,18 +248,23 @@ void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, 
       pack(dy, c.D, p, depth);
       add(hidden.hT, down, p, depth);
     }
+    p += depth;
   }
   if (grads.up.data) write_block(up, S, width, grads.up.at(e, 0, d), grads.up.row, grads.up.col);
   if (grads.gate.data) write_block(gate, S, width, grads.gate.at(e, 0, d), grads.gate.row, grads.gate.col);
   if (grads.down.data) write_block(down, S, width, grads.down.at(e, d, 0), grads.down.col, grads.down.row);
 }
 
-// db[s] = sum of row s of (S, padded).
+// db[s] = sum of row s over an expert's pieces.
 template <typename T>
-void bias_gradient(const T* rows, int64_t S, int64_t padded, T* bias) {
+void bias_gradient(const T* pieces, int64_t S, int64_t padded, T* bias) {
   for (int64_t s = 0; s < S; s++) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < padded; i += kLanes) sum = _mm512_add_ps(sum, load(rows + s * padded + i));
+    for (int64_t p = 0; p < padded;) {
+      const int64_t depth = piece_at(padded, p).depth;
+      for (int64_t i = 0; i < depth; i += kLanes) sum = _mm512_add_ps(sum, load(pieces + p * S + s * depth + i));
+      p += depth;
+    }
     bias[s] = static_cast<T>(_mm512_reduce_add_ps(sum));
   }
 }
@@ -287,28 +316,30 @@ void backward(const Call<T>& c, const Plan& plan, Activation activation, const T
     memory.push_back(empty_bytes(rows * S * int64_t(sizeof(T))));
     return static_cast<T*>(memory.back().data_ptr());
   };
-  hidden.du = allocate(grads.x, plan.pairs() + kRows);
-  hidden.dg = allocate(grads.x && gated, plan.pairs() + kRows);
+  hidden.du = allocate(grads.x, plan.pairs() + kPairs);
+  hidden.dg = allocate(grads.x && gated, plan.pairs() + kPairs);
   hidden.duT = allocate(grads.up.data || grads.up_bias, hidden.columns[E]);
   hidden.dgT = allocate(gated && (grads.gate.data || grads.gate_bias), hidden.columns[E]);
   hidden.hT = allocate(grads.down.data, hidden.columns[E]);
 
-  with_activation(activation, [&](auto which) {
+  const bool inner = grads.x || hidden.duT || hidden.dgT || grads.weights;  // anything before down
+  if (inner || hidden.hT) with_activation(activation, [&](auto which) {
     parallel_dynamic(groups.size(), [&](int64_t i) {
       const GemmScope<T> scope;
-      sweep_hidden<which()>(c, plan, groups[i], dy, up_pre, gate_pre, hidden, grads.weights);
+      sweep_hidden<which()>(c, plan, groups[i], inner, dy, up_pre, gate_pre, hidden, grads.weights);
     });
   });
   if (grads.x) {
     // few tokens: long runs of a row, for the memory's sake
-    const int64_t width = few_tokens(plan) ? std::max<int64_t>(column_chunk(c.N, D), 512) : column_chunk(c.N, D);
+    const bool wide = few_tokens(plan, c.N) && c.N <= 256;
+    const int64_t width = std::max<int64_t>(column_chunk(c.N, D), wide ? 512 : 0);
     parallel_dynamic((D + width - 1) / width, [&](int64_t i) {
       const GemmScope<T> scope;
       sweep_input(c, plan, hidden, i * width, std::min(width, D - i * width), grads.x);
     });
   }
   if (grads.up.data || grads.gate.data || grads.down.data) {
-    constexpr int64_t width = 256;
+    const int64_t width = S > 1024 ? 64 : 256;  // three sums (S, width) a thread
     const int64_t parts = (D + width - 1) / width;
     parallel_dynamic(static_cast<int64_t>(plan.chosen.size()) * parts, [&](int64_t i) {
       const GemmScope<T> scope;

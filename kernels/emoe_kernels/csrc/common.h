@@ -1,4 +1,4 @@
-// What forward, decode and backward share.
+// What the passes share.
 //
 // Legend: N tokens, D model width, E experts, S neurons per expert, K experts chosen per token, R <= N * K pairs
 // (token, expert) sorted by expert, n pairs of one expert or of a chunk of it.
@@ -29,7 +29,10 @@ class Scratch {
   template <typename T>
   T* get(int64_t count) {
     const size_t bytes = round_up(count * sizeof(T), 64);
-    if (bytes > size_) {
+    const bool wasteful = size_ > kKeep && bytes < size_ / 4;
+    if (bytes > size_ || wasteful) {
+      size_ = 0;
+      memory_.reset();
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
       TORCH_CHECK(memory_, "emoe_kernels: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
@@ -38,6 +41,7 @@ class Scratch {
   }
 
  private:
+  static constexpr size_t kKeep = 4 << 20;  // more is given back by the next call that needs much less
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };
@@ -75,14 +79,27 @@ void parallel_dynamic(int64_t count, const F& f) {
 
 // C (M, N) fp32 = A (M, K) B (K, N), plus C if `add`. A is row-major; B is what `pack_rows` or `pack_transposed` write,
 // with leading dimension ldb in dwords. oneDNN's kernel for the best instruction set of the machine (AMX, AVX-512),
-// generated once per shape: keep the number of different shapes small.
+// generated once per thread for each (M, N, K, lda, ldb, ldc, add) and never forgotten: all of them must come from small
+// sets, none may be the number of an expert's tokens.
 template <typename T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C, int64_t ldc,
           bool add) {
+  constexpr int64_t step = 32;  // the depth of a bf16 tile of AMX
+#if defined(__AMX_BF16__) || defined(EMOE_SPLIT_DEPTH)
+  // oneDNN takes the largest even divisor of K up to 32 for all steps: for 172 that would be 4.
+  if (kPerDword<T> == 2 && K > step && K % step) {
+    const int64_t whole = K / step * step;
+    gemm<T>(M, N, whole, A, lda, B, ldb, C, ldc, add);
+    return gemm<T>(M, N, K - whole, A + whole, lda, B + whole * ldb, ldb, C, ldc, true);
+  }
+#endif
+  TORCH_INTERNAL_ASSERT(lda * M * int64_t(sizeof(T)) <= INT32_MAX, "oneDNN addresses A with 32 bits");
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, /*is_vnni=*/kPerDword<T> == 2);
 }
 
-// Gives the tile registers of AMX back; to be called by each thread that called gemm.
+constexpr int64_t kRowTile = 256;  // rows of a weight in one GEMM: bounds generated code, scratch and offsets within A
+
+// Gives the tile registers of AMX back at the end of a piece of work that called gemm.
 template <typename T>
 struct GemmScope {
   ~GemmScope() { at::native::cpublas::brgemm_release(kPerDword<T> == 2); }
@@ -116,11 +133,11 @@ struct Weight {
   T* data = nullptr;
   int64_t expert = 0, row = 0, col = 0;
 
-  Weight() = default;
-  explicit Weight(const Tensor& t)
-      : data(static_cast<T*>(t.data_ptr())), expert(t.stride(0)), row(t.stride(1)), col(t.stride(2)) {}
-  explicit Weight(const OptionalTensor& t) {
-    if (t) *this = Weight(*t);
+  // const_data_ptr, so that a lazily copied tensor is not copied for being read
+  static Weight read(const Tensor& t) { return {const_cast<T*>(t.const_data_ptr<T>()), t.stride(0), t.stride(1), t.stride(2)}; }
+  static Weight read(const OptionalTensor& t) { return t ? read(*t) : Weight{}; }
+  static Weight write(const OptionalTensor& t) {
+    return t ? Weight{t->mutable_data_ptr<T>(), t->stride(0), t->stride(1), t->stride(2)} : Weight{};
   }
 
   T* at(int64_t e, int64_t r, int64_t c) const { return data + e * expert + r * row + c * col; }
@@ -154,6 +171,7 @@ struct Block {
 // should stay in the L2 cache, and the chunks should divide evenly among the threads.
 inline int64_t column_chunk(int64_t N, int64_t D) {
   constexpr int64_t bytes = 512 * 1024;
+  if (D == 0) return kLanes;
   const int64_t widest = std::clamp<int64_t>(bytes / 4 / std::max<int64_t>(N, 1) / kLanes * kLanes, 32, 128);
   const int64_t threads = at::get_num_threads();
   const int64_t chunks = round_up((D + widest - 1) / widest, threads);

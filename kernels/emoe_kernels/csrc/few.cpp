@@ -66,10 +66,8 @@ __m512 reduce_16(const __m512* acc) {
 template <int ROWS, int TOKENS, typename T>
 void dot_rows(const T* w, int64_t ld, const T* const* x, int64_t D, float* out, int64_t out_ld) {
   using dot = Dot<T>;
-  __m512 acc[ROWS][TOKENS];
-  for (auto& row : acc) {
-    for (auto& value : row) value = _mm512_setzero_ps();
-  }
+  __m512 acc[ROWS * TOKENS];
+  for (auto& value : acc) value = _mm512_setzero_ps();
   int64_t d = 0;
   for (; d + dot::kWidth <= D; d += dot::kWidth) {
     typename dot::Register token[TOKENS];
@@ -78,24 +76,26 @@ void dot_rows(const T* w, int64_t ld, const T* const* x, int64_t D, float* out, 
       const T* at = w + r * ld + d;
       _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * ld), _MM_HINT_T1);  // past the end it is a no-op
       const auto value = dot::load(at);
-      for (int m = 0; m < TOKENS; m++) acc[r][m] = dot::add(acc[r][m], value, token[m]);
+      for (int m = 0; m < TOKENS; m++) acc[r * TOKENS + m] = dot::add(acc[r * TOKENS + m], value, token[m]);
     }
   }
   if (d < D) {
     for (int r = 0; r < ROWS; r++) {
       const auto value = dot::load(w + r * ld + d, D - d);
-      for (int m = 0; m < TOKENS; m++) acc[r][m] = dot::add(acc[r][m], value, dot::load(x[m] + d, D - d));
+      for (int m = 0; m < TOKENS; m++) {
+        acc[r * TOKENS + m] = dot::add(acc[r * TOKENS + m], value, dot::load(x[m] + d, D - d));
+      }
     }
   }
   if constexpr (ROWS == 4 && TOKENS == 4) {
-    const __m512 sums = reduce_16(acc[0]);
+    const __m512 sums = reduce_16(acc);
     _mm_storeu_ps(out, _mm512_extractf32x4_ps(sums, 0));
     _mm_storeu_ps(out + out_ld, _mm512_extractf32x4_ps(sums, 1));
     _mm_storeu_ps(out + 2 * out_ld, _mm512_extractf32x4_ps(sums, 2));
     _mm_storeu_ps(out + 3 * out_ld, _mm512_extractf32x4_ps(sums, 3));
   } else {
     for (int r = 0; r < ROWS; r++) {
-      for (int m = 0; m < TOKENS; m++) out[r * out_ld + m] = _mm512_reduce_add_ps(acc[r][m]);
+      for (int m = 0; m < TOKENS; m++) out[r * out_ld + m] = _mm512_reduce_add_ps(acc[r * TOKENS + m]);
     }
   }
 }

@@ -5,17 +5,29 @@
 //   1. per (expert, up to 64 of its tokens): gather and transpose x, pre = W x^T for gate and up, h^T = act(..) * ..
 //   2. per chunk of output columns: y^T_e = Wd h^T for every expert in turn, transposed and added to an accumulator
 //      (N, chunk) in the L2 cache. No (N * K, D) buffer, no atomics, and a sum's order is always that of the experts.
-#include "activations.h"
-#include "common.h"
 #include "passes.h"
 
 namespace emoe {
 
 namespace {
 
+constexpr int64_t kTokens = 64;  // of one expert, in one GEMM
+
 template <typename T>
 int64_t largest_chunk(int64_t D) {
-  return D * 64 * int64_t(sizeof(T)) <= 512 * 1024 ? 64 : 32;  // the packed tokens should fit in half of an L2 cache
+  // the packed tokens should fit in half of an L2 cache
+  return D * kTokens * int64_t(sizeof(T)) <= 512 * 1024 ? kTokens : kTokens / 2;
+}
+
+// pre (S, np) = W x^T for one expert.
+template <typename T>
+void project(const Weight<T>& weight, int64_t e, int64_t S, int64_t D, const T* x, int64_t np, float* pre) {
+  thread_local Scratch copy;
+  for (int64_t s = 0; s < S; s += kRowTile) {
+    const int64_t rows = std::min(kRowTile, S - s);
+    const Block<T> w(weight, e, s, rows, 0, D, copy);
+    gemm<T>(rows, np, D, w.data, w.ld, x, np, pre + s * np, np, false);
+  }
 }
 
 // In place: value (S, padded) += bias (S), per row.
@@ -53,11 +65,11 @@ void activate_chunk(const float* up, const float* gate, const float* weights, in
 
 template <Activation A, typename T>
 void up_chunk(const Call<T>& c, const Plan& plan, const Chunk& chunk, T* packed_h, T* up_pre, T* gate_pre) {
-  thread_local Scratch packed_x, sums, copy;
+  thread_local Scratch packed_x, sums;
   const int64_t np = chunk.padded, S = c.S, D = c.D;
 
-  const T* rows[64];
-  alignas(64) float weights[64] = {};
+  const T* rows[kTokens];
+  alignas(64) float weights[kTokens] = {};
   for (int64_t i = 0; i < chunk.count; i++) {
     rows[i] = c.x + plan.tokens[chunk.first + i] * c.x_row;
     weights[i] = c.weights ? c.weights[plan.slots[chunk.first + i]] : 1.f;
@@ -67,14 +79,8 @@ void up_chunk(const Call<T>& c, const Plan& plan, const Chunk& chunk, T* packed_
 
   float* up = sums.get<float>(2 * S * np);
   float* gate = c.gate.data ? up + S * np : nullptr;
-  {
-    const Block<T> w(c.up, chunk.expert, 0, S, 0, D, copy);
-    gemm<T>(S, np, D, w.data, w.ld, x, np, up, np, false);
-  }
-  if (gate) {
-    const Block<T> w(c.gate, chunk.expert, 0, S, 0, D, copy);
-    gemm<T>(S, np, D, w.data, w.ld, x, np, gate, np, false);
-  }
+  project(c.up, chunk.expert, S, D, x, np, up);
+  if (gate) project(c.gate, chunk.expert, S, D, x, np, gate);
   if (c.up_bias) add_bias(up, c.up_bias + chunk.expert * S, S, np);
   if (c.gate_bias) add_bias(gate, c.gate_bias + chunk.expert * S, S, np);
   if (up_pre) store_transposed(up, np, S, chunk.count, up_pre + chunk.first * S, S);
@@ -110,7 +116,7 @@ void down_columns(const Call<T>& c, const Plan& plan, const std::vector<Chunk>& 
   for (int64_t n = 0; n < N; n++) {
     for (int64_t j = 0; j < width; j++) sums[n * width + j] = c.down_bias ? static_cast<float>(c.down_bias[d + j]) : 0.f;
   }
-  float* product = part.get<float>(width * 64);
+  float* product = part.get<float>(width * kTokens);
   for (const Chunk& chunk : chunks) {
     const Block<T> w(c.down, chunk.expert, d, width, 0, S, copy);
     gemm<T>(width, chunk.padded, S, w.data, w.ld, packed_h + chunk.start * S, chunk.padded, product, chunk.padded, false);

@@ -33,7 +33,10 @@ void forward_few(const Call<T>& call, const Plan& plan, Activation activation, T
 //   D 2048, F 5632,  bf16    0.42  0.47  0.78  0.83  0.95  1.18
 //   D 2048, F 5632,  fp32    0.46  0.56  0.79  1.17  1.28  1.51
 //   D 576,  F 1536,  bf16    0.41  0.58  0.84  1.19  1.17  1.35
-inline bool few_tokens(const Plan& plan) { return plan.pairs() <= 8 * int64_t(plan.chosen.size()); }
+// A batch of which most tokens chose nobody is none of its business: it sums over all N tokens.
+inline bool few_tokens(const Plan& plan, int64_t N) {
+  return plan.pairs() <= 8 * int64_t(plan.chosen.size()) && N <= 4 * plan.pairs();
+}
 
 // What backward writes, whole (zeros for experts without pairs); null where nobody asked. The gradients of weights have
 // any strides. Only `weights` must come in filled with zeros: unused slots are not visited.

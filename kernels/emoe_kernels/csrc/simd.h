@@ -1,6 +1,6 @@
 // AVX-512 building blocks: transposes of 16 x 16 dwords, packing of GEMM operands, conversions.
 //
-// A bf16 GEMM operand B (K, N) is stored as "VNNI" dwords: dword (k / 2, n) holds B[k, n] and B[k + 1, n]. For fp32 a
+// A bf16 GEMM operand B (K, N) is stored as "VNNI" dwords: for even k, dword (k / 2, n) holds B[k, n], B[k + 1, n]. In fp32 a
 // dword is one element. A matrix of T is therefore often seen here as a matrix of dwords, `kPerDword<T>` elements each.
 #pragma once
 

@@ -20,14 +20,22 @@ _ACTIVATIONS = {name: index for index, name in enumerate(ACTIVATIONS)}
 """Name → the value of `enum class Activation` in csrc/activations.h, which lists them in the same order."""
 
 
+_CAN_MULTIPLY = {dtype: _ops.can_multiply(dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
 def supports(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | None) -> str | None:
     """None if `expert_ffn` takes these tensors, otherwise the reason."""
-    if x_ND.dtype == torch.float32:
-        return None
-    if x_ND.dtype != torch.bfloat16:
-        return f"the C++ kernels compute in float32 and bfloat16, not {str(x_ND.dtype).removeprefix('torch.')}"
+    dtype = x_ND.dtype
+    can = _CAN_MULTIPLY.get(dtype)
+    if not can:
+        name = str(dtype).removeprefix("torch.")
+        if can is None:
+            return f"the C++ kernels compute in float32 and bfloat16, not {name}"
+        return f"oneDNN has no {name} kernels for this processor (bfloat16 wants avx512_bf16 or AMX)"
     S, D = up_ESD.shape[1:]
-    if S % 2 or D % 2:
+    if S == 0 or D == 0:
+        return "there is nothing to compute: a width is 0"
+    if dtype == torch.bfloat16 and (S % 2 or D % 2):
         return f"in bfloat16 the C++ kernels take pairs, and D={D} or S={S} is odd"
     return None
 
@@ -101,8 +109,9 @@ def expert_ffn(
     """What `emoe_kernels.experts.expert_ffn` computes, for tensors that `supports` has passed.
 
     GEMMs and sums over experts accumulate in fp32; bf16 hidden values are rounded once, between the two GEMMs. Few
-    tokens an expert (8 or less a chosen expert, on average) take dot products instead of GEMMs, and so may differ in
-    the last bits. Equal calls give equal bits, with any number of threads.
+    tokens (8 or less a chosen expert, on average) take dot products instead of GEMMs, and what is added first depends
+    on how many tokens share an expert: a token's last bits may differ with its batch. Equal calls give equal bits,
+    with any number of threads. Has no forward-mode derivative and no second one.
     """
     get_activation(activation)
     code = _ACTIVATIONS[activation]

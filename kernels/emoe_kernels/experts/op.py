@@ -75,7 +75,7 @@ def expert_ffn(
         up_FD, down_DF, gate_FD: the dense weights (F, D), (D, F), (F, D) in the convention of
             `torch.nn.functional.linear`, or the same blocks stacked, (E, S, D), (E, D, S), (E, S, D), as models that
             were born with experts keep them. All in the dtype of x and in one of the two layouts. Any strides, such
-            as the transpose of a GPT-2 Conv1D weight or a slice of a fused gate_up_proj; none is copied.
+            as the transpose of a GPT-2 Conv1D weight or a slice of a fused gate_up_proj; none is copied whole.
         num_experts: E, a divisor of F. Needed with dense weights; stacked ones tell it.
         up_bias_F, gate_bias_F, down_bias_D: biases, or None: (F,), (F,), (D,); stacked (E, S), (E, S), (D,).
         activation: one of `ACTIVATIONS`.
