@@ -153,7 +153,7 @@ void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t 
   }
 }
 
-constexpr int kOutputs = 4;  // output columns d computed together: they share the loads of h
+constexpr int kOutputs = 8;  // output columns d computed together: they share the loads of h
 
 // y[:, d .. d + ROWS - 1]: a row of down is a run of S values an expert; runs of experts nobody chose are skipped.
 template <int ROWS, typename T>
