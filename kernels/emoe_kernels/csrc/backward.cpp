@@ -46,6 +46,8 @@ struct Hidden {
   int64_t padded(int64_t e) const { return columns[e + 1] - columns[e]; }
 };
 
+constexpr int64_t kDirect = 8;  // pairs of an expert up to which outer products beat a GEMM of depth 16
+
 struct Group {
   int64_t expert, first, count;
 };
@@ -225,13 +227,15 @@ void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, 
   T* operand = packed.get<T>(kPairDepth * width);
   const T** rows = pointers.get<const T*>(kPairDepth);
 
+  const bool direct = n <= kDirect;
   const auto pack = [&](const T* from, int64_t stride, int64_t p, int64_t depth) {
     const int64_t count = std::min(depth, n - p);
     for (int64_t i = 0; i < count; i++) rows[i] = from + plan.tokens[first + p + i] * stride + d;
-    pack_rows(rows, count, depth, width, operand);
+    if (!direct) pack_rows(rows, count, depth, width, operand);
   };
   const auto add = [&](const T* left, float* sum, int64_t p, int64_t depth) {
     const T* from = left + (hidden.columns[e] + p) * S;
+    if (direct) return outer_products(from, depth, S, rows, n, width, sum);
     for (int64_t s = 0; s < S; s += kRowTile) {
       const int64_t rows = std::min(kRowTile, S - s);
       gemm<T>(rows, width, depth, from + s * depth, depth, operand, width, sum + s * width, width, p > 0);

@@ -1,4 +1,4 @@
-// Products with a weight's natural rows for few tokens: what the first two sweeps of backward need.
+// What the sweeps of backward need for few tokens: products with a weight's natural rows, and sums of outer products.
 #pragma once
 
 #include "common.h"
@@ -70,6 +70,29 @@ void add_weighted_rows(const T* w, int64_t ld, int64_t S, int64_t width, const T
   int64_t s = 0;
   for (; s + kRows <= S; s += kRows) add(std::integral_constant<int, kRows>{}, s);
   for (; s < S; s++) add(std::integral_constant<int, 1>{}, s);
+}
+
+// out[s] (width) = sum over i < count of h[s * ld + i] * rows[i]: a block of a weight's gradient, S rows.
+template <typename T>
+void outer_products(const T* h, int64_t ld, int64_t S, const T* const* rows, int64_t count, int64_t width, float* out) {
+  constexpr int kRows = 8;  // of the gradient, made together: they share the loads of the tokens
+  const auto some = [&](auto n, int64_t s) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const __mmask16 lanes = first_lanes(width - j);
+      __m512 sum[kRows];
+      for (int r = 0; r < n(); r++) sum[r] = _mm512_setzero_ps();
+      for (int64_t i = 0; i < count; i++) {
+        const __m512 token = load(rows[i] + j, lanes);
+        for (int r = 0; r < n(); r++) {
+          sum[r] = _mm512_fmadd_ps(token, _mm512_set1_ps(static_cast<float>(h[(s + r) * ld + i])), sum[r]);
+        }
+      }
+      for (int r = 0; r < n(); r++) store(out + (s + r) * width + j, sum[r], lanes);
+    }
+  };
+  int64_t s = 0;
+  for (; s + kRows <= S; s += kRows) some(std::integral_constant<int, kRows>{}, s);
+  for (; s < S; s++) some(std::integral_constant<int, 1>{}, s);
 }
 
 }  // namespace emoe
