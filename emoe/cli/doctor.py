@@ -62,6 +62,7 @@ def examine() -> dict[str, Any]:
             "available": status.available,
             "detail": status.detail,
             "path": str(status.path) if status.path else None,
+            "dtypes": ["float32", *(["bfloat16"] if features & {"avx512_bf16", "amx_bf16"} else [])],
             "compiler": extension.compiler(),
         },
         "gpus": [
@@ -121,5 +122,7 @@ def _print(found: dict[str, Any]) -> None:
     print("instructions: " + ", ".join([cpu["capability"], *extras]))
     print(f"compiler:     {extension['compiler'] or 'none'}")
     print(f"C++ kernels:  {extension['detail']}" + (f" ({extension['path']})" if extension["path"] else ""))
+    if extension["available"]:
+        print(f"              compute {' and '.join(extension['dtypes'])}; other dtypes run on plain PyTorch")
     gpus = [f"{gpu['name']} ({gpu['capability']}, {format_bytes(gpu['memory_bytes'])})" for gpu in found["gpus"]]
     print("GPUs:         " + (", ".join(gpus) or "none"))

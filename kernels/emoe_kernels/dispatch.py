@@ -139,15 +139,41 @@ def _cpu(device_type: str, may_build: bool) -> tuple[bool, str]:
     return status.available, status.detail
 
 
+_too_old: dict[int, str | None] = {}
+"""Index of a GPU → what `gpu_too_old` answered."""
+
+
+def gpu_too_old(index: int) -> str | None:
+    """Why the Triton kernels cannot run on this GPU, or None. AMD has no such number, and there may be no GPU."""
+    if index not in _too_old:
+        import torch
+
+        _too_old[index] = None
+        if torch.cuda.is_available() and torch.version.hip is None:
+            major, minor = torch.cuda.get_device_capability(index)
+            if major < 8:
+                _too_old[index] = f"the Triton kernels need compute capability 8.0 (Ampere), not {major}.{minor}"
+    return _too_old[index]
+
+
+gpu_too_old._dynamo_marked_constant = True  # as above
+
+
 def _triton(device_type: str) -> tuple[bool, str]:
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         hint = "; TRITON_INTERPRET=1 interprets them on the CPU, very slowly" if device_type == "cpu" else ""
         return False, f"the Triton kernels need a GPU{hint}"
     try:
+        import torch
         import triton
 
         from .experts import triton_op  # noqa: F401 - a Triton too old for our kernels shows here
     except Exception as error:  # a broken installation raises whatever it likes; what follows needs no Triton
         return False, f"the Triton kernels cannot be imported ({type(error).__name__}: {error})"
-    return True, f"Triton {triton.__version__}" + (", interpreted: for tests only" if interpreted else "")
+    if device_type == "cuda":  # of several GPUs some may do; `supports` then refuses the tensors on the others
+        reasons = [gpu_too_old(index) for index in range(torch.cuda.device_count())]
+        if reasons and all(reasons):
+            return False, reasons[0]
+    remark = ", interpreted: for tests only" if interpreted else ", untested on ROCm" if torch.version.hip else ""
+    return True, f"Triton {triton.__version__}{remark}"

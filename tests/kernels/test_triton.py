@@ -8,9 +8,11 @@ Legend: N tokens, K slots per token, E experts, S neurons per expert, D model wi
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+import emoe_kernels.experts
+import emoe_kernels.linear
+from emoe_kernels import dispatch, use
 from emoe_kernels.experts import ACTIVATIONS, triton_tune
 from emoe_kernels.experts import triton_configs as configs
 from emoe_kernels.experts import triton_host as host
@@ -435,8 +440,8 @@ def test_bad_ids(bad):
 WRONG = [
     ({"down": torch.zeros(6, 8, 12)}, "down_EDS has shape"),
     ({"gate": torch.zeros(6, 9, 12)}, "gate_ESD has shape"),
-    ({"gate": None}, "gate_bias_ES is given without gate_ESD"),
-    ({"weights": torch.zeros(7, 2)}, "weights_NK is"),
+    ({"weights": torch.zeros(7, 2)}, "weights_NK has shape"),
+    ({"weights": torch.zeros(7, 3).long()}, "weights_NK has dtype torch.int64"),
     ({"up": torch.zeros(6, 8, 12).half()}, "up_ESD has dtype torch.float16, x has torch.float32"),
     ({"x": torch.zeros(7, 12).double()}, "x has dtype torch.float64; the Triton kernels take fp32, bf16 and fp16"),
     ({"experts": torch.zeros(7, 3)}, "experts_NK has dtype torch.float32"),
@@ -445,10 +450,24 @@ WRONG = [
 
 @runs_kernels
 @pytest.mark.parametrize("change, message", WRONG, ids=[m for _, m in WRONG])
-def test_wrong_arguments_are_named(change, message):
+def test_what_memory_depends_on_is_checked_in_the_ops(change, message):
     change = {k: v if v is None else v.to(DEVICE) for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
         call(make(7, 12, 8, 6, 3) | change)
+
+
+@runs_kernels
+def test_a_plan_of_something_else_is_refused():
+    a = make(7, 12, 8, 6, 3)
+    h = torch.zeros(7, 3, 8, device=DEVICE)
+    for ids, E in ((a["experts"] % 5, 5), (a["experts"][:4], 6)):
+        plan = plan_experts(ids, E)
+        with pytest.raises(ValueError, match="the plan has shapes"):
+            expert_linear(a["x"], a["experts"], a["up"], plan=plan)
+        with pytest.raises(ValueError, match="the plan has shapes"):
+            expert_combine(h, a["experts"], a["down"], plan=plan)
+        with pytest.raises(ValueError, match="the plan has shapes"):
+            torch.ops.emoe_kernels.triton_linear(a["x"], a["experts"], *plan, a["up"], None)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CPU tensors are fine there")
@@ -461,6 +480,70 @@ def test_cpu_tensors_are_refused():
 def test_supports():
     assert supports(torch.zeros(1), None) is None
     assert "not float64" in supports(torch.zeros(1).double(), None)
+
+
+def test_a_gpu_too_old_is_known_before_the_first_call(monkeypatch):
+    """The dispatch says what `supports` will say: on a T4 nobody is promised kernels that then refuse every call."""
+    capability = {0: (7, 5), 1: (8, 0)}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("EMOE_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
+    for count, name in ((1, "portable"), (2, "triton")):
+        monkeypatch.setattr(dispatch, "_settled", {})
+        monkeypatch.setattr(dispatch, "_too_old", {})
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert dispatch.explain("cuda").name == name
+    assert "8.0 (Ampere), not 7.5" in dispatch.gpu_too_old(0)
+    assert dispatch.gpu_too_old(1) is None
+
+
+# Through the public functions
+
+
+def public_ffn(a):
+    """Dense weights, as a checkpoint has them."""
+    up, gate = (a[name].flatten(0, 1) for name in ("up", "gate"))
+    biases = {f"{name}_F": a[name].flatten() for name in ("up_bias", "gate_bias")}
+    down = a["down"].transpose(0, 1).flatten(1)
+    return emoe_kernels.experts.expert_ffn(
+        a["x"],
+        a["experts"],
+        up,
+        down,
+        num_experts=a["up"].shape[0],
+        gate_FD=gate,
+        **biases,
+        down_bias_D=a["down_bias"],
+        weights_NK=a["weights"],
+    )
+
+
+def public_linears(a):
+    linear = emoe_kernels.linear
+    h = linear.expert_linear(a["x"], a["experts"], a["up"], a["up_bias"])
+    return linear.expert_combine(h.tanh(), a["experts"], a["down"], a["down_bias"], weights_NK=a["weights"])
+
+
+@runs_kernels
+@pytest.mark.parametrize("function", [public_ffn, public_linears])
+def test_the_public_functions_come_here(function, monkeypatch):
+    args = make(12, 16, 16, 4, 2)
+    args["experts"][3, 1] = -1
+    names = NAMES if function is public_ffn else ("x", "up", "down", "up_bias", "down_bias", "weights")
+    with use("reference"):
+        expected = with_grads(function, args, names, double=True)
+    launched = []
+    real = host.launch
+    monkeypatch.setattr(host, "launch", lambda kernel, *a, **k: (launched.append(kernel), real(kernel, *a, **k)))
+    with use("triton"):
+        actual = with_grads(function, args, names)
+        compiled = with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), args, names)
+    assert host.grad_weight_kernel in launched
+    assert_same(actual, expected, 1e-5)
+    assert all(torch.equal(compiled[k], actual[k]) for k in actual)
+    with use("triton"), pytest.raises(ValueError, match="not float64"):
+        function({k: v.double() if v.is_floating_point() else v for k, v in args.items()})
 
 
 # Host side
@@ -496,48 +579,122 @@ def test_tf32_only_where_torch_allows_it():
     assert kinds == ["ieee", "half", "tf32", "half"]
 
 
-def test_own_measurements_go_before_the_table(tmp_path, monkeypatch):
-    key = configs.key("sm80", "half", "hidden", 64, 88, 2048)
+def test_amd_has_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert configs.arithmetic(torch.float32) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert configs.arithmetic(torch.bfloat16) == "half"
+    assert configs.architecture.__wrapped__(torch.device("cuda", 0)) == "sm80"
+
+
+@pytest.mark.parametrize(
+    "capability, row",
+    [((8, 6), "sm80"), ((9, 0), "sm90"), ((10, 3), "sm90"), ((12, 0), "sm80")],  # 12.0: RTX 50, 99 KiB shared
+    ids=str,
+)
+def test_the_row_of_the_table_has_no_more_shared_memory_than_the_gpu(capability, row, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.architecture.__wrapped__(torch.device("cuda", 0)) == row
+
+
+def test_the_number_of_tokens_changes_little_that_is_compiled_for():
+    """32 blocks of 128 columns: all, or a power of two that fits into the buffer."""
+    widths = {pairs: host._chunk(2 * pairs, 32, 128) for pairs in range(1, 200_000, 7)}
+    assert set(widths.values()) == {128 << i for i in range(6)}
+    assert all(width == 128 or 2 * pairs * width <= host.PART_BYTES for pairs, width in widths.items())
+    assert host._chunk(2, 43, 128) == 43 * 128  # 5504 columns are not rounded up to 8192
+
+
+def case(S=88, layout="rows", device="A100"):
+    return configs.Case(device, "half", "hidden", 64, S, 2048, layout)
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """The file of the user's own configurations, which is not there yet."""
     monkeypatch.setenv(configs.CACHE_VARIABLE, str(tmp_path / "triton.json"))
     configs.user_configs.cache_clear()
-    table = configs.choose("sm80", "half", "hidden", 64, 88, 2048)
-    configs.save({key: configs.Config(64, 32, 32, 2, 2)})
-    assert configs.choose("sm80", "half", "hidden", 64, 88, 2048) == (64, 32, 32, 2, 2)
-    assert configs.choose("sm80", "half", "hidden", 64, 96, 2048) == table
-    (tmp_path / "triton.json").write_text("not json")
+    yield tmp_path / "triton.json"
     configs.user_configs.cache_clear()
-    assert configs.choose("sm80", "half", "hidden", 64, 88, 2048) == table  # a broken cache costs speed, no more
-    configs.user_configs.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*No such file")
+def test_own_measurements_go_before_the_table(own_file):
+    table = configs.choose("sm80", case())
+    configs.save({str(case()): configs.Config(64, 32, 32, 2, 2)})
+    assert configs.choose("sm80", case()) == (64, 32, 32, 2, 2)
+    for other in (case(S=96), case(layout="columns"), case(device="RTX 3060")):  # nothing was measured for these
+        assert configs.choose("sm80", other) == table
+
+
+BROKEN = [
+    (None, "No such file"),  # a slip in the variable
+    ("not json", "Expecting value"),
+    ("[]", "no attribute"),
+    ({str(case()): [64, 32, 32, 2]}, "missing 1 required"),
+    ({str(case()): [64, 48, 32, 2, 2]}, "hidden.* not of powers of two"),
+    ({str(case()): [64, 8, 32, 2, 2]}, "not of powers of two from 16 up"),
+    ({str(case()): [64, "32", 32, 2, 2]}, "not of powers of two"),
+    ({str(case()): [64, 32, 32, 3, 2]}, "warps=3"),
+    ({str(case()): [64, 32, 32, 4, 9]}, "stages=9"),
+]
+
+
+@pytest.mark.parametrize("content, message", BROKEN, ids=[m for _, m in BROKEN])
+def test_a_broken_file_costs_speed_and_a_warning(content, message, own_file):
+    if content is not None:
+        own_file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.warns(UserWarning, match=f"EMOE_TRITON_CONFIGS.*{message}"):
+        config = configs.choose("sm80", case())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert configs.choose("sm80", case()) == config  # said once
+
+
+def test_no_file_is_no_mistake(tmp_path, monkeypatch, recwarn):
+    monkeypatch.delenv(configs.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configs.user_configs.__wrapped__() == {}
+    assert not recwarn
 
 
 @runs_kernels
-def test_tuning_finds_the_fastest(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*No such file")
+@pytest.mark.parametrize("gated, transposed", [(True, False), (False, True)], ids=["Llama", "GPT-2"])
+def test_tuning_finds_the_fastest(gated, transposed, own_file, monkeypatch):
     """With a stopwatch of ours, which likes narrow tiles, and in which some tiles do not run."""
-    monkeypatch.setenv(configs.CACHE_VARIABLE, str(tmp_path / "triton.json"))
-    configs.user_configs.cache_clear()
 
     def stopwatch(step):
-        tiles = [tile for key, tile in configs.user_configs().items() if "/hidden/" in key]
-        if tiles and tiles[0].stages == 2:
+        if not asked:
+            step()
+        own = configs.user_configs()
+        tiles = [tile for key, tile in own.items() if "/linear/" in key and key.endswith(columns)]
+        if tiles and tiles[0].stages == 5:
             raise RuntimeError("out of shared memory")
         return float(tiles[0].bn) if tiles else 1.0
 
+    asked, real, columns = set(), configs.choose, "/columns"
+    monkeypatch.setattr(configs, "choose", lambda arch, case: (asked.add(str(case)), real(arch, case))[1])
     monkeypatch.setattr(triton_tune, "milliseconds", stopwatch)
-    found = triton_tune.tune(8, 16, 8, 2, 1, dtype=torch.float32, device=DEVICE)
+    options = {"gated": gated, "transposed": transposed, "dtype": torch.float32, "device": DEVICE}
+    found = triton_tune.tune(8, 16, 8, 2, 1, **options)
+    assert found.keys() == asked  # what the layer launches, no more and no less
+    assert any("/hidden/" in key for key in found) == gated
+    assert next(tile.bn for key, tile in found.items() if "/linear/" in key and key.endswith(columns)) == 32
     configs.user_configs.cache_clear()
-    assert configs.user_configs() == found and len(found) == 4
-    assert next(tile.bn for key, tile in found.items() if "/hidden/" in key) == 32
-    configs.user_configs.cache_clear()
+    assert configs.user_configs() == found
 
 
 @pytest.mark.gpu
-def test_tuning_on_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv(configs.CACHE_VARIABLE, str(tmp_path / "triton.json"))
-    configs.user_configs.cache_clear()
-    assert len(triton_tune.tune(64, 256, 88, 8, 2)) == 4
+def test_tuning_on_a_gpu(own_file):
+    assert len(triton_tune.tune(64, 256, 88, 8, 2)) == 6
     args = make(64, 256, 88, 8, 2, dtype=torch.bfloat16)
     assert_same(ffn_with_grads(args), expected_ffn(args), TOLERANCE[torch.bfloat16])
-    configs.user_configs.cache_clear()
 
 
 def test_importing_the_package_needs_no_triton():

@@ -79,15 +79,15 @@ def activation_backward_kernel(
 @triton.jit
 def grad_weight_kernel(
     a_ptr,  # (P, S) rows A_P apart
-    x_ptr,  # (N, D) rows X_N apart
+    x_ptr,  # (N, D) rows x_stride apart
     grad_ptr,  # (E, S, D), any strides
     offsets_ptr,
     slots_ptr,
+    x_stride,
     K: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
     A_P: tl.constexpr,
-    X_N: tl.constexpr,
     G_E: tl.constexpr,
     G_S: tl.constexpr,
     G_D: tl.constexpr,
@@ -121,7 +121,7 @@ def grad_weight_kernel(
         tokens = (slots // K).to(tl.int64)
         a_ok = s_ok[:, None] & row_ok[None, :]
         a = tl.load(a_ptr + index.to(tl.int64)[None, :] * A_P + s[:, None], mask=a_ok, other=0.0)
-        x = tl.load(x_ptr + tokens[:, None] * X_N + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+        x = tl.load(x_ptr + tokens[:, None] * x_stride + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
         acc = dot(a, x, acc, PRECISION, UPCAST)
     out = expert.to(tl.int64) * G_E + s.to(tl.int64)[:, None] * G_S + d.to(tl.int64)[None, :] * G_D
     tl.store(grad_ptr + out, acc.to(grad_ptr.dtype.element_ty), mask=s_ok[:, None] & d_ok[None, :])

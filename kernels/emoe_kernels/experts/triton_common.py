@@ -7,12 +7,13 @@ offsets[e] : offsets[e + 1]. Slots that are unused come last, behind offsets[E],
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETING = bool(knobs.runtime.interpret)
-"""Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run in NumPy, on CPU tensors."""
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether TRITON_INTERPRET=1 was set when this was imported: kernels then run in NumPy, on CPU tensors."""
 
 ACTIVATION_IDS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu_squared": 6}
 """Activation names as the integers kernels are specialised on; "none" is the identity of the grouped linears."""
@@ -89,3 +90,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def offset(index, STRIDE: tl.constexpr, SIZE: tl.constexpr):
+    """index * STRIDE for index < SIZE, in 64 bits where it may need them: dense matrices may hold 2**31 entries."""
+    if SIZE * STRIDE > 2147483647:
+        index = index.to(tl.int64)
+    return index * STRIDE

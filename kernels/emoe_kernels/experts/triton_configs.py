@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 
 class Config(NamedTuple):
@@ -33,7 +35,8 @@ class Config(NamedTuple):
     bk: int
     warps: int
     stages: int
-    """Loads in flight; shared memory grows with it. grad_weight gets half: its loads of x wait for slot numbers."""
+    """Loads in flight; shared memory grows with it. Where a load waits for another (in grad_weight that of x for the
+    slot numbers) Triton's pipeliner keeps about half as many tiles."""
 
 
 # 16-bit inputs. sm80 stays under 99 KiB of shared memory, so that sm86 and sm89 (RTX 30 and 40) can use it too.
@@ -111,16 +114,21 @@ TABLE: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {
     ("sm80", "ieee"): _IEEE,
     ("sm90", "ieee"): _IEEE,
 }
-"""(architecture, arithmetic) to kernel to tiles. An architecture stands for all up to the next one in the table."""
+"""(architecture, arithmetic) to kernel to tiles. `architecture` says which GPUs a row serves."""
 
 CACHE_VARIABLE = "EMOE_TRITON_CONFIGS"
 """Environment variable: the file with the user's own configurations."""
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """ "half" for 16-bit tensors; for fp32 "tf32" if the user allows it for torch's own matmul, else "ieee"."""
+    """ "half" for 16-bit tensors; for fp32 "tf32" if the user allows it for torch's own matmul, else "ieee".
+
+    On AMD fp32 is "ieee": only gfx942 has something like TF32.
+    """
     if dtype != torch.float32:
         return "half"
+    if torch.version.hip is not None:
+        return "ieee"
     settings = torch.backends.cuda.matmul
     # fp32_precision came with torch 2.9; asking for the older name raises once the newer one has been set
     tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
@@ -130,9 +138,40 @@ def arithmetic(dtype: torch.dtype) -> str:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """The row of the table that serves this device; sm80 for whatever the table does not know."""
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
-        return "sm90"
+    if device.type == "cuda" and torch.version.hip is None:
+        # sm100 grants as much shared memory as sm90; sm120 (RTX 50), for all its number, 99 KiB like sm86 and sm89
+        return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm80"
     return "sm80"
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What measurements are filed under: those of an A100 say little about an RTX 4090, though both read one table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class Case(NamedTuple):
+    """What a user's own configuration was measured for."""
+
+    device: str
+    """As `device_name` has it."""
+    kind: str
+    """As `arithmetic` has it."""
+    kernel: str
+    rows: int
+    """As `rows_per_block` has it."""
+    S: int
+    D: int
+    layout: str
+    """As `layout` has it."""
+
+    def __str__(self) -> str:
+        return f"{self.device}/{self.kind}/{self.kernel}/bm{self.rows}/S{self.S}/D{self.D}/{self.layout}"
+
+
+def layout(weight_ESD: Tensor) -> str:
+    """ "rows" if neighbours in D are neighbours in memory, as in a dense (F, D) matrix; "columns" as in (D, F)."""
+    return "rows" if weight_ESD.stride(2) == 1 else "columns"
 
 
 def cache_path() -> Path:
@@ -144,11 +183,33 @@ def cache_path() -> Path:
 
 @functools.cache
 def user_configs() -> dict[str, Config]:
-    """The user's own configurations by `key`; empty if there is no readable file. Read once a process."""
+    """The user's own configurations by `str(Case)`, read once a process.
+
+    None, with a warning, if the file is broken. No file is no mistake, unless EMOE_TRITON_CONFIGS names one.
+    """
+    path = cache_path()
     try:
-        return {key: Config(*values) for key, values in json.loads(cache_path().read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        return {key: _checked(key, values) for key, values in json.loads(path.read_text()).items()}
+    except FileNotFoundError as error:
+        if not os.environ.get(CACHE_VARIABLE):
+            return {}
+        reason = error.strerror
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error)
+    warnings.warn(f"{path} ({CACHE_VARIABLE}) is not used, the built-in table is: {reason}", stacklevel=2)
+    return {}
+
+
+def _checked(key: str, values: list[int]) -> Config:
+    """ValueError for what no kernel can be launched with."""
+    config = Config(*values)
+    tile = (config.bm, config.bn, config.bk)
+    whole = all(type(value) is int for value in config)
+    if not (whole and all(size >= 16 and size & (size - 1) == 0 for size in tile)):
+        raise ValueError(f"{key}: the tile {tile} is not of powers of two from 16 up")
+    if config.warps not in (1, 2, 4, 8) or not 1 <= config.stages <= 6:
+        raise ValueError(f"{key}: warps={config.warps}, stages={config.stages}; expected 1, 2, 4 or 8, and 1 to 6")
+    return config
 
 
 def save(found: dict[str, Config]) -> Path:
@@ -161,11 +222,6 @@ def save(found: dict[str, Config]) -> Path:
     fresh.replace(path)  # at once: another process may be reading
     user_configs.cache_clear()
     return path
-
-
-def key(arch: str, kind: str, kernel: str, bm: int, S: int, D: int) -> str:
-    """Name of a case in the user's cache."""
-    return f"{arch}/{kind}/{kernel}/bm{bm}/S{S}/D{D}"
 
 
 def rows_per_block(pairs: int, num_experts: int) -> int:
@@ -185,16 +241,17 @@ def candidates(arch: str, kind: str, kernel: str, rows: int) -> tuple[Config, ..
     return tuple(t for t in tiles if t.bm == height)
 
 
-def choose(arch: str, kind: str, kernel: str, rows: int, S: int, D: int) -> Config:
+def choose(arch: str, case: Case) -> Config:
     """The tile to use: the user's own if measured, else the candidate that wastes least.
 
     Least columns after padding S (D for `project`) to whole tiles, and 16 more a tile for reading the other operand
     again: a guess in the right order of magnitude, which `tune` replaces by a measurement.
     """
-    if (own := user_configs().get(key(arch, kind, kernel, rows, S, D))) is not None:
-        return own
-    tiles = candidates(arch, kind, kernel, rows)
-    if kernel == "project":
-        return min(tiles, key=lambda t: -(-D // t.bn) * (t.bn + 16))
-    width = (lambda t: t.bm) if kernel == "grad_weight" else (lambda t: t.bn)
-    return min(tiles, key=lambda t: -(-S // width(t)) * (width(t) + 16))
+    own = user_configs()
+    if own and (config := own.get(str(case))) is not None:
+        return config
+    tiles = candidates(arch, case.kind, case.kernel, case.rows)
+    if case.kernel == "project":
+        return min(tiles, key=lambda t: -(-case.D // t.bn) * (t.bn + 16))
+    width = (lambda t: t.bm) if case.kernel == "grad_weight" else (lambda t: t.bn)
+    return min(tiles, key=lambda t: -(-case.S // width(t)) * (width(t) + 16))

@@ -9,7 +9,7 @@ sized for the worst case and programs without work leave at once.
 Memory beyond inputs, output and gradients, in elements (S' = S rounded up to 16):
     forward   P S' for h, and while gradients are wanted 1 or 2 P S' for the pre-activations, kept until backward
     backward  up to 3 P S' for the gradients of the pre-activations and w h
-    both      the smaller of P D and 32 MiB for what is summed over k (`triton_host.project`)
+    both      what is summed over k, P D but at most 32 MiB or P bn, whichever is more (bn columns a tile of `project`)
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import triton_host as host
-from .triton_common import ACTIVATION_IDS
 from .triton_launch import check_device
 from .triton_plan import Plan
 from .triton_shared import check, plan_experts, spread, sum_rows
@@ -43,7 +42,21 @@ def _ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, D), and the pre-activations (P, S') if `keep`, else empty tensors."""
     check_device(x.device)
-    plan, S, K = Plan(offsets, slots), up.shape[1], experts.shape[1]
+    plan, (E, S, D), K = Plan(offsets, slots), up.shape, experts.shape[-1]
+    check(
+        x,
+        experts,
+        plan,
+        E,
+        weights,
+        x_ND=(x, (x.shape[0], D)),
+        down_EDS=(down, (E, D, S)),
+        up_ESD=(up, (E, S, D)),
+        gate_ESD=(gate, (E, S, D)),
+        up_bias_ES=(up_bias, (E, S)),
+        gate_bias_ES=(gate_bias, (E, S)),
+        down_bias_D=(down_bias, (D,)),
+    )
     h = host.padded_rows(x, slots.numel(), S)
     up_P = torch.empty_like(h) if keep else None
     gate_P = torch.empty_like(h) if keep and gate is not None else None
@@ -169,25 +182,11 @@ def expert_ffn(
 
     fp32 is multiplied in full unless torch.backends.cuda.matmul allows TF32. Two equal calls give equal bits. Bad ids
     fail a device-side assertion, and are ValueErrors on the CPU. There is no second derivative.
+
+    `emoe_kernels.experts.expert_ffn` checks arguments and names what is wrong with them; the op checks again what its
+    memory depends on.
     """
-    if activation not in ACTIVATION_IDS or activation == "none":
-        known = ", ".join(name for name in ACTIVATION_IDS if name != "none")
-        raise ValueError(f"activation={activation!r} is unknown; known: {known}")
-    D, (E, S, _) = x_ND.shape[1], up_ESD.shape
-    check(
-        x_ND,
-        experts_NK,
-        weights_NK,
-        up_ESD=(up_ESD, (E, S, D)),
-        down_EDS=(down_EDS, (E, D, S)),
-        gate_ESD=(gate_ESD, (E, S, D)),
-        up_bias_ES=(up_bias_ES, (E, S)),
-        gate_bias_ES=(gate_bias_ES, (E, S)),
-        down_bias_D=(down_bias_D, (D,)),
-    )
-    if gate_ESD is None and gate_bias_ES is not None:
-        raise ValueError("gate_bias_ES is given without gate_ESD")
-    offsets, slots = plan_experts(experts_NK, E)
+    offsets, slots = plan_experts(experts_NK, up_ESD.shape[0])
     tensors = (up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_NK)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_ND, *tensors))
     return _ffn(x_ND, experts_NK, offsets, slots, *tensors, activation, keep)[0]

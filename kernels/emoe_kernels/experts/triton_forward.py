@@ -1,8 +1,9 @@
 """Triton kernels of the forward pass: gathered up projection with activation, down projection, sum over k.
 
 Legend: N tokens, K slots per token, P = N * K slots, E experts, S neurons per expert, D model width. Rows are slots
-sorted by expert (triton_common.py). Model dimensions and strides are compile-time constants: masks and trip counts
-fold, and address alignment is known exactly, which decides how wide the loads are (S is 88 or 172, not 128).
+sorted by expert (triton_common.py). Model dimensions and strides of weights are compile-time constants: masks and trip
+counts fold, and address alignment is known exactly, which decides how wide the loads are (S is 88 or 172, not 128).
+What may change from call to call, N and the row stride of x, is not one: that would compile again.
 
 Source: the fused gather and the grouping of rows by expert follow ScatterMoE, arXiv 2403.08245, sec. 3. Different
 here: the block height follows the rows per expert instead of 128, a block never spans two experts, gate, up and
@@ -14,12 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import activate, dot, find_block
+from .triton_common import activate, dot, find_block, offset
 
 
 @triton.jit
 def hidden_kernel(
-    x_ptr,  # (N, D) rows X_N apart
+    x_ptr,  # (N, D) rows x_stride apart
     up_ptr,  # (E, S, D), any strides
     gate_ptr,  # (E, S, D) or None
     up_bias_ptr,  # (E, S) contiguous or None
@@ -29,12 +30,12 @@ def hidden_kernel(
     gate_out_ptr,
     offsets_ptr,
     slots_ptr,
+    x_stride,
     K: tl.constexpr,
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
-    X_N: tl.constexpr,
     UP_E: tl.constexpr,
     UP_S: tl.constexpr,
     UP_D: tl.constexpr,
@@ -67,12 +68,15 @@ def hidden_kernel(
         for d_start in range(0, D, BK):
             d = d_start + tl.arange(0, BK)
             d_ok = d < D
-            x = tl.load(x_ptr + tokens[:, None] * X_N + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+            x_ok = row_ok[:, None] & d_ok[None, :]
+            x = tl.load(x_ptr + tokens[:, None] * x_stride + d[None, :], mask=x_ok, other=0.0)
             w_ok = d_ok[:, None] & s_ok[None, :]
-            up = tl.load(up_ptr + e * UP_E + d[:, None] * UP_D + s[None, :] * UP_S, mask=w_ok, other=0.0)
+            up_at = e * UP_E + offset(d[:, None], UP_D, D) + offset(s[None, :], UP_S, S)
+            up = tl.load(up_ptr + up_at, mask=w_ok, other=0.0)
             up_acc = dot(x, up, up_acc, PRECISION, UPCAST)
             if gate_ptr is not None:
-                gate = tl.load(gate_ptr + e * GATE_E + d[:, None] * GATE_D + s[None, :] * GATE_S, mask=w_ok, other=0.0)
+                gate_at = e * GATE_E + offset(d[:, None], GATE_D, D) + offset(s[None, :], GATE_S, S)
+                gate = tl.load(gate_ptr + gate_at, mask=w_ok, other=0.0)
                 gate_acc = dot(x, gate, gate_acc, PRECISION, UPCAST)
 
         if up_bias_ptr is not None:
@@ -144,11 +148,13 @@ def project_kernel(
             a_ok = row_ok[:, None] & s_ok[None, :]
             w_ok = s_ok[:, None] & d_ok[None, :]
             a = tl.load(a_ptr + index[:, None] * A_P + s[None, :], mask=a_ok, other=0.0)
-            wa = tl.load(wa_ptr + e * WA_E + s[:, None] * WA_S + d[None, :] * WA_D, mask=w_ok, other=0.0)
+            wa_at = e * WA_E + offset(s[:, None], WA_S, S) + offset(d[None, :], WA_D, D)
+            wa = tl.load(wa_ptr + wa_at, mask=w_ok, other=0.0)
             acc = dot(a, wa, acc, PRECISION, UPCAST)
             if b_ptr is not None:
                 b = tl.load(b_ptr + index[:, None] * A_P + s[None, :], mask=a_ok, other=0.0)
-                wb = tl.load(wb_ptr + e * WB_E + s[:, None] * WB_S + d[None, :] * WB_D, mask=w_ok, other=0.0)
+                wb_at = e * WB_E + offset(s[:, None], WB_S, S) + offset(d[None, :], WB_D, D)
+                wb = tl.load(wb_ptr + wb_at, mask=w_ok, other=0.0)
                 acc = dot(b, wb, acc, PRECISION, UPCAST)
         out = slots[:, None] * WIDTH + column[None, :]
         tl.store(part_ptr + out, acc.to(part_ptr.dtype.element_ty), mask=row_ok[:, None] & d_ok[None, :])

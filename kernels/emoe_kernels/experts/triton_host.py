@@ -26,6 +26,9 @@ _COMBINE = {"BT": 8, "BD": 128}  # tokens, columns: 16-byte loads, eight sums a 
 _ELEMENTWISE = {"BM": 16, "BN": 64}  # rows, neurons
 _BIAS = {"BM": 64, "BN": 32}  # rows, neurons
 
+# "half": Triton reads the precision only for fp32, but AMD refuses the name "tf32" whatever the dtype
+_PRECISION = {"half": None, "tf32": "tf32", "ieee": "ieee"}
+
 
 def _rows_last_contiguous(x: Tensor) -> Tensor:
     """Rows may be any distance apart, entries of a row not: a gather over strided entries costs more than a copy."""
@@ -37,16 +40,17 @@ def padded_rows(like: Tensor, P: int, S: int) -> Tensor:
     return like.new_empty(P, (S + 15) // 16 * 16)
 
 
-def _config(kernel: str, x: Tensor, P: int, E: int, S: int, D: int) -> tuple[configs.Config, dict[str, Any]]:
+def _config(kernel: str, x: Tensor, P: int, weight_ESD: Tensor) -> tuple[configs.Config, dict[str, Any]]:
     """The tile for this call, and the compile-time constants that follow from it and from the dtype."""
-    kind = configs.arithmetic(x.dtype)
-    arch = recorded_arch() or configs.architecture(x.device)
-    config = configs.choose(arch, kind, kernel, configs.rows_per_block(P, E), S, D)
+    (E, S, D), kind, recorded = weight_ESD.shape, configs.arithmetic(x.dtype), recorded_arch()
+    device, rows = recorded or configs.device_name(x.device), configs.rows_per_block(P, E)
+    case = configs.Case(device, kind, kernel, rows, S, D, configs.layout(weight_ESD))
+    config = configs.choose(recorded or configs.architecture(x.device), case)
     constants = {
         "BM": config.bm,
         "BN": config.bn,
         "BK": config.bk,
-        "PRECISION": "ieee" if kind == "ieee" else "tf32",
+        "PRECISION": _PRECISION[kind],
         "UPCAST": INTERPRETING and x.dtype == torch.bfloat16,
     }
     return config, constants
@@ -55,6 +59,15 @@ def _config(kernel: str, x: Tensor, P: int, E: int, S: int, D: int) -> tuple[con
 def _blocks(P: int, E: int, BM: int) -> int:
     """At most so many blocks of BM rows: every chosen expert may end in a block that is not full."""
     return min(P, P // BM + min(E, P))
+
+
+def _chunk(column_bytes: int, blocks: int, bn: int) -> int:
+    """Columns of D that a projection computes at a time: all `blocks` of them if they fit, else a power of two of them.
+
+    A width is compiled for. It depends on the number of tokens, and with powers of two it takes few values.
+    """
+    fit = max(1, PART_BYTES // max(1, column_bytes * bn))
+    return bn * min(blocks, 1 << (fit.bit_length() - 1))
 
 
 def _expert_constants(E: int) -> dict[str, int]:
@@ -85,13 +98,13 @@ def hidden(
     P = plan.slots_P.numel()
     x_ND = _rows_last_contiguous(x_ND)
     kernel = "linear" if gate_ESD is None else "hidden"
-    config, constants = _config(kernel, x_ND, P, E, S, D)
+    config, constants = _config(kernel, x_ND, P, up_ESD)
     constants |= _expert_constants(E) | _strides("UP", up_ESD) | _strides("GATE", gate_ESD)
-    constants |= {"K": K, "S": S, "D": D, "X_N": x_ND.stride(0), "H_P": h_P.stride(0)}
+    constants |= {"K": K, "S": S, "D": D, "H_P": h_P.stride(0)}
     constants |= {"ACT": ACTIVATION_IDS[activation], "BY_SLOT": by_slot}
     up_bias_ES = None if up_bias_ES is None else up_bias_ES.contiguous()
     gate_bias_ES = None if gate_bias_ES is None else gate_bias_ES.contiguous()
-    args = (x_ND, up_ESD, gate_ESD, up_bias_ES, gate_bias_ES, h_P, up_P, gate_P, *plan)
+    args = (x_ND, up_ESD, gate_ESD, up_bias_ES, gate_bias_ES, h_P, up_P, gate_P, *plan, x_ND.stride(0))
     programs = _blocks(P, E, config.bm) * triton.cdiv(S, config.bn)
     launch(hidden_kernel, programs, args, constants, warps=config.warps, stages=config.stages)
 
@@ -113,10 +126,8 @@ def project(
     No atomics: a sum over k is taken by one program in the order of k.
     """
     (E, S, D), (N, K), P = wa_ESD.shape, experts_NK.shape, plan.slots_P.numel()
-    config, constants = _config("project", a_P, P, E, S, D)
-    most = max(1, PART_BYTES // max(1, P * a_P.element_size()) // config.bn) * config.bn  # columns that fit
-    chunks = triton.cdiv(D, most)
-    width = triton.cdiv(triton.cdiv(D, chunks), config.bn) * config.bn
+    config, constants = _config("project", a_P, P, wa_ESD)
+    width = _chunk(P * a_P.element_size(), triton.cdiv(D, config.bn), config.bn)
     chunks = triton.cdiv(D, width)
     y_ND, part = a_P.new_empty(N, D), a_P.new_empty(P, width)
     constants |= _expert_constants(E) | _strides("WA", wa_ESD) | _strides("WB", wb_ESD)
@@ -166,11 +177,11 @@ def grad_weight(a_P: Tensor, x_ND: Tensor, grad_ESD: Tensor, plan: Plan, K: int,
     """grad_e = sum over the rows of e of a_row^T x_token, written into `grad_ESD`, which may have any strides."""
     E, S, D = grad_ESD.shape
     x_ND = _rows_last_contiguous(x_ND)
-    config, constants = _config("grad_weight", x_ND, plan.slots_P.numel(), E, S, D)
+    config, constants = _config("grad_weight", x_ND, plan.slots_P.numel(), grad_ESD)
     constants |= _strides("G", grad_ESD) | {"K": K, "S": S, "D": D}
-    constants |= {"A_P": a_P.stride(0), "X_N": x_ND.stride(0), "BY_SLOT": by_slot}
+    constants |= {"A_P": a_P.stride(0), "BY_SLOT": by_slot}
     programs = E * triton.cdiv(S, config.bm) * triton.cdiv(D, config.bn)
-    args = (a_P, x_ND, grad_ESD, *plan)
+    args = (a_P, x_ND, grad_ESD, *plan, x_ND.stride(0))
     launch(grad_weight_kernel, programs, args, constants, warps=config.warps, stages=config.stages)
 
 

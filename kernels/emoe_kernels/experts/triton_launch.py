@@ -15,6 +15,9 @@ import torch
 
 from .triton_common import INTERPRETING
 
+HIP_STAGES = 2
+"""At most so many on AMD: 64 KiB of shared memory, and no asynchronous copies to keep in flight."""
+
 
 class Launch(NamedTuple):
     kernel: Any
@@ -68,8 +71,8 @@ def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], *
     if recorder is not None:
         recorder.launches.append(Launch(kernel, programs, args, constants, warps, stages))
     elif programs > 0:
-        if torch.version.hip is not None:  # 64 KiB of shared memory, and no asynchronous copies to keep in flight
-            stages = min(stages, 2)
+        if torch.version.hip is not None:
+            stages = min(stages, HIP_STAGES)
         device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)

@@ -22,9 +22,12 @@ from .triton_shared import check, plan_experts, spread, sum_rows
 @custom_op("emoe_kernels::triton_linear", mutates_args=())
 def _linear(x: Tensor, experts: Tensor, offsets: Tensor, slots: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_device(x.device)
-    (N, K), S = experts.shape, weight.shape[1]
+    plan, (E, S, D) = Plan(offsets, slots), weight.shape
+    bias_ES = (bias, (E, S))
+    check(x, experts, plan, E, x_ND=(x, (x.shape[0], D)), weight_ESD=(weight, (E, S, D)), bias_ES=bias_ES)
+    N, K = experts.shape
     h = x.new_zeros(N * K, S)  # zeros: nobody writes unused slots
-    host.hidden(x, Plan(offsets, slots), K, weight, None, bias, None, h, None, None, "none", by_slot=True)
+    host.hidden(x, plan, K, weight, None, bias, None, h, None, None, "none", by_slot=True)
     return h.view(N, K, S)
 
 
@@ -82,9 +85,11 @@ def _combine(
     weights: Tensor | None,
 ) -> Tensor:
     check_device(h.device)
-    h_P = h.reshape(-1, h.shape[2]).contiguous()
-    weight_ESD = weight.transpose(1, 2)
-    return host.project(h_P, weight_ESD, None, None, experts, Plan(offsets, slots), weights, bias, by_slot=True)
+    plan, (E, D, S) = Plan(offsets, slots), weight.shape
+    h_NKS = (h, (*experts.shape, S))
+    check(h, experts, plan, E, weights, h_NKS=h_NKS, weight_EDS=(weight, (E, D, S)), bias_D=(bias, (D,)))
+    h_P = h.reshape(-1, S).contiguous()
+    return host.project(h_P, weight.transpose(1, 2), None, None, experts, plan, weights, bias, by_slot=True)
 
 
 @_combine.register_fake
@@ -165,11 +170,11 @@ def expert_linear(
 ) -> Tensor:
     """h_nk = x_n @ weight_e.T + bias_e with e = experts_nk, (N, K, S) in the dtype of x; zeros where the id is -1.
 
-    dtypes, strides, ids and gradients as for `expert_ffn`. `plan` is that of `plan_experts(experts_NK, E)`.
+    dtypes, strides, ids and gradients as for `expert_ffn`. `plan` is that of `plan_experts(experts_NK, E)`;
+    ValueError if it is for another number of experts or of slots.
     """
-    (E, S, _), D = weight_ESD.shape, x_ND.shape[1]
-    check(x_ND, experts_NK, None, weight_ESD=(weight_ESD, (E, S, D)), bias_ES=(bias_ES, (E, S)))
-    return _linear(x_ND, experts_NK, *(plan or plan_experts(experts_NK, E)), weight_ESD, bias_ES)
+    plan = plan or plan_experts(experts_NK, weight_ESD.shape[0])
+    return _linear(x_ND, experts_NK, *plan, weight_ESD, bias_ES)
 
 
 def expert_combine(
@@ -185,8 +190,5 @@ def expert_combine(
 
     Slots whose id is -1 add nothing, whatever h holds there. dtypes, strides, ids and gradients as for `expert_ffn`.
     """
-    (N, K, S), (E, D, _) = h_NKS.shape, weight_EDS.shape
-    check(h_NKS, experts_NK, weights_NK, weight_EDS=(weight_EDS, (E, D, S)), bias_D=(bias_D, (D,)))
-    if experts_NK.shape[1] != K:
-        raise ValueError(f"experts_NK has shape {tuple(experts_NK.shape)}; expected {(N, K)}")
-    return _combine(h_NKS, experts_NK, *(plan or plan_experts(experts_NK, E)), weight_EDS, bias_D, weights_NK)
+    plan = plan or plan_experts(experts_NK, weight_EDS.shape[0])
+    return _combine(h_NKS, experts_NK, *plan, weight_EDS, bias_D, weights_NK)

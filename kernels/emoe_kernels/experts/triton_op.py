@@ -5,9 +5,9 @@ Imported only where it is asked for or a GPU is there: it imports Triton, which 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..dispatch import gpu_too_old
 from .triton_ffn import expert_ffn
 from .triton_linear import expert_combine, expert_linear
 from .triton_shared import DTYPES, plan_experts
@@ -19,8 +19,4 @@ def supports(x_ND: Tensor, *weights: Tensor | None) -> str | None:
     """None if the kernels take these tensors, otherwise the reason."""
     if x_ND.dtype not in DTYPES:
         return f"the Triton kernels compute in float32, bfloat16 and float16, not {str(x_ND.dtype)[6:]}"
-    if x_ND.device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(x_ND.device)
-        if major < 8:
-            return f"the Triton kernels need compute capability 8.0 (Ampere), and this GPU has {major}.{minor}"
-    return None
+    return gpu_too_old(x_ND.device.index) if x_ND.device.type == "cuda" else None

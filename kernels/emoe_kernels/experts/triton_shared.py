@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @custom_op("emoe_kernels::triton_plan", mutates_args=())
 def _plan(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     check_device(experts_NK.device)
+    if experts_NK.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"experts_NK has dtype {experts_NK.dtype}; expected torch.int64 or torch.int32")
     return tuple(make_plan(experts_NK, num_experts))
 
 
@@ -44,21 +46,34 @@ def sum_rows(dy_ND: Tensor, needed: bool) -> Tensor | None:
     return dy_ND.sum(0, dtype=torch.float32).to(dy_ND.dtype) if needed else None
 
 
-def check(x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor | None, **expected) -> None:
-    """ValueError for shapes and dtypes with which a kernel would read past the end or read garbage."""
-    if x_ND.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x_ND.dtype}; the Triton kernels take fp32, bf16 and fp16")
-    if experts_NK.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"experts_NK has dtype {experts_NK.dtype}; expected torch.int64 or torch.int32")
-    if weights_NK is not None and (weights_NK.shape != experts_NK.shape or not weights_NK.is_floating_point()):
-        raise ValueError(f"weights_NK is {tuple(weights_NK.shape)} {weights_NK.dtype}; expected a float per expert id")
-    expected["experts_NK"] = (experts_NK, (x_ND.shape[0], experts_NK.shape[-1]))
-    for name, (tensor, shape) in expected.items():
+def check(
+    x: Tensor, experts_NK: Tensor, plan: Plan, num_experts: int, weights_NK: Tensor | None = None, **expected
+) -> None:
+    """ValueError for shapes and dtypes with which a kernel would read past the end or read garbage.
+
+    Called inside the ops of the forward passes, which anybody may call. Everything else about arguments is checked by
+    the public functions (`emoe_kernels.experts.op`). `expected` holds (tensor or None, shape) by name.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; the Triton kernels take fp32, bf16 and fp16")
+    if weights_NK is not None and not weights_NK.is_floating_point():
+        raise ValueError(f"weights_NK has dtype {weights_NK.dtype}; expected a floating dtype")
+    P = experts_NK.numel()
+    shapes = (tuple(plan.offsets_E1.shape), tuple(plan.slots_P.shape))
+    if shapes != ((num_experts + 1,), (P,)):
+        raise ValueError(f"the plan has shapes {shapes}; for E={num_experts} and {P} slots it is (E + 1,), (slots,)")
+    any_dtype = {
+        "experts_NK": (experts_NK, (x.shape[0], experts_NK.shape[-1])),
+        "weights_NK": (weights_NK, tuple(experts_NK.shape)),
+        "offsets_E1": (plan.offsets_E1, (num_experts + 1,)),
+        "slots_P": (plan.slots_P, (P,)),
+    }
+    for name, (tensor, shape) in (expected | any_dtype).items():
         if tensor is None:
             continue
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
-        if tensor.device != x_ND.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x_ND.device}")
-        if name != "experts_NK" and tensor.dtype != x_ND.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, x has {x_ND.dtype}; cast one of them")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if name not in any_dtype and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, x has {x.dtype}; cast one of them")

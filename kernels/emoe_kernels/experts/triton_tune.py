@@ -11,6 +11,7 @@ import torch
 from triton.testing import do_bench
 
 from . import triton_configs as configs
+from .portable import stack_columns, stack_rows
 from .triton_ffn import expert_ffn
 
 
@@ -45,10 +46,14 @@ def tune(
     *,
     dtype: torch.dtype = torch.bfloat16,
     gated: bool = True,
+    transposed: bool = False,
     activation: str = "silu",
     device: str = "cuda",
 ) -> dict[str, configs.Config]:
     """Time a layer of this size, forward and backward, with balanced random routing, one kernel's tile after another.
+
+    Weights lie as in a dense checkpoint, `transposed` as in GPT-2's (Conv1D): which neighbours are neighbours in memory
+    decides how a kernel reads them, so a kernel is timed for each layout in which the layer needs it.
 
     Writes the fastest into the user's cache (`triton_configs.cache_path`), where every later process finds them, and
     returns them. Tiles that do not fit the GPU are passed over. Minutes, nearly all of them for compiling.
@@ -61,24 +66,32 @@ def tune(
 
     x, weights = leaf(N, D, scale=1.0), leaf(N, K, scale=1.0)
     experts = torch.rand(N, E, generator=g, device=device).argsort(1)[:, :K]
-    up, gate = leaf(E, S, D, scale=D**-0.5), leaf(E, S, D, scale=D**-0.5) if gated else None
-    down = leaf(D, E * S, scale=S**-0.5)
+    F, swap = E * S, -1 if transposed else 1
+    up, gate = (leaf(*(F, D)[::swap], scale=D**-0.5) if wanted else None for wanted in (True, gated))
+    down = leaf(*(D, F)[::swap], scale=S**-0.5)
     leaves = [t for t in (x, weights, up, gate, down) if t is not None]
     dy = torch.randn(N, D, generator=g, device=device).to(dtype)
 
+    def stack(weight_FD: torch.Tensor) -> torch.Tensor:
+        return stack_columns(weight_FD, E).transpose(1, 2) if transposed else stack_rows(weight_FD, E)
+
     def step() -> None:
-        down_EDS = down.unflatten(1, (E, S)).permute(1, 0, 2)
-        y = expert_ffn(x, experts, up, down_EDS, gate_ESD=gate, activation=activation, weights_NK=weights)
+        down_EDS = stack_rows(down, E).transpose(1, 2) if transposed else stack_columns(down, E)
+        gate_ESD = stack(gate) if gated else None
+        y = expert_ffn(x, experts, stack(up), down_EDS, gate_ESD=gate_ESD, activation=activation, weights_NK=weights)
         torch.autograd.grad(y, leaves, dy)
 
     arch, kind = configs.architecture(x.device), configs.arithmetic(dtype)
-    rows = configs.rows_per_block(N * K, E)
+    device, height = configs.device_name(x.device), configs.rows_per_block(N * K, E)
+    up_layout, down_layout = ("rows", "columns")[::swap]
+    kernels = [("hidden" if gated else "linear", up_layout), ("linear", down_layout)]
+    kernels += [(name, layout) for name in ("project", "grad_weight") for layout in (up_layout, down_layout)]
     own, found = configs.user_configs(), {}
-    for kernel in ("hidden", "linear", "project", "grad_weight"):
-        key = configs.key(arch, kind, kernel, rows, S, D)
+    for kernel, layout in kernels:
+        key = str(configs.Case(device, kind, kernel, height, S, D, layout))
         before, times = own.get(key), {}
         try:
-            for tile in variations(configs.candidates(arch, kind, kernel, rows)):
+            for tile in variations(configs.candidates(arch, kind, kernel, height)):
                 own[key] = tile  # the dictionary that `choose` looks into
                 try:
                     times[tile] = milliseconds(step)

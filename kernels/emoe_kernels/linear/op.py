@@ -43,9 +43,8 @@ an expert is all there is to them, and that is what `portable` does."""
 def _load(name: str) -> None:
     from ..experts import triton_op
 
-    supports = getattr(triton_op, "supports", _any)
-    _LINEAR[name] = (triton_op.expert_linear, supports)
-    _COMBINE[name] = (triton_op.expert_combine, supports)
+    _LINEAR[name] = (triton_op.expert_linear, triton_op.supports)
+    _COMBINE[name] = (triton_op.expert_combine, triton_op.supports)
 
 
 def expert_linear(
