@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import extension
-from .portable import ACTIVATIONS, get_activation
+from .portable import ACTIVATIONS
 
 if not extension.load():
     raise ImportError(extension.status().detail)
@@ -113,8 +113,7 @@ def expert_ffn(
     on how many tokens share an expert: a token's last bits may differ with its batch. Equal calls give equal bits,
     with any number of threads. Has no forward-mode derivative and no second one.
     """
-    get_activation(activation)
-    code = _ACTIVATIONS[activation]
+    code = _ACTIVATIONS[activation]  # op.py has checked the name
     tensors = (up_ESD, down_EDS, gate_ESD, up_bias_ES, gate_bias_ES, down_bias_D, weights_NK)
     if torch.is_grad_enabled() and (x_ND.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return _ExpertFFN.apply(x_ND, experts_NK, *tensors, code)
