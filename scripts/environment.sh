@@ -2,7 +2,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-TORCH="torch==2.13.0" # setup.cfg gives the range that works; this is the release that was tested
+# setup.cfg gives the ranges that work; these are the releases that were tested
+TORCH="torch==2.13.0"
+TRITON="triton==3.9.0"
 VENV="${EMOE_VENV:-$PWD/.venv}"
 WANTED=$(cat setup.cfg pyproject.toml scripts/environment.sh | sha256sum | cut -d' ' -f1)
 
@@ -21,7 +23,7 @@ if [ "$(cat "$VENV/.emoe-installed" 2>/dev/null)" != "$WANTED $PWD" ]; then
   {
     "$VENV/bin/python" -m pip install --upgrade pip &&
       "$VENV/bin/python" -m pip install "$TORCH" &&
-      "$VENV/bin/python" -m pip install -e ".[test]" "$TORCH" &&
+      "$VENV/bin/python" -m pip install -e ".[test]" "$TORCH" "$TRITON" &&
       "$VENV/bin/python" -m emoe_kernels.extension # compiles the CPU kernels; without a compiler it says so and goes on
   } >"$LOG" 2>&1 || {
     tail -n 20 "$LOG" >&2

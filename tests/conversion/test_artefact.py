@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from contextlib import nullcontext
 
 import pytest
@@ -171,6 +172,13 @@ def test_routing_stays_in_fp32(way, converted_llama):
     if way != "half":
         with torch.no_grad():
             assert torch.isfinite(narrow(TOKENS).logits).all()
+
+
+def test_a_cast_model_lets_go_of_its_file(converted_llama):
+    """The tables that stay fp32 would keep the whole file mapped if they were views of it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(converted_llama, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert str(converted_llama) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("gate", ["representative", "average-key"])

@@ -19,22 +19,27 @@ pytest.importorskip("triton")
 from emoe_kernels.experts import triton_configs as configs
 from emoe_kernels.experts.triton_report import SHARED_LIMIT, Usage
 
+ARCHS = ("sm80", "sm90")
 
-def run(*command):
-    """A Python process that imports Triton for the compiler."""
+
+def run(*commands):
+    """What Python processes print that import Triton for the compiler and run side by side: JSON, line by line."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
-    assert child.returncode == 0, child.stderr[-4000:]
-    return [json.loads(line) for line in child.stdout.splitlines()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    children = [subprocess.Popen([sys.executable, *command], **pipes) for command in commands]
+    printed = [child.communicate() for child in children]
+    for child, (_, err) in zip(children, printed, strict=True):
+        assert child.returncode == 0, err[-4000:]
+    return [json.loads(line) for out, _ in printed for line in out.splitlines()]
 
 
 @pytest.fixture(scope="module")
 def usages():
     command = ("-m", "emoe_kernels.experts.triton_report", "--json", "--arch")
-    return [Usage(**line) for line in run(*command, "sm80", "sm90")]
+    return [Usage(**line) for line in run(*((*command, arch) for arch in ARCHS))]
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills_and_all_fits(usages, arch):
     here = [u for u in usages if u.arch == arch]
     for u in here:
@@ -51,7 +56,7 @@ def test_the_whole_table_is_compiled(usages):
             for t in tiles:
                 for form in COMMON.get(kernel, (kernel,)):
                     assert (arch, kind, form, f"{t.bm}x{t.bn}x{t.bk} w{t.warps} s{t.stages}") in compiled
-    for arch in ("sm80", "sm90"):
+    for arch in ARCHS:
         assert {u.kernel for u in usages if u.arch == arch and u.dtype in ("half", "bf16", "i64", "i32")} >= OTHERS
         assert {u.kernel for u in usages if u.arch == arch and u.dtype == "fp16"} >= {
             "hidden",
@@ -86,5 +91,5 @@ print(json.dumps(report.measure(tall, "sm80", "ieee")._asdict()))
 
 def test_the_sign_of_a_spill_is_seen():
     """128 x 128 in full fp32 on four warps needs more registers than there are: the stack must show."""
-    (usage,) = run("-c", SPILL)
+    (usage,) = run(("-c", SPILL))
     assert usage["stack"] > 0

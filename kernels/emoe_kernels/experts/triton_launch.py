@@ -75,4 +75,4 @@ def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], *
             stages = min(stages, HIP_STAGES)
         device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

@@ -89,7 +89,8 @@ def compile_launch(launch: Launch, arch: str):
     source = ASTSource(launch.kernel, {n: signature[n] for n in names}, constants, attributes)
     target = TARGETS[arch]
     stages = min(launch.stages, HIP_STAGES) if target.backend == "hip" else launch.stages
-    return triton.compile(source, target=target, options={"num_warps": launch.warps, "num_stages": stages})
+    options = {"num_warps": launch.warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(asm: dict) -> tuple[int, int, int]:
