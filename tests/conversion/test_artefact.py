@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
