@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,8 +22,7 @@ import torch
 from rich.progress import track
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from emoe.assets import ALIASES, resolve_model
-from emoe.checkpoint.companions import copy_companions
+from emoe.assets import ALIASES, Alias, resolve_model
 from emoe.checkpoint.writer import ShardWriter
 from emoe.errors import UserError, nearest
 from emoe.families import FamilySpec, family
@@ -64,8 +62,8 @@ def make(like: str, output: Path, *, layers: int | None = None, seed: int = 0) -
     if output.exists():
         raise UserError(f"--output: {output} exists; choose another folder")
     spec = family(alias.family)
-    config = CONFIG_MAPPING[alias.family].from_dict(alias.shape)
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config = CONFIG_MAPPING[alias.family].from_dict(alias.shape if layers is None else with_layers(alias, layers))
+    tokenizer = tokenizer_for(config)
     shapes = parameter_shapes(spec, config)
     require_space(output.parent, 2 * sum(map(math.prod, shapes.values())), "--output")
     shards = by_layer(shapes, f"{spec.base_prefix}.{spec.layers}.")
@@ -74,12 +72,19 @@ def make(like: str, output: Path, *, layers: int | None = None, seed: int = 0) -
         for number in track(range(len(shards)), description=f"writing {len(shards)} shards"):
             writer.write(number, {name: tensor(name, shapes[name], spec, seed) for name in shards[number]})
         writer.finish()
-        raw = json.loads(config.to_json_string(use_diff=True)) | {
-            "architectures": [stock_classes(alias.family)["AutoModelForCausalLM"]],
-            "dtype": "bfloat16",
-        }
-        write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
-        copy_companions(tokenizer_folder(config.vocab_size), folder)
+        tokenizer.save_pretrained(folder)
+        config.architectures, config.dtype = [stock_classes(alias.family)["AutoModelForCausalLM"]], "bfloat16"
+        write_text(folder / "config.json", config.to_json_string(use_diff=True))
+
+
+def with_layers(alias: Alias, layers: int) -> dict:
+    """The alias's shape with another number of layers; what a configuration says of each layer follows from that."""
+    names = CONFIG_MAPPING[alias.family].attribute_map
+    shape = dict(alias.shape) | {names.get("num_hidden_layers", "num_hidden_layers"): layers}
+    if "attention_types" in shape:  # GPT-Neo: kinds in turn, and how often the turn is repeated
+        kinds = shape["attention_types"][0][0]
+        shape["attention_types"] = [[[kinds[i % len(kinds)] for i in range(layers)], 1]]
+    return shape
 
 
 def parameter_shapes(spec: FamilySpec, config) -> dict[str, tuple[int, ...]]:
@@ -132,12 +137,24 @@ def structured_rows(rows: int, columns: int, families: bool, generator: torch.Ge
     return value
 
 
-def tokenizer_folder(vocab_size: int) -> Path:
-    """Folder of a packaged model whose tokenizer has no id that the embedding lacks."""
-    for alias, entries in TOKENIZERS:
-        if entries <= vocab_size:
-            return resolve_model(alias).folder
-    raise UserError(f"--like: no packaged tokenizer has as few as {vocab_size} entries")
+def tokenizer_for(config):
+    """Tokenizer of a packaged model with no id that the embedding lacks; the config gets its special tokens.
+
+    In place of Llama 2's own that is BERT's, which lower-cases: good enough to be read by a model that knows nothing.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    fitting = [alias for alias, entries in TOKENIZERS if entries <= config.vocab_size]
+    if not fitting:
+        raise UserError(f"--like: no packaged tokenizer has as few as {config.vocab_size} entries")
+    found = AutoTokenizer.from_pretrained(resolve_model(fitting[0]).folder)
+    special = {name: value for name, value in found.special_tokens_map.items() if isinstance(value, str)}
+    inputs = ["input_ids", "attention_mask"]  # a language model takes no token types
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found.backend_tokenizer, model_input_names=inputs, **special)
+    config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    config.eos_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 if __name__ == "__main__":

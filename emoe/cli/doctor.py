@@ -24,6 +24,7 @@ def doctor(
         dispatch.requested()
     except ValueError as error:
         raise UserError(str(error)) from None
+    extension.logger.disabled = build  # the same would be said twice
     if build and not extension.load():
         raise UserError(f"--build: {extension.status().detail}")
     found = examine()
@@ -121,7 +122,7 @@ def _print(found: dict[str, Any]) -> None:
     print(f"processor:    {cpu['name']}; {cpu['threads']} threads")
     print("instructions: " + ", ".join([cpu["capability"], *extras]))
     print(f"compiler:     {extension['compiler'] or 'none'}")
-    print(f"C++ kernels:  {extension['detail']}" + (f" ({extension['path']})" if extension["path"] else ""))
+    print(f"C++ kernels:  {extension['detail']}" + (f" ({extension['path']})" if extension["available"] else ""))
     if extension["available"]:
         print(f"              compute {' and '.join(extension['dtypes'])}; other dtypes run on plain PyTorch")
     gpus = [f"{gpu['name']} ({gpu['capability']}, {format_bytes(gpu['memory_bytes'])})" for gpu in found["gpus"]]

@@ -25,6 +25,7 @@ after 3, 1206.1 after 10).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,10 @@ _BONUS_FACTOR = 0.25
 """How fast the leaving bonus shrinks after a step that did not pay."""
 _LEAST_BONUS = 0.05
 """Below this share of the bonus one last step is plain Lloyd, and then we stop."""
+
+_PROJECTED = 256
+"""P: dimensions of the random projection on which the descent begins where points are wide and many."""
+_MANY_NUMBERS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,14 @@ def balanced_kmeans(
 ) -> Clustering:
     """Cut F points into ``num_clusters`` clusters of equal size with a small sum of squared distances.
 
-    ``points_FD`` are used as they are: normalise before where only directions matter. ``assignment`` is the solver of
+    ``points_FD`` are used as they are: normalise before where only directions matter; float32 stays float32, all else
+    becomes float64. ``assignment`` is the solver of
     each step, `fast` or `exact`; both are optimal, `exact` is scipy's and takes up to 4,096 points. An iteration that
     lowers the inertia by less than ``tolerance`` of itself does not count as progress. ``starts`` repeats all with
     further k-means++ starts and keeps the best; more starts never raise the inertia.
 
     The same points and seed give the same bits. Permuting the points permutes the partition, up to exchanges among
-    equal points. Memory: 8 bytes for each of 3 F D + 4 F E numbers.
+    equal points. Memory beside the points: one copy of them, and 8 bytes for each of 4 F E numbers.
 
     Start: k-means++ (Arthur and Vassilvitskii, SODA 2007), scikit-learn's greedy variant. Balanced Lloyd: Malinen and
     Fränti, "Balanced K-Means for Clustering" (S+SSPR 2014), with a faster solver and with the two additions above.
@@ -128,16 +134,43 @@ def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolera
     """Best labels from one k-means++ start, and the number of assignments made. Points are centred."""
     from sklearn.cluster import kmeans_plusplus
 
-    num_points = len(points_FD)
+    coarse_FP = _project(points_FD, random) if worth_projecting(*points_FD.shape) else points_FD
+    square_F = np.einsum("fp,fp->f", coarse_FP, coarse_FP)
+    centroids_EP, _ = kmeans_plusplus(coarse_FP, num_clusters, x_squared_norms=square_F, random_state=random)
+    lloyd = functools.partial(_lloyd, assignment=assignment, max_iterations=max_iterations, tolerance=tolerance)
+    labels_F, iterations = lloyd(coarse_FP, centroids_EP)
+    if coarse_FP is not points_FD:
+        labels_F, more = lloyd(points_FD, _centroids(points_FD, labels_F, num_clusters), labels_F)
+        iterations += more
+    if worth_swapping(*points_FD.shape):
+        exact_FD = points_FD.astype(np.float64)
+        labels_F = refine(exact_FD, labels_F, _centroids(exact_FD, labels_F, num_clusters))
+    return labels_F, iterations
+
+
+def worth_projecting(num_points: int, num_dimensions: int) -> bool:
+    """Whether the descent should begin on a random projection: only where the points are wide and many."""
+    return num_dimensions >= 4 * _PROJECTED and num_points * num_dimensions >= _MANY_NUMBERS
+
+
+def _project(points_FD: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """Gaussian random projection to `_PROJECTED` dimensions, which keeps distances to some 5%, ``(F, P)``."""
+    gaussian_DP = random.standard_normal((points_FD.shape[1], _PROJECTED)).astype(points_FD.dtype)
+    return points_FD @ (gaussian_DP / np.sqrt(_PROJECTED, dtype=points_FD.dtype))
+
+
+def _lloyd(points_FD, centroids_ED, labels_F=None, *, assignment, max_iterations, tolerance) -> tuple[np.ndarray, int]:
+    """Balanced Lloyd iterations from centroids, with the labels they are the means of, if any."""
+    num_points, num_clusters = len(points_FD), len(centroids_ED)
     size = num_points // num_clusters
     row_F = np.arange(num_points)
-    square_F = np.einsum("fd,fd->f", points_FD, points_FD)
-    centroids_ED, _ = kmeans_plusplus(points_FD, num_clusters, x_squared_norms=square_F, random_state=random)
-    labels_F, prices_E, inertia, bonus = None, None, np.inf, 1.0
-    iteration = 0
+    square_F = np.einsum("fd,fd->f", points_FD, points_FD).astype(np.float64)
+    scatter = square_F.sum()
+    inertia = np.inf if labels_F is None else scatter - size * np.square(centroids_ED, dtype=np.float64).sum()
+    prices_E, bonus, iteration = None, 1.0, 0
     while iteration < max_iterations:
         iteration += 1
-        cost_FE = np.square(centroids_ED).sum(axis=1) - 2 * (points_FD @ centroids_ED.T)
+        cost_FE = np.square(centroids_ED).sum(axis=1) - 2 * (points_FD @ centroids_ED.T).astype(np.float64)
         if labels_F is not None:
             # A point that leaves lowers the inertia by more than Lloyd's step believes, for the centroid it leaves
             # behind and the one it joins move in its favour: by 2 |x|**2 / S when few leave (swaps.py). When too many
@@ -148,7 +181,7 @@ def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolera
         else:
             new_labels_F, prices_E = assign_fast(cost_FE, prices_E)
         new_centroids_ED = _centroids(points_FD, new_labels_F, num_clusters)
-        new_inertia = _inertia(points_FD, new_labels_F, new_centroids_ED)
+        new_inertia = scatter - size * np.square(new_centroids_ED, dtype=np.float64).sum()
         progress = new_inertia < inertia * (1 - tolerance)
         if new_inertia < inertia:
             labels_F, centroids_ED, inertia = new_labels_F, new_centroids_ED, new_inertia
@@ -156,14 +189,13 @@ def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolera
             if bonus == 0:
                 break
             bonus = bonus * _BONUS_FACTOR if bonus > _LEAST_BONUS else 0.0
-    if worth_swapping(*points_FD.shape):
-        labels_F = refine(points_FD, labels_F, centroids_ED)
-    return labels_F, iteration
+    return new_labels_F if labels_F is None else labels_F, iteration
 
 
 def _checked_points(points_FD: np.ndarray) -> np.ndarray:
-    """Points as float64, with a `UserError` for anything but a finite, non-empty 2-d array."""
-    points_FD = np.asarray(points_FD, dtype=np.float64)
+    """Points as float32 or float64, with a `UserError` for anything but a finite, non-empty 2-d array."""
+    points_FD = np.asarray(points_FD)
+    points_FD = np.asarray(points_FD, dtype=np.float32 if points_FD.dtype == np.float32 else np.float64)
     if points_FD.ndim != 2 or 0 in points_FD.shape:
         raise UserError(f"points must be a non-empty 2-d array (points, dimensions), not of shape {points_FD.shape}")
     if not np.isfinite(points_FD).all():
@@ -174,17 +206,25 @@ def _checked_points(points_FD: np.ndarray) -> np.ndarray:
 
 def _order_by_value(points_FD: np.ndarray) -> np.ndarray:
     """Indices that sort the rows by their bytes, equal rows by index: an order that a permutation does not change."""
-    rows_FD = np.ascontiguousarray(points_FD + 0.0)  # turns -0.0 into 0.0, which is equal but not in its bytes
+    rows_FD = np.ascontiguousarray(points_FD + points_FD.dtype.type(0))  # -0.0 becomes 0.0: equal, but not in its bytes
     return np.argsort(rows_FD.view(f"V{rows_FD.shape[1] * rows_FD.itemsize}").ravel(), kind="stable")
 
 
 def _centroids(points_FD: np.ndarray, labels_F: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Mean of every cluster, ``(E, D)``, cluster by cluster: gathering all rows at once would copy the points."""
-    members_ES = np.argsort(labels_F, kind="stable").reshape(num_clusters, -1)
-    return np.stack([points_FD[members_S].mean(axis=0) for members_S in members_ES])
+    """Mean of every cluster, ``(E, D)``: a sparse product, which gathers no copy of the points."""
+    from scipy.sparse import csr_array
+
+    num_points = len(points_FD)
+    size = num_points // num_clusters
+    ones_F = np.ones(num_points, dtype=points_FD.dtype)
+    members = (ones_F, np.argsort(labels_F, kind="stable"), np.arange(0, num_points + 1, size))
+    return (csr_array(members, shape=(num_clusters, num_points)) @ points_FD) / points_FD.dtype.type(size)
 
 
 def _inertia(points_FD: np.ndarray, labels_F: np.ndarray, centroids_ED: np.ndarray) -> float:
     """Sum of squared distances to the own centroid."""
     members_ES = np.argsort(labels_F, kind="stable").reshape(len(centroids_ED), -1)
-    return float(sum(np.square(points_FD[m] - c).sum() for m, c in zip(members_ES, centroids_ED, strict=True)))
+    squares = (
+        np.square(points_FD[m] - c, dtype=np.float64).sum() for m, c in zip(members_ES, centroids_ED, strict=True)
+    )
+    return float(sum(squares))

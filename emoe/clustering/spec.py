@@ -12,6 +12,9 @@ import numpy as np
 
 from emoe.errors import UserError
 
+_ROWS_AT_A_TIME = 1024
+"""Of a large array, so that no second one of its size is made on the way."""
+
 Needs = Literal["features", "keys", "nothing"]
 
 
@@ -80,12 +83,16 @@ def required_rows(rows: np.ndarray | None, num_neurons: int, *, method: str, wha
 
 
 def unit_rows(rows_FD: np.ndarray) -> np.ndarray:
-    """Rows scaled to Euclidean length 1, float64 ``(F, D)``; an all-zero row has no direction and stays zero.
+    """Rows scaled to Euclidean length 1, ``(F, D)``; an all-zero row has no direction and stays zero.
 
-    The largest entry is divided out first: squares of entries near 1e-200 would vanish, those near 1e200 overflow.
+    float32 stays float32, all else becomes float64. The largest entry is divided out first: squares of entries near
+    1e-200 would vanish, those near 1e200 overflow.
     """
-    rows_FD = np.asarray(rows_FD, dtype=np.float64)
-    largest_F1 = np.abs(rows_FD).max(axis=1, keepdims=True, initial=0.0)
-    scaled_FD = rows_FD / np.where(largest_F1 > 0, largest_F1, 1.0)
-    length_F1 = np.sqrt(np.square(scaled_FD).sum(axis=1, keepdims=True))
-    return scaled_FD / np.where(length_F1 > 0, length_F1, 1.0)
+    unit_FD = np.array(rows_FD, dtype=np.float32 if np.asarray(rows_FD).dtype == np.float32 else np.float64)
+    for start in range(0, len(unit_FD), _ROWS_AT_A_TIME):
+        block_BD = unit_FD[start : start + _ROWS_AT_A_TIME]
+        largest_B1 = np.abs(block_BD).max(axis=1, keepdims=True, initial=0.0)
+        block_BD /= np.where(largest_B1 > 0, largest_B1, 1)
+        length_B1 = np.sqrt(np.square(block_BD).sum(axis=1, keepdims=True))
+        block_BD /= np.where(length_B1 > 0, length_B1, 1)
+    return unit_FD

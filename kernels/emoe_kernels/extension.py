@@ -120,7 +120,8 @@ def status() -> Status:
     if compiled:
         return Status(True, "the C++ kernels have been compiled", path)
     if compiler() is None:
-        return Status(False, "the C++ kernels need a C++ compiler, once (on Debian: apt-get install g++)", path)
+        wanted = f"$CXX is {os.environ['CXX']!r}, no" if os.environ.get("CXX") else "the C++ kernels need a C++"
+        return Status(False, f"{wanted} compiler, once (on Debian: apt-get install g++)", path)
     return Status(True, "the C++ kernels will be compiled on first use, in about half a minute", path)
 
 
@@ -147,6 +148,8 @@ def load() -> bool:
                 _loaded = True
             except Exception as error:  # compilers, ninja and the loader fail in their own ways
                 _failure = _explain(error, found.path)
+                if isinstance(error, OSError) and not found.path.parent.is_dir():
+                    _failure += "; set EMOE_KERNELS_CACHE to a folder that can be written"
         if _failure:
             logger.warning("%s; the sparse FFN runs in plain PyTorch, which is slower", _failure)
         return _loaded
