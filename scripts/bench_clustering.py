@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from emoe.assets import resolve_model
 from emoe.checkpoint.reader import CheckpointReader
-from emoe.clustering import balanced, balanced_kmeans
+from emoe.clustering import balanced_kmeans
 from emoe.clustering.spec import unit_rows
 from emoe.errors import UserError
 from emoe.runtime import write_text
@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     with threadpool_limits(limits=arguments.threads):
         for seed in range(arguments.seeds):
-            for name, cluster in (("emoe", ours), ("emoe, no projection", unprojected), ("k-means-constrained", peer)):
+            for name, cluster in (("emoe", ours), ("k-means-constrained", peer)):
                 start = time.perf_counter()
                 labels_F, iterations = cluster(points_FD, arguments.experts, arguments.iterations, seed)
                 seconds = time.perf_counter() - start
@@ -98,16 +98,6 @@ def ours(points_FD: np.ndarray, experts: int, iterations: int, seed: int) -> tup
     """What `emoe convert` does, without an early stop."""
     found = balanced_kmeans(points_FD, experts, seed=seed, max_iterations=iterations, tolerance=0)
     return found.labels_F, found.iterations
-
-
-def unprojected(points_FD: np.ndarray, experts: int, iterations: int, seed: int) -> tuple[np.ndarray, int]:
-    """The same with every iteration in all dimensions."""
-    project = balanced.worth_projecting
-    balanced.worth_projecting = lambda *shape: False
-    try:
-        return ours(points_FD, experts, iterations, seed)
-    finally:
-        balanced.worth_projecting = project
 
 
 def import_peer():

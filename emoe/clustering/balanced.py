@@ -25,7 +25,6 @@ after 3, 1206.1 after 10).
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,10 +38,6 @@ _BONUS_FACTOR = 0.25
 """How fast the leaving bonus shrinks after a step that did not pay."""
 _LEAST_BONUS = 0.05
 """Below this share of the bonus one last step is plain Lloyd, and then we stop."""
-
-_PROJECTED = 256
-"""P: dimensions of the random projection on which the descent begins where points are wide and many."""
-_MANY_NUMBERS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -134,40 +129,23 @@ def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolera
     """Best labels from one k-means++ start, and the number of assignments made. Points are centred."""
     from sklearn.cluster import kmeans_plusplus
 
-    coarse_FP = _project(points_FD, random) if worth_projecting(*points_FD.shape) else points_FD
-    square_F = np.einsum("fp,fp->f", coarse_FP, coarse_FP)
-    centroids_EP, _ = kmeans_plusplus(coarse_FP, num_clusters, x_squared_norms=square_F, random_state=random)
-    lloyd = functools.partial(_lloyd, assignment=assignment, max_iterations=max_iterations, tolerance=tolerance)
-    labels_F, iterations = lloyd(coarse_FP, centroids_EP)
-    if coarse_FP is not points_FD:
-        labels_F, more = lloyd(points_FD, _centroids(points_FD, labels_F, num_clusters), labels_F)
-        iterations += more
+    square_F = np.einsum("fd,fd->f", points_FD, points_FD)
+    centroids_ED, _ = kmeans_plusplus(points_FD, num_clusters, x_squared_norms=square_F, random_state=random)
+    labels_F, iterations = _lloyd(points_FD, centroids_ED, assignment, max_iterations, tolerance)
     if worth_swapping(*points_FD.shape):
         exact_FD = points_FD.astype(np.float64)
         labels_F = refine(exact_FD, labels_F, _centroids(exact_FD, labels_F, num_clusters))
     return labels_F, iterations
 
 
-def worth_projecting(num_points: int, num_dimensions: int) -> bool:
-    """Whether the descent should begin on a random projection: only where the points are wide and many."""
-    return num_dimensions >= 4 * _PROJECTED and num_points * num_dimensions >= _MANY_NUMBERS
-
-
-def _project(points_FD: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """Gaussian random projection to `_PROJECTED` dimensions, which keeps distances to some 5%, ``(F, P)``."""
-    gaussian_DP = random.standard_normal((points_FD.shape[1], _PROJECTED)).astype(points_FD.dtype)
-    return points_FD @ (gaussian_DP / np.sqrt(_PROJECTED, dtype=points_FD.dtype))
-
-
-def _lloyd(points_FD, centroids_ED, labels_F=None, *, assignment, max_iterations, tolerance) -> tuple[np.ndarray, int]:
-    """Balanced Lloyd iterations from centroids, with the labels they are the means of, if any."""
+def _lloyd(points_FD, centroids_ED, assignment, max_iterations, tolerance) -> tuple[np.ndarray, int]:
+    """Balanced Lloyd iterations from these centroids: best labels, and the number of assignments made."""
     num_points, num_clusters = len(points_FD), len(centroids_ED)
     size = num_points // num_clusters
     row_F = np.arange(num_points)
     square_F = np.einsum("fd,fd->f", points_FD, points_FD).astype(np.float64)
     scatter = square_F.sum()
-    inertia = np.inf if labels_F is None else scatter - size * np.square(centroids_ED, dtype=np.float64).sum()
-    prices_E, bonus, iteration = None, 1.0, 0
+    labels_F, prices_E, inertia, bonus, iteration = None, None, np.inf, 1.0, 0
     while iteration < max_iterations:
         iteration += 1
         cost_FE = np.square(centroids_ED).sum(axis=1) - 2 * (points_FD @ centroids_ED.T).astype(np.float64)
