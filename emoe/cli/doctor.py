@@ -24,9 +24,12 @@ def doctor(
         dispatch.requested()
     except ValueError as error:
         raise UserError(str(error)) from None
-    extension.logger.disabled = build  # the same would be said twice
-    if build and not extension.load():
-        raise UserError(f"--build: {extension.status().detail}")
+    if build:
+        extension.logger.disabled = True  # it would say the same
+        built = extension.load()
+        extension.logger.disabled = False
+        if not built:
+            raise UserError(f"--build: {extension.status().detail}")
     found = examine()
     if json_output:
         print(json.dumps(found, indent=2))

@@ -3,7 +3,6 @@
 Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons per expert, K experts chosen per token.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.scripts import script
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
 
@@ -350,15 +350,6 @@ def test_peak_memory_runs_in_processes_of_its_own():
     found = measure.measure_memory(TINY, 512, "fp32", ["dense", "loop"], threads=1, seed=0)
     assert set(found) == {"dense", "loop"}
     assert all(peak.again < 8 for peak in found.values())
-
-
-def script(name):
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_traces_of_a_converted_model_can_be_read(converted_llama, text_file, tmp_path, monkeypatch, capsys):

@@ -3,20 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from support.scripts import SCRIPTS, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emoe.assets import ALIASES
 from emoe.families import family
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import make_checkpoint  # noqa: E402 - a script, not part of a package
+make_checkpoint = script("make_checkpoint")
 
 
 @pytest.fixture(scope="module")
