@@ -30,4 +30,6 @@ class CoActivation:
         features_FP = required_rows(
             inputs.features_FP, inputs.num_neurons, method=self.name, what="co-activation features"
         )
-        return balanced_kmeans(unit_rows(features_FP), num_experts, seed=seed, assignment=assignment).labels_F
+        # float64: rounding leads the descent to other partitions, and the published figures are of these
+        unit_FP = unit_rows(features_FP.astype(np.float64))
+        return balanced_kmeans(unit_FP, num_experts, seed=seed, assignment=assignment).labels_F
