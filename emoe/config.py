@@ -21,10 +21,14 @@ def _setting(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
-class ConvertConfig(BaseModel):
-    """Settings of a conversion. A field's description is its help text in the command line and states its unit."""
+class Settings(BaseModel):
+    """Settings of a command. A field's description is its help text in the command line and states its unit."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ConvertConfig(Settings):
+    """Settings of a conversion."""
 
     model: str = _setting("", "Dense checkpoint: an alias (see `emoe models`), a folder, a .gguf file or a hub id.")
     revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
@@ -34,25 +38,73 @@ class ConvertConfig(BaseModel):
     experts: int = _setting(64, "E: experts a layer, equal blocks of neurons.", ge=1)
     top_k: int | None = _setting(None, "K: experts a token uses; default: --active times --experts.", ge=1)
     active: float = _setting(0.5, "Share of the experts that a token uses, when --top-k is not given.", gt=0, le=1)
+    budget: float | None = _setting(
+        None,
+        "Share of the experts used on average, each layer getting what it needs: --active X with "
+        "--allocation sensitivity.",
+        gt=0,
+        le=1,
+    )
+    allocation: Literal["auto", "uniform", "sensitivity"] = _setting(
+        "auto",
+        "How layers share the budget of experts: uniform, or by measured sensitivity. auto: the latter if text "
+        "is read for the gate.",
+    )
+    routing: Literal["auto", "top-k", "threshold", "energy-share"] = _setting(
+        "auto",
+        "How many experts a token gets: top-k, or as many as pass a threshold (K on average) or reach a share "
+        "of predicted energy. auto: threshold if text is read for the gate.",
+    )
+    shared_experts: int = _setting(0, "Experts that every token uses, made of the neurons of most energy.", ge=0)
+    compensate: bool = _setting(False, "Store and add the mean output of skipped experts, a vector a layer.")
+    refit_outputs: bool = _setting(
+        False,
+        "Solve each output matrix anew so that chosen experts make up for skipped ones; trains without gradients, and "
+        "the dense model is then no longer inside.",
+    )
     layers: str = _setting(
         "all", "Layers to convert: 'all', slices and numbers, such as '16:32:4' or '26,28' or '-4::2'."
     )
-    split: str = _setting("coactivation", "How neurons are grouped: coactivation, weights, random or contiguous.")
+    split: str = _setting(
+        "coactivation", "How neurons are grouped: coactivation, graph, weights, random or contiguous."
+    )
     gate: str = _setting("discriminant", "How experts are chosen: discriminant, representative or average-key.")
+    features: Literal["binary", "graded", "tf-idf", "residual"] = _setting(
+        "binary", "What co-activation compares: who fires (binary), how strongly (graded), tf-idf or residual."
+    )
+    refine_rounds: int | None = _setting(
+        None,
+        "Most rounds of moving neurons to where the gate finds their energy; 0 for none. Default: 8 with "
+        "--split coactivation, 0 with other splits.",
+        ge=0,
+    )
+    prefix: Literal["auto", "converted", "dense"] = _setting(
+        "auto",
+        "Inputs that a layer's gate is fitted on: after converted layers or after dense ones. auto: converted "
+        "if text is read for the gate.",
+    )
     assignment: Literal["fast", "exact"] = _setting("fast", "Balanced assignment in clustering: fast or exact (slow).")
 
     calibration: list[str] = _setting(
         ["builtin"], "Text: a file, a folder, a dataset 'name[:config[:split]]' or 'builtin'; several mix equally."
     )
-    calibration_tokens: int = _setting(32768, "Tokens to calibrate on.", ge=1)
+    calibration_tokens: int = _setting(8192, "Tokens to calibrate on.", ge=1)
     held_out_tokens: int = _setting(
         4096, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
+    )
+    held_out: list[str] = _setting(
+        [], "Text of other domains to measure on as well, --held-out-tokens of each; as for --calibration."
     )
     sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
     seed: int = _setting(0, "Seed of everything random.", ge=0)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto", "Element type that calibration runs in; auto: the checkpoint's. Weights keep their own type on disk."
+    )
+    calibrate_in: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        "Matrix products of a float32 model while it only gathers statistics; auto: bfloat16 where this processor "
+        "multiplies that faster. Quality is always measured in the model's own type.",
     )
     device: str = _setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
     batch_tokens: int = _setting(4096, "Tokens a forward call.", ge=1)
@@ -76,6 +128,38 @@ class ConvertConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(exclude={"resume", "overwrite", "dry_run", "output"}), sort_keys=False)
 
 
+class RecoverConfig(Settings):
+    """Settings of a light recovery: training a converted model to say what the dense one says."""
+
+    model: str = _setting("", "Folder of a converted checkpoint.")
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    teacher: str | None = _setting(None, "Dense teacher: a folder or alias; default: the model itself, all experts on.")
+    text: list[str] = _setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    budgets: list[float] = _setting(
+        [], "Shares of experts to train for, one drawn for each step; default: the model's own."
+    )
+    loss: Literal["kl", "hidden"] = _setting(
+        "kl", "What is compared with the teacher: kl (its predictions) or hidden (the last hidden states)."
+    )
+    gates: Literal["fixed", "learned"] = _setting("fixed", "Whether the gates' tables are trained, too.")
+    train: Literal["all", "ffn"] = _setting("all", "What is trained: every weight, or those of converted FFNs.")
+    steps: int = _setting(300, "Optimizer steps.", ge=1)
+    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    tokens_per_step: int = _setting(2048, "Tokens an optimizer step.", ge=1)
+    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    learning_rate: float = _setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    held_out_tokens: int = _setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
+    held_out: list[str] = _setting([], "Text of other domains to measure on as well.")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
+    )
+    checkpoint_steps: int = _setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted recovery of the same settings.")
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
 def flag_of(key: str) -> str:
     """``calibration_tokens`` → ``--calibration-tokens``."""
     return "--" + key.replace("_", "-")
@@ -89,7 +173,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_config_file(path: Path, flag: str = "--config") -> dict[str, Any]:
+def read_config_file(path: Path, flag: str = "--config", kind: type[Settings] = ConvertConfig) -> dict[str, Any]:
     """Settings from a YAML file; keys are checked, values not yet.
 
     Raises:
@@ -107,9 +191,30 @@ def read_config_file(path: Path, flag: str = "--config") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{flag}: {path} must hold 'key: value' lines")
     for key in values:
-        if key not in ConvertConfig.model_fields:
-            raise UserError(f"{flag}: {path}: unknown key '{key}'{nearest(str(key), ConvertConfig.model_fields)}")
+        if key not in kind.model_fields:
+            raise UserError(f"{flag}: {path}: unknown key '{key}'{nearest(str(key), kind.model_fields)}")
     return values
+
+
+def merge_settings(
+    kind: type[Settings], flags: dict[str, Any], config_file: Path | None = None, under: dict[str, Any] | None = None
+) -> Any:
+    """Settings of a kind from flags over a file over `under`.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong kind; the flag is named.
+    """
+    values = {**(under or {}), **(read_config_file(config_file, kind=kind) if config_file else {})}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    for key, value in values.items():
+        if isinstance(value, str) and kind.model_fields[key].annotation == list[str]:
+            values[key] = [value]
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise UserError(f"{flag_of(key)}: {first['msg']}, got {first['input']!r}") from None
 
 
 def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tuple[ConvertConfig, str]:
@@ -125,12 +230,5 @@ def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tu
     if preset not in known:
         raise UserError(f"--preset: unknown preset '{preset}'{nearest(str(preset), known)}. Known: {', '.join(known)}")
     why = "--preset" if given.get("preset") else WHY_DEFAULT_PRESET
-    values = {**read_config_file(known[preset], "--preset"), **given, "preset": preset}
-    if isinstance(values.get("calibration"), str):
-        values["calibration"] = [values["calibration"]]
-    try:
-        return ConvertConfig(**values), f"preset '{preset}': {why}"
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        raise UserError(f"{flag_of(key)}: {first['msg']}, got {first['input']!r}") from None
+    under = read_config_file(known[preset], "--preset")
+    return merge_settings(ConvertConfig, {**given, "preset": preset}, under=under), f"preset '{preset}': {why}"

@@ -80,6 +80,9 @@ class StreamedModel:
         batch_tokens: tokens a forward call.
         memory_limit: bytes of hidden states that may stay in memory, all sets together; the rest lies in files.
         folder: where such files lie.
+        statistics_dtype: type of matrix products while statistics are gathered (`run` with ``exact=False``).
+        rank: number of this process among `size` that share the text.
+        size: number of processes.
     """
 
     def __init__(
@@ -91,7 +94,12 @@ class StreamedModel:
         batch_tokens: int = 4096,
         memory_limit: int = 1 << 32,
         folder: Path | None = None,
+        statistics_dtype: torch.dtype | None = None,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
+        self.statistics_dtype = statistics_dtype or dtype
+        self.rank, self.size = rank, size
         self.reader, self.dtype, self.device, self.batch_tokens = reader, dtype, torch.device(device), batch_tokens
         self.memory_limit, self.folder = memory_limit, folder
         self._memory_used = 0
@@ -185,23 +193,33 @@ class StreamedModel:
         self._fill(layer, names, tensors)
         return layer.to(self.device)
 
+    def _batch_size(self, tokens: torch.Tensor) -> int:
+        return max(1, self.batch_tokens // max(1, tokens.shape[1]))
+
     def batches(self, tokens: torch.Tensor) -> Iterator[slice]:
         """Slices of whole sequences that make up about `batch_tokens` tokens."""
-        size = max(1, self.batch_tokens // max(1, tokens.shape[1]))
+        size = self._batch_size(tokens)
         return (slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size))
+
+    def numbered_batches(self, tokens: torch.Tensor) -> Iterator[tuple[int, slice]]:
+        """`batches` with the number that each has in the text of all processes (`share`)."""
+        return ((self.rank + i * self.size, batch) for i, batch in enumerate(self.batches(tokens)))
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Indices of this process's part of all sequences: every `size`-th batch."""
+        index = torch.arange(len(tokens))
+        mine = [index[batch] for batch in self.batches(tokens)][self.rank :: self.size]
+        return torch.cat(mine) if mine else index[:0]
 
     @torch.inference_mode()
     def embed(self, tokens: torch.Tensor) -> HiddenStates:
         """Hidden states before layer 0 of token blocks (sequences, T); also notes how the layers are called."""
-        states = None
+        states = self.hidden_states((*tokens.shape, self.reader.config.hidden_size))
         for batch in self.batches(tokens):
             try:
                 self.model(input_ids=tokens[batch].to(self.device), **self._no_cache())
             except _Embedded:
-                hidden = self.embedded
-            if states is None:
-                states = self.hidden_states((*tokens.shape, hidden.shape[-1]))
-            states.data[batch] = hidden.cpu()
+                states.data[batch] = self.embedded.cpu()
         self.embedded = None
         return states
 
@@ -222,18 +240,27 @@ class StreamedModel:
         return {} if self.reader.spec.encoder else {"use_cache": False}
 
     @torch.inference_mode()
-    def run(self, layer: nn.Module, index: int, states: HiddenStates) -> Iterator[None]:
-        """Advance `states` through a layer in place, a batch a step: iterate to run."""
-        for batch in self.batches(states.data):
+    def run(
+        self, layer: nn.Module, index: int, states: HiddenStates, *, advance: bool = True, exact: bool = True
+    ) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Call a layer on `states`, a batch a step: iterate to run.
+
+        Yields (number of the batch, its sequences, what the layer gave); with `advance` that replaces `states`.
+        """
+        for number, batch in self.numbered_batches(states.data):
             hidden = states.data[batch].to(self.device)
             args, kwargs = self.calls[(tuple(hidden.shape[:2]), index)]
-            out = layer(hidden, *args, **kwargs)
-            states.data[batch] = (out[0] if isinstance(out, tuple) else out).cpu()
-            yield
+            cast = not exact and self.statistics_dtype != self.dtype
+            with torch.autocast(self.device.type, self.statistics_dtype, enabled=cast):
+                out = layer(hidden, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            if advance:
+                states.data[batch] = out.cpu()
+            yield number, batch, out
 
-    def run_all(self, layer: nn.Module, index: int, states: HiddenStates) -> None:
+    def run_all(self, layer: nn.Module, index: int, states: HiddenStates, *, exact: bool = True) -> None:
         """`run` to its end."""
-        for _ in self.run(layer, index, states):
+        for _ in self.run(layer, index, states, exact=exact):
             pass
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,12 @@ from typing import Any
 import torch
 
 from emoe.errors import UserError
+
+IN_DOMAIN = "calibration domain"
+"""Name of the held-out text that comes from the calibration sources."""
+
+BUILTIN_CODE = "builtin-code"
+"""A second text that is on every machine: the source code of Python's standard library."""
 
 BUILTIN = "builtin"
 """Name of the default text: the reference documentation that comes with every CPython (``pydoc_data.topics``)."""
@@ -34,17 +40,18 @@ class TokenBlocks:
     """Calibration and held-out tokens, each (blocks, length) int64, and where they came from."""
 
     calibration: torch.Tensor
-    held_out: torch.Tensor
+    held_out: dict[str, torch.Tensor]
+    """By domain; the first is that of the calibration text."""
     digest: str
     """Hex sha256 over the token ids."""
 
 
-def read_source(source: str) -> Iterator[str]:
-    """Pieces of text from one ``--calibration`` value.
+def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
+    """Pieces of text from one value of ``--calibration`` or another flag that takes text.
 
     Args:
-        source: "builtin", a text file, a .jsonl file with a "text" field a line, a folder of text files, or a dataset
-            ``name[:config[:split]]`` for the `datasets` library.
+        source: "builtin", "builtin-code", a text file, a .jsonl file with a "text" field a line, a folder of text
+            files, or a dataset ``name[:config[:split]]`` for the `datasets` library.
 
     Raises:
         UserError: nothing of that name, or text that is not UTF-8.
@@ -54,43 +61,46 @@ def read_source(source: str) -> Iterator[str]:
         from pydoc_data.topics import topics
 
         yield from (topics[name] for name in sorted(topics))
+    elif source == BUILTIN_CODE:
+        for file in sorted(Path(json.__file__).parents[1].glob("*.py")):
+            yield from _read_file(file, flag)
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         if not files:
-            raise UserError(f"--calibration: folder {path} holds no file")
+            raise UserError(f"{flag}: folder {path} holds no file")
         for file in files:
-            yield from _read_file(file)
+            yield from _read_file(file, flag)
     elif path.is_file():
-        yield from _read_file(path)
+        yield from _read_file(path, flag)
     elif path.suffix in (".txt", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
-        raise UserError(f"--calibration: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
+        raise UserError(f"{flag}: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
     else:
-        yield from _read_dataset(source)
+        yield from _read_dataset(source, flag)
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path, flag: str) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8") as file:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
-                    yield _jsonl_text(path, number, line)
+                    yield _jsonl_text(path, number, line, flag)
             else:
                 while piece := file.read(PIECE):
                     yield piece
     except OSError as error:
-        raise UserError(f"--calibration: cannot read {path} ({error.strerror})") from None
+        raise UserError(f"{flag}: cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--calibration: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{flag}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _jsonl_text(path: Path, number: int, line: str) -> str:
+def _jsonl_text(path: Path, number: int, line: str, flag: str) -> str:
     try:
         return str(json.loads(line)["text"]) + "\n"
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f'--calibration: {path} line {number} is not a JSON object with a "text" field') from None
+        raise UserError(f'{flag}: {path} line {number} is not a JSON object with a "text" field') from None
 
 
-def _read_dataset(name: str) -> Iterator[str]:
+def _read_dataset(name: str, flag: str) -> Iterator[str]:
     import datasets
 
     repo, config, split = [*name.split(":"), None, None][:3]
@@ -103,7 +113,7 @@ def _read_dataset(name: str) -> Iterator[str]:
     except Exception as error:  # the library raises a dozen kinds; the user needs the one line
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--calibration: no file, folder or reachable dataset '{name}' ({type(error).__name__}: {first_line})"
+            f"{flag}: no file, folder or reachable dataset '{name}' ({type(error).__name__}: {first_line})"
         ) from None
 
 
@@ -116,17 +126,17 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _tokens(source: str, tokenizer: Any) -> Iterator[int]:
-    for text in read_source(source):
+def _tokens(source: str, tokenizer: Any, flag: str) -> Iterator[int]:
+    for text in read_source(source, flag):
         for start in range(0, len(text), PIECE):
             yield from tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False).input_ids
 
 
-def _blocks(source: str, tokenizer: Any, length: int, wanted: int) -> list[list[int]]:
+def _blocks(source: str, tokenizer: Any, length: int, wanted: int, flag: str = "--calibration") -> list[list[int]]:
     before, behind = _special_tokens(tokenizer)
     inner = length - len(before) - len(behind)
     blocks, current = [], []
-    for token in _tokens(source, tokenizer):
+    for token in _tokens(source, tokenizer, flag):
         current.append(token)
         if len(current) == inner:
             blocks.append([*before, *current, *behind])
@@ -144,6 +154,7 @@ def load_blocks(
     calibration_tokens: int,
     held_out_tokens: int,
     seed: int,
+    held_out: Sequence[str] = (),
 ) -> TokenBlocks:
     """Token blocks mixed equally from several sources.
 
@@ -153,6 +164,7 @@ def load_blocks(
         held_out_tokens: wanted for measuring; these come from the end of what is read of each source, so that they are
             further from the calibration text than any two calibration blocks are. 0 for none.
         seed: draws the calibration blocks.
+        held_out: further sources to measure on, each a domain of its own with as many tokens.
 
     Raises:
         UserError: a source is empty or too short.
@@ -160,7 +172,7 @@ def load_blocks(
     share = lambda tokens: -(-tokens // (length * len(sources)))  # noqa: E731 - blocks a source, rounded up
     num_calibration, num_held_out = share(calibration_tokens), share(held_out_tokens)
     minimum = share(min(MINIMUM_TOKENS, calibration_tokens)) + (1 if held_out_tokens else 0)
-    calibration, held_out = [], []
+    calibration, same = [], []
     for number, source in enumerate(sources):
         pool = _blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out))
         if not pool:
@@ -171,10 +183,23 @@ def load_blocks(
                 "give more text, a lower --sequence-length, or --calibration builtin"
             )
         tail = min(num_held_out, max(1, len(pool) // 5)) if held_out_tokens else 0
-        held_out += pool[len(pool) - tail :]
+        same += pool[len(pool) - tail :]
         generator = torch.Generator().manual_seed(seed * 1000 + number)
         drawn = torch.randperm(len(pool) - tail, generator=generator)[:num_calibration].sort().values
         calibration += [pool[i] for i in drawn.tolist()]
-    digest = hashlib.sha256(json.dumps([calibration, held_out]).encode()).hexdigest()
+    domains = {IN_DOMAIN: same}
+    for source in held_out if held_out_tokens else ():
+        wanted = -(-held_out_tokens // length)
+        found = _blocks(source, tokenizer, length, POOL * wanted, "--held-out")[-wanted:]
+        if not found:
+            raise UserError(f"--held-out: {source} is empty or shorter than one block of {length} tokens")
+        domains[_domain_name(source, domains)] = found
+    digest = hashlib.sha256(json.dumps([calibration, *domains.values()]).encode()).hexdigest()
     as_tensor = lambda blocks: torch.tensor(blocks, dtype=torch.int64).reshape(-1, length)  # noqa: E731
-    return TokenBlocks(as_tensor(calibration), as_tensor(held_out), digest)
+    return TokenBlocks(as_tensor(calibration), {name: as_tensor(b) for name, b in domains.items()}, digest)
+
+
+def _domain_name(source: str, taken: dict[str, list]) -> str:
+    """A short name for a held-out source: the file's or dataset's own, with a number if it is taken."""
+    name = Path(source).stem if Path(source).exists() else source
+    return name if name not in taken else f"{name} {len(taken)}"

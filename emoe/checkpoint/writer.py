@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,10 +22,15 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         OSError: a full disk and the like, which safetensors reports as an exception of its own.
     """
     with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"writing {path.name}: {error}") from None
+        save_file_or_oserror(tensors, temporary, metadata)
+
+
+def save_file_or_oserror(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """safetensors' `save_file`, but for its exception."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"writing {path.name}: {error}") from None
 
 
 class ShardWriter:
@@ -31,14 +38,30 @@ class ShardWriter:
 
     def __init__(self, folder: Path, num_shards: int) -> None:
         self.folder, self.num_shards = folder, num_shards
+        self._disk = ThreadPoolExecutor(1)
+        self._pending: list[Future] = []
 
     def path(self, number: int) -> Path:
         """File of shard ``number``, counted from 0."""
         return self.folder / f"model-{number + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
-    def write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one shard."""
-        save_tensors(self.path(number), {name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
+    def write(self, number: int, tensors: dict[str, torch.Tensor], *, wait: bool = True) -> None:
+        """Write one shard. Without `wait` the disk has until `flush`; the tensors are no longer needed either way.
+
+        Raises:
+            OSError: a full disk and the like.
+        """
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(atomic_write(self.path(number)))
+            save_file_or_oserror({n: t.contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
+            self._pending.append(self._disk.submit(stack.pop_all().close))
+        if wait:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until every shard is safe on disk."""
+        while self._pending:
+            self._pending.pop(0).result()
 
     def finish(self) -> None:
         """Write the index over all shards."""

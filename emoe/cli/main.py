@@ -7,7 +7,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import convert, doctor, estimate, export, inspect, models
+from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, recover
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
+app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
+app.command("recover")(recover.recover)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)

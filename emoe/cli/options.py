@@ -1,4 +1,4 @@
-"""Flags made from settings: each field of `ConvertConfig` is a flag of the same name, with the same help."""
+"""Flags made from settings: each field of a settings class is a flag of the same name, with the same help."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from emoe.config import ConvertConfig, flag_of
+from emoe.config import ConvertConfig, Settings, flag_of
 
 _FIRST = ("model", "experts", "output", "preset", "top_k", "layers", "split", "gate", "calibration")
 
 
-def _flag(name: str) -> inspect.Parameter:
-    field = ConvertConfig.model_fields[name]
+def _flag(name: str, settings: type[Settings]) -> inspect.Parameter:
+    field = settings.model_fields[name]
     kind: Any = field.annotation
-    if kind == (int | None):
-        kind = int
-    elif kind not in (int, float, bool, list[str]):
+    if kind in (int | None, float | None):
+        kind = int if kind == (int | None) else float
+    elif kind not in (int, float, bool, list[str], list[float]):
         kind = str
     metavar = {bool: None, int: "N", float: "X"}.get(kind, "TEXT")
-    default = "" if field.default in (None, "", False) else f" [default: {_shown(field.default)}]"
+    default = "" if field.default in (None, "", False, []) else f" [default: {_shown(field.default)}]"
     # A bool has no --no- form: files may turn it on, a flag on top of that can only do the same.
     option = typer.Option(flag_of(name), help=(field.description or "") + default, show_default=False, metavar=metavar)
     return inspect.Parameter(
@@ -31,26 +31,29 @@ def _flag(name: str) -> inspect.Parameter:
 
 
 def _shown(default: Any) -> str:
-    return ", ".join(default) if isinstance(default, list) else str(default)
+    return ", ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
-def with_settings(leave_out: frozenset[str] = frozenset()) -> Callable[[Callable], Callable]:
+def with_settings(
+    leave_out: frozenset[str] = frozenset(), settings: type[Settings] = ConvertConfig
+) -> Callable[[Callable], Callable]:
     """Give a command every setting as a flag; the function receives those that were typed as ``flags: dict``."""
 
     def decorate(function: Callable) -> Callable:
         hints = get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters.values()
         own = [p.replace(annotation=hints[p.name]) for p in parameters if p.name != "flags"]
-        names = [*_FIRST, *(n for n in ConvertConfig.model_fields if n not in _FIRST)]
-        settings = [_flag(name) for name in names if name not in leave_out]
+        first = [name for name in _FIRST if name in settings.model_fields]
+        names = [*first, *(name for name in settings.model_fields if name not in first)]
+        options = [_flag(name, settings) for name in names if name not in leave_out]
 
         def command(**given: Any) -> Any:
-            flags = {p.name: given.pop(p.name) for p in settings}
+            flags = {p.name: given.pop(p.name) for p in options}
             return function(flags={k: v for k, v in flags.items() if v is not None and v != []}, **given)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         command.__signature__ = inspect.Signature(
-            [*settings, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+            [*options, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
         )
         command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}
         return command

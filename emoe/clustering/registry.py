@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from emoe.clustering.coactivation import CoActivation
 from emoe.clustering.contiguous import Contiguous
+from emoe.clustering.graph import Graph
 from emoe.clustering.random_split import Random
 from emoe.clustering.spec import SplitMethod
 from emoe.clustering.weights import Weights
 from emoe.errors import UserError, nearest
 
-METHODS: tuple[SplitMethod, ...] = (Weights(), CoActivation(), Random(), Contiguous())
+METHODS: tuple[SplitMethod, ...] = (Weights(), CoActivation(), Graph(), Random(), Contiguous())
 
 
 def available() -> tuple[str, ...]:

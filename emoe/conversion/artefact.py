@@ -10,6 +10,7 @@ from typing import Any
 import emoe
 from emoe.calibration.text import TokenBlocks
 from emoe.checkpoint.companions import copy_companions
+from emoe.conversion.layer import ORACLE
 from emoe.conversion.plan import Plan
 from emoe.runtime import atomic_write, write_text
 
@@ -26,7 +27,11 @@ def emoe_fields(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
         "num_experts": plan.config.experts,
         "num_experts_per_tok": plan.top_k,
         "emoe_layers": plan.layers,
-        "emoe_gate": plan.config.gate,
+        "emoe_gate": "average-key" if plan.config.gate == ORACLE else plan.config.gate,
+        "emoe_routing": plan.routing,
+        "emoe_allocation": plan.allocation,
+        "emoe_shared_experts": plan.config.shared_experts,
+        "emoe_compensation": plan.top_k if plan.config.compensate else 0,
         "emoe_ffn": spec.layout(),
         # Not under the name "model_type": transformers would take this for a nested configuration of that type.
         "emoe_source": {"family": spec.model_type, "architectures": raw.get("architectures")},
@@ -49,8 +54,10 @@ def provenance(plan: Plan, digest: str, blocks: TokenBlocks | None) -> dict[str,
         "emoe_version": emoe.__version__,
         "source": plan.origin,
         "source_digest": digest,
-        "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment},
-        "gate": {"method": c.gate, "reference": plan.gate.reference},
+        "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment}
+        | {"features": c.features, "refine_rounds": plan.refine_rounds},
+        "gate": {"method": c.gate, "reference": plan.gate.reference, "prefix": plan.prefix},
+        "outputs": "refitted by least squares" if c.refit_outputs else "the source's",
         "calibration": {
             "sources": [Path(source).name if Path(source).exists() else source for source in c.calibration],
             "tokens": int(blocks.calibration.numel()) if blocks else 0,

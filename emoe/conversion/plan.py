@@ -13,8 +13,12 @@ from emoe.config import ConvertConfig
 from emoe.errors import UserError
 from emoe.runtime import format_bytes
 
-MEASURED_FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-"""Shares of experts at which a conversion reports quality."""
+MEASURED_FRACTIONS = (0.25, 0.5, 0.75)
+"""Shares of experts at which a conversion reports quality. With all of them the model is the dense one, which is
+checked a layer at a time (`emoe.conversion.layer.put_in_order`)."""
+
+REFINE_ROUNDS = 8
+"""Most rounds of refinement unless --refine-rounds says otherwise; three or four gain what is to be gained."""
 
 SLACK = 64 << 20
 """Bytes for tokenizer, code, report and plot."""
@@ -73,7 +77,13 @@ class Plan:
     layers: list[int]
     num_neurons: int
     top_k: int
+    allocation: str
+    routing: str
+    prefix: str
+    refine_rounds: int
     notes: list[str] = field(default_factory=list)
+    measured: list[int] | None = None
+    """Numbers of experts at which quality is measured, where not the usual ones."""
 
     @property
     def split(self) -> Any:
@@ -83,12 +93,29 @@ class Plan:
     @property
     def gate(self) -> Any:
         """Gate method."""
-        return gating.get(self.config.gate)
+        return gating.get(self.config.gate, measuring=True)
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether text goes once through the dense model, to cluster its neurons or to share out the budget."""
+        return self.split.needs == "features" or self.allocation == "sensitivity" or self.config.shared_experts > 0
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        """Whether that pass keeps every neuron's share of energy on every token."""
+        return self.refine_rounds > 0 or self.allocation == "sensitivity"
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether a layer's router is fitted to text: its gate, or how many experts a token gets."""
+        calibrated = self.gate.needs_calibration and self.config.gate != "oracle"
+        adds = self.config.compensate or self.config.refit_outputs
+        return calibrated or self.routing != "top-k" or self.allocation != "uniform" or adds
 
     @property
     def needs_activations(self) -> bool:
-        """Whether clustering or gate look at activations on text."""
-        return self.split.needs == "features" or self.gate.needs_calibration
+        """Whether anything but the measurement of quality looks at text."""
+        return self.needs_survey or self.needs_fit
 
     @property
     def needs_text(self) -> bool:
@@ -99,18 +126,26 @@ class Plan:
     def measured_k(self) -> list[int]:
         """Numbers of experts at which quality is measured, ascending, the chosen K among them."""
         counts = {max(1, round(f * self.config.experts)) for f in MEASURED_FRACTIONS}
-        return sorted(counts | {self.top_k})
+        if self.config.refit_outputs:  # with all of them the model is another now
+            counts |= {self.config.experts}
+        return self.measured or sorted(counts | {self.top_k})
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out tokens of all domains together."""
+        return self.config.held_out_tokens * (1 + len(self.config.held_out))
 
     def gate_bytes(self) -> int:
         """Size of the gate tables that the checkpoint gains, bytes."""
         width = self.reader.config.hidden_size
-        entry = {"discriminant": 4 * (width + 1), "representative": 12, "average-key": 0}[self.config.gate]
-        return len(self.layers) * self.config.experts * entry
+        entry = {"discriminant": 4 * (width + 1), "representative": 12}.get(self.config.gate, 0)
+        levels = 20 if self.routing != "top-k" or self.allocation != "uniform" else 0
+        return len(self.layers) * (self.config.experts * (entry + levels) + 4 * width * self.config.compensate)
 
     def state_bytes(self) -> int:
         """Size of the state that --resume starts from, bytes: hidden states of calibration and held-out streams."""
         tokens = self.config.calibration_tokens * self.needs_activations
-        tokens += self.config.held_out_tokens * (1 + len(self.measured_k))
+        tokens += self.num_held_out * (1 + len(self.measured_k))
         size = 2 if self.config.dtype in ("bfloat16", "float16") else 4
         return tokens * self.reader.config.hidden_size * size
 
@@ -129,6 +164,8 @@ class Plan:
             f"FFN width {self.num_neurons})",
             f"layers: {where}",
             f"experts: {c.experts} of {per_expert} neurons, {self.top_k} a token; split {c.split}, gate {c.gate}",
+            f"routing: {self.routing}, budget {self.allocation}; gate fitted on the {self.prefix} prefix; "
+            f"{self.refine_rounds} rounds of refinement at most",
             f"disk: {format_bytes(self.disk_bytes())} needed in {Path(c.output).absolute().parent}",
         ]
 
@@ -145,24 +182,62 @@ def check_device(device: str) -> None:
         raise UserError(f"--device: '{device}' is not usable here ({str(error).splitlines()[0]}); try cpu") from None
 
 
-def make_plan(config: ConvertConfig, reader: CheckpointReader, source: str, origin: str, notes: list[str]) -> Plan:
-    """Check settings against the checkpoint.
+def make_plan(
+    config: ConvertConfig,
+    reader: CheckpointReader,
+    source: str,
+    origin: str,
+    notes: list[str],
+    measured: list[int] | None = None,
+) -> Plan:
+    """Check settings against the checkpoint. With `measured`, a plan to measure only, which may use the oracle gate.
 
     Raises:
         UserError: the first check that fails, naming its flag.
     """
     clustering.get(config.split)
-    gating.get(config.gate)
+    gate = gating.get(config.gate, measuring=measured is not None)
     layers = parse_layers(config.layers, reader.num_layers)
     num_neurons = reader.hidden_width
     check_experts(num_neurons, config.experts)
+    config = _with_budget(config)
     top_k = config.top_k or max(1, round(config.active * config.experts))
     if top_k > config.experts:
         raise UserError(f"--top-k: {top_k} is more than --experts {config.experts}; choose 1 to {config.experts}")
+    if config.shared_experts and config.shared_experts >= top_k:
+        raise UserError(f"--shared-experts: {config.shared_experts} leave none of {top_k} to choose; take fewer")
     check_device(config.device)
     longest = getattr(reader.config, "max_position_embeddings", None) or config.sequence_length
     longest -= reader.spec.position_offset
     if config.sequence_length > longest:
         notes = [*notes, f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"]
         config = config.model_copy(update={"sequence_length": longest})
-    return Plan(config, reader, source, origin, layers, num_neurons, top_k, notes)
+    fitted = gate.needs_calibration
+    auto = lambda value, calibrated, plain: (calibrated if fitted else plain) if value == "auto" else value  # noqa: E731
+    rounds = REFINE_ROUNDS if config.split == "coactivation" else 0
+    return Plan(
+        config,
+        reader,
+        source,
+        origin,
+        layers,
+        num_neurons,
+        top_k,
+        allocation=auto(config.allocation, "sensitivity", "uniform"),
+        routing=auto(config.routing, "threshold", "top-k"),
+        prefix=auto(config.prefix, "converted", "dense"),
+        refine_rounds=rounds if config.refine_rounds is None else config.refine_rounds,
+        notes=notes,
+        measured=measured,
+    )
+
+
+def _with_budget(config: ConvertConfig) -> ConvertConfig:
+    """`--budget X` spelt out."""
+    if config.budget is None:
+        return config
+    if config.top_k is not None:
+        raise UserError("--budget: says how many experts are used, as --top-k does; give one of them")
+    if config.allocation == "uniform":
+        raise UserError("--budget: shares experts out by sensitivity, --allocation uniform does not; use --active")
+    return config.model_copy(update={"active": config.budget, "allocation": "sensitivity"})

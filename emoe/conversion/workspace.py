@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from emoe.checkpoint.reader import read_json
 from emoe.checkpoint.writer import save_tensors
+from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.runtime import fsync_directory, write_text
 
@@ -35,9 +36,11 @@ class Workspace:
         source: the folder of the dense checkpoint, which the output may not overlap.
         resume: an unfinished conversion may be there and is gone on with.
         overwrite: an earlier converted checkpoint, finished or not, may be there and is replaced.
+        rank: number of this process among those that work on it; 0 alone looks after the folders.
     """
 
-    def __init__(self, output: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, output: Path, source: Path, *, resume: bool, overwrite: bool, rank: int = 0) -> None:
+        self.rank = rank
         self.output, self.source = output.absolute(), source.absolute()
         self.folder, self.state_folder, self.retired = (
             self.output.with_name(f".{self.output.name}.emoe-{kind}") for kind in ("partial", "state", "replaced")
@@ -83,26 +86,30 @@ class Workspace:
         return self.folder.exists() or (self.state_folder / STATE).exists()
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Workspace]:
-        """Hold the workspace for this process alone."""
+    def open(self, group: Group) -> Iterator[Workspace]:
+        """Hold the workspace for these processes alone."""
+        with contextlib.ExitStack() as held:
+            group.first_then_all(lambda: self._take(held))
+            yield self
+
+    def _take(self, held: contextlib.ExitStack) -> None:
         self.check()
         self.state_folder.mkdir(parents=True, exist_ok=True)
-        with open(self.state_folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"--output: another process is writing {self.output}; wait for it to end") from None
-            self._recover()
-            self.check()
-            if not self.resume:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            if not self.folder.exists():  # killed after the last rename: the state speaks of shards that have moved on
-                (self.state_folder / STATE).unlink(missing_ok=True)
-                self.folder.mkdir()
-            for folder in (self.folder, self.state_folder):
-                for stale in folder.glob(".*.tmp"):
-                    stale.unlink()
-            yield self
+        lock = held.enter_context(open(self.state_folder / "lock", "w"))  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output: another process is writing {self.output}; wait for it to end") from None
+        self._recover()
+        self.check()
+        if not self.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.folder.exists():  # killed after the last rename: the state speaks of shards that have moved on
+            (self.state_folder / STATE).unlink(missing_ok=True)
+            self.folder.mkdir()
+        for folder in (self.folder, self.state_folder):
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
 
     def _recover(self) -> None:
         """Undo the first half of a `publish` that was killed between its two renames."""
@@ -134,18 +141,19 @@ class Workspace:
         return state
 
     def state_tensors(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a state, one at a time."""
-        with safe_open(self.state_folder / state["tensors"], framework="pt") as file:
+        """The tensors of this process's state, one at a time."""
+        with safe_open(self.state_folder / f"{state['tensors']}-{self.rank}.safetensors", framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
 
-    def save_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Replace the state in one step: the tensors first, then the JSON that names them."""
-        state = {**state, "tensors": f"state-{state['next_layer']}.safetensors"}
-        save_tensors(self.state_folder / state["tensors"], tensors)
-        write_text(self.state_folder / STATE, json.dumps(state))
-        for old in self.state_folder.glob("state-*.safetensors"):
-            if old.name != state["tensors"]:
+    def save_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: Group) -> None:
+        """Replace the state in one step: the tensors of all processes first, then the JSON that names them."""
+        name = f"state-{state['phase']}-{state['next_layer']}"
+        save_tensors(self.state_folder / f"{name}-{self.rank}.safetensors", tensors)
+        group.wait()
+        group.first_then_all(lambda: write_text(self.state_folder / STATE, json.dumps(state | {"tensors": name})))
+        for old in self.state_folder.glob(f"state-*-{self.rank}.safetensors"):
+            if not old.name.startswith(f"{name}-"):
                 old.unlink()
 
     def publish(self) -> None:
@@ -163,6 +171,6 @@ class Workspace:
 
     def abandon(self) -> None:
         """After a failure: keep what --resume can use, drop a workspace that holds no state."""
-        if not (self.state_folder / STATE).is_file():
+        if self.rank == 0 and not (self.state_folder / STATE).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.state_folder, ignore_errors=True)

@@ -1,18 +1,31 @@
-"""Expert energies, and the oracle gate that reads them: for measurement only, it looks at what a gate must predict.
-
-Legend: N tokens, F neurons in expert order, E experts, K experts chosen.
-"""
+"""Oracle gate: chooses by the energies that a gate must predict. For measurement only, it looks at the answer."""
 
 from __future__ import annotations
 
 import torch
 
-
-def expert_energies(h_NF: torch.Tensor, norm_F: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Σ (h·‖w_down‖)² over the neurons of each expert, (N, E) fp32."""
-    return (h_NF.float() * norm_F).square().unflatten(1, (num_experts, -1)).sum(-1)
+from emoe.gating.spec import GateMethod
 
 
-def oracle_experts(h_NF: torch.Tensor, norm_F: torch.Tensor, num_experts: int, top_k: int) -> torch.Tensor:
-    """The K experts of largest energy of each token, (N, K) int64: the bound for any gate on this split."""
-    return expert_energies(h_NF, norm_F, num_experts).topk(top_k, dim=1, sorted=False).indices
+class NothingToFit:
+    """The oracle has no buffers; how many experts a token gets is fitted to the true energies."""
+
+    def __init__(self, num_experts: int, top_k: int, width: int, num_neurons: int) -> None:
+        pass
+
+    def update(self, x_ND, h_NF, energy_NE, scale_N) -> None:
+        pass
+
+    def reduce(self, total) -> None:
+        pass
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+METHOD = GateMethod(
+    name="oracle",
+    reference="the bound for any gate on the same split",
+    summary="chooses by the true energies: needs the very outputs that a gate is there to save",
+    fit=NothingToFit,
+)

@@ -18,9 +18,9 @@ class RepresentativeFit:
         self.shape = (num_experts, num_neurons // num_experts)
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
         self.h_ES, self.hh_ES, self.hr_ES = zeros(self.shape), zeros(self.shape), zeros(self.shape)
-        self.r_E, self.rr_E, self.tokens = zeros(num_experts), zeros(num_experts), 0
+        self.r_E, self.rr_E, self.count_1 = zeros(num_experts), zeros(num_experts), zeros(1)
 
-    def update(self, x_ND: torch.Tensor, h_NF: torch.Tensor, energy_NE: torch.Tensor) -> None:
+    def update(self, x_ND, h_NF, energy_NE, scale_N) -> None:
         h_NES = h_NF.float().abs().unflatten(1, self.shape)
         root_NE = energy_NE.sqrt()
         self.h_ES += h_NES.sum(0).cpu()
@@ -28,10 +28,13 @@ class RepresentativeFit:
         self.hr_ES += (h_NES * root_NE[..., None]).sum(0).cpu()
         self.r_E += root_NE.sum(0).cpu()
         self.rr_E += root_NE.square().sum(0).cpu()
-        self.tokens += len(h_NF)
+        self.count_1 += len(h_NF)
+
+    def reduce(self, total) -> None:
+        total(self.h_ES, self.hh_ES, self.hr_ES, self.r_E, self.rr_E, self.count_1)
 
     def finish(self) -> dict[str, torch.Tensor]:
-        n = max(1, self.tokens)
+        n = max(1.0, self.count_1.item())
         covariance_ES = self.hr_ES / n - self.h_ES / n * (self.r_E / n)[:, None]
         spread_ES = (self.hh_ES / n - (self.h_ES / n).square()).clamp_min(1e-30).sqrt()
         best_E = (covariance_ES / spread_ES).argmax(1)

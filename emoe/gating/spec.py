@@ -12,8 +12,12 @@ import torch
 class GateFit(Protocol):
     """Sees calibration tokens with their activations, then gives the gate's buffers."""
 
-    def update(self, x_ND: torch.Tensor, h_NF: torch.Tensor, energy_NE: torch.Tensor) -> None:
-        """Add N tokens: FFN inputs, hidden activations in expert order, energies of the experts."""
+    def update(self, x_ND: torch.Tensor, h_NF: torch.Tensor, energy_NE: torch.Tensor, scale_N: torch.Tensor) -> None:
+        """Add N tokens: FFN inputs, hidden activations in expert order, energies of the experts, and the squared length
+        of the residual stream that these energies compare with."""
+
+    def reduce(self, total: Callable[..., None]) -> None:
+        """Add up over processes; `total` sums tensors in place."""
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Buffers of the router by name."""

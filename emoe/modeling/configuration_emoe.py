@@ -16,11 +16,20 @@ class EMoEFields:
     num_experts: int = 1
     """E: experts a converted layer, equal blocks of F / E neurons."""
     num_experts_per_tok: int = 1
-    """K: experts a token uses, 1 to E. At K = E the model is the dense model."""
+    """K: experts a token uses, 1 to E; the average over tokens and layers where it varies. At K = E the model is the
+    dense model."""
     emoe_layers: list | None = None
     """Indices of the converted layers; the others are dense."""
     emoe_gate: str = "average-key"
     """How experts are chosen: "average-key", "representative" or "discriminant"."""
+    emoe_routing: str = "top-k"
+    """How many experts a token gets: "top-k" (K), "threshold" or "energy-share" (as many as it needs, K on average)."""
+    emoe_allocation: str = "uniform"
+    """How the budget K is shared among layers: "uniform", or "sensitivity" (each layer its own, K on average)."""
+    emoe_shared_experts: int = 0
+    """The first so many experts are always chosen, and count towards K."""
+    emoe_compensation: int = 0
+    """Budget K at which routers hold the mean output of skipped experts, which is added; 0 for none."""
     emoe_ffn: dict | None = None
     """Where the FFN of this family lives: names of its modules, as `emoe.families.FamilySpec.layout` gives them."""
     emoe_source: dict | None = None

@@ -59,8 +59,19 @@ class Routing(NamedTuple):
     """Weights of the chosen experts; None means 1 for each, so that all experts together are the dense FFN."""
 
 
+class Level(NamedTuple):
+    """What a budget of K experts a token means in one layer."""
+
+    least: int
+    """Experts that every token gets; exactly these under the rule "top-k"."""
+    most: int
+    """Experts that no token exceeds."""
+    threshold: float
+    """Rule "threshold": a gate logit beyond it brings a further expert. Rule "energy-share": the share wanted."""
+
+
 class Router(nn.Module):
-    """Chooses the K experts with the largest gate logit. Has no trainable parameter; always computes in fp32.
+    """Chooses experts by their gate logits. Has no trainable parameter unless `learn` is called; computes in fp32.
 
     Gates, with key_j the row of neuron j in the FFN's input matrix:
 
@@ -69,12 +80,27 @@ class Router(nn.Module):
       told the expert's energy best in calibration. Buffers: ``neuron`` (E,), ``scale`` (E,).
     - discriminant: logit_e = x · weight_e + bias_e, a closed-form linear discriminant. Buffers: ``weight`` (E, D),
       ``bias`` (E,).
+
+    Rules (``config.emoe_routing``), with K the budget (``top_k``):
+
+    - top-k: the K experts of largest logit,
+    - threshold: the `Level.least` experts of largest logit and, up to `Level.most`, all with a logit past a threshold,
+    - energy-share (after D2DMoE, arXiv 2310.04361, sec. 3.3): as many as reach a share of the energy that the gate
+      predicts, softmax(logits) when the logits are logarithms of energies.
+
+    What a token gets depends on that token alone, never on its batch. The last two rules, and budgets that differ by
+    layer, read the buffers ``bounds`` (E, 2) and ``threshold`` (E,): row K - 1 holds this layer's `Level` when a token
+    may use K experts on average over tokens and layers. ``config.emoe_shared_experts`` first experts are always chosen.
     """
 
     def __init__(self, config, width: int):
         super().__init__()
         self.gate, self.num_experts, self.top_k = config.emoe_gate, config.num_experts, config.num_experts_per_tok
+        self.rule, self.shared, self.width = config.emoe_routing, config.emoe_shared_experts, width
         self._derived: tuple | None = None
+        self._level: tuple | None = None
+        if self.rule not in ("top-k", "threshold", "energy-share"):
+            raise ValueError(f"unknown emoe_routing {self.rule!r}; known: top-k, threshold, energy-share")
         if self.gate == "representative":
             self.register_buffer("neuron", torch.zeros(self.num_experts, dtype=torch.int64))
             self.register_buffer("scale", torch.zeros(self.num_experts, dtype=torch.float32))
@@ -83,6 +109,10 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
         elif self.gate != "average-key":
             raise ValueError(f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant")
+        if self.rule != "top-k" or config.emoe_allocation != "uniform":
+            every_E2 = torch.arange(1, self.num_experts + 1)[:, None].repeat(1, 2)
+            self.register_buffer("bounds", every_E2)
+            self.register_buffer("threshold", torch.zeros(self.num_experts, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and the like must not touch the gate: routing in bf16 picks other experts.
@@ -103,7 +133,7 @@ class Router(nn.Module):
                 keys_ESD = tables.keys_FD.detach().unflatten(0, (self.num_experts, -1))
                 rows = (keys_ESD.mean(1, dtype=torch.float32),)
             else:
-                pick = lambda t: None if t is None else t.detach()[self.neuron].float()  # noqa: E731
+                pick = lambda t: None if t is None else t.detach()[self.neuron.long()].float()  # noqa: E731
                 rows = (pick(tables.keys_FD), pick(tables.key_bias_F), pick(tables.up_FD), pick(tables.up_bias_F))
             self._derived = (state, rows)
         return self._derived[1]
@@ -129,14 +159,73 @@ class Router(nn.Module):
             keyed_NF = ffn.pre_activation(torch.cat([x_ND, zero_1D])).float()
             return (keyed_NF[:-1] - keyed_NF[-1:]).unflatten(1, (self.num_experts, -1)).mean(-1)
         h_NF = ffn.hidden(x_ND).float()
-        return h_NF[:, self.neuron].abs() * self.scale
+        return h_NF[:, self.neuron.long()].abs() * self.scale
 
-    @torch.no_grad()
+    def level(self) -> Level:
+        """What the present budget means here; read from the tables once, since reading waits for a GPU."""
+        if "bounds" not in self._buffers:
+            return Level(self.top_k, self.top_k, 0.0)
+        tables = (self.bounds, self.threshold)
+        state = (self.top_k, *(t.data_ptr() for t in tables), *(0 if t.is_inference() else t._version for t in tables))
+        if self._level is None or self._level[0] != state:
+            row = self.top_k - 1
+            least, most = self.bounds[row].tolist()  # a model loaded in another type may have made floats of them
+            self._level = (state, Level(int(least), int(most), self.threshold[row].item()))
+        return self._level[1]
+
+    def choose(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """Experts (N, K) of each token from gate logits (N, E); -1 fills the rows of tokens that get fewer."""
+        level = self.level()
+        if self.shared:
+            logits_NE = torch.cat(
+                [torch.full_like(logits_NE[:, : self.shared], torch.inf), logits_NE[:, self.shared :]], 1
+            )
+        if self.rule == "top-k":
+            return logits_NE.topk(level.least, dim=-1, sorted=False).indices
+        best_NK, experts_NK = logits_NE.topk(level.most, dim=-1)
+        if self.rule == "threshold":
+            wanted_NK = best_NK > level.threshold
+        else:
+            share_NE = logits_NE[:, self.shared :].softmax(-1)
+            share_NK = nn.functional.pad(share_NE, (self.shared, 0)).gather(1, experts_NK)
+            wanted_NK = share_NK.cumsum(-1) - share_NK < level.threshold
+        wanted_NK[:, : level.least] = True
+        experts_NK = torch.where(wanted_NK, experts_NK, -1)
+        if experts_NK.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            experts_NK = experts_NK[:, : int(wanted_NK.sum(-1).amax()) if len(wanted_NK) else 1]
+        return experts_NK
+
+    def learn(self, wanted: bool = True) -> None:
+        """Make the gate's table trainable, or a buffer again; its name in checkpoints stays the same.
+
+        Raises:
+            ValueError: the gate is derived from the weights and has no table.
+        """
+        tables = [name for name in ("weight", "bias", "scale") if name in {**self._buffers, **self._parameters}]
+        if wanted and not tables:
+            raise ValueError(f"the {self.gate} gate has no table to learn; it follows the weights")
+        for name in tables:
+            if wanted and name in self._buffers:
+                self.register_parameter(name, nn.Parameter(self._buffers.pop(name)))
+            elif not wanted and name in self._parameters:
+                self.register_buffer(name, self._parameters.pop(name).detach())
+
     def forward(self, x_ND: torch.Tensor, ffn) -> Routing:
-        """Tokens (N, D) → `Routing`. Top-k on raw logits: a softmax underflows into ties."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        """Tokens (N, D) → `Routing`. Chosen by raw logits: a softmax underflows into ties."""
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values())
+        with torch.autocast(x_ND.device.type, enabled=False), torch.set_grad_enabled(learning):
             logits_NE = self.logits(x_ND, ffn)
-        return Routing(logits_NE.topk(self.top_k, dim=-1, sorted=False).indices, logits_NE)
+            with torch.no_grad():
+                experts_NK = self.choose(logits_NE)
+            if not learning:
+                return Routing(experts_NK, logits_NE)
+            # Weights of exactly 1 through which gradients reach the gate: an expert whose output lowers the loss gets
+            # a larger logit (straight-through, Bengio et al. 2013, arXiv 1308.3432). The unit is the distance to the
+            # least of the chosen.
+            chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0))
+            least_N1 = chosen_NK.detach().masked_fill(experts_NK < 0, torch.inf).amin(1, keepdim=True)
+            p_NK = (chosen_NK - least_N1).sigmoid()
+            return Routing(experts_NK, logits_NE, 1 + p_NK - p_NK.detach())
 
 
 class WeightViews(NamedTuple):
@@ -181,6 +270,9 @@ class SparseFFN:
         self.act, self.activation = ACT2FN[name], KERNEL_ACTIVATIONS.get(name)
         self.gated = bool(self.layout["gate"] or self.layout["fused"])
         self.router = Router(config, config.hidden_size)
+        if config.emoe_compensation:  # of what is skipped at this budget: the mean over calibration text
+            self.router.register_buffer("compensation", torch.zeros(config.hidden_size, dtype=torch.float32))
+            self.compensated_k = config.emoe_compensation
 
     def linear(self, role: str) -> nn.Module:
         """The linear that plays `role`: "gate", "up" or "down"."""
@@ -229,7 +321,7 @@ class SparseFFN:
             logger.warning_once(
                 "An FFN's linears are wrapped, hooked or have an unknown activation: masked, not skipped."
             )
-            return self._masked(x_ND, routing).view(x.shape)
+            return self._compensated(self._masked(x_ND, routing)).view(x.shape)
         w = self.weight_views()
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -247,7 +339,15 @@ class SparseFFN:
             activation=self.activation,
             weights_NK=routing.weights_NK,
         )
-        return y_ND.view(x.shape)
+        return self._compensated(y_ND).view(x.shape)
+
+    def _compensated(self, y_ND: torch.Tensor) -> torch.Tensor:
+        """Adds the mean output of skipped experts, where the checkpoint has it: in full at the budget it was measured
+        at, in proportion to what is skipped at others."""
+        if "compensation" not in self.router._buffers:
+            return y_ND
+        share = (self.num_experts - self.router.top_k) / max(1, self.num_experts - self.compensated_k)
+        return y_ND + (share * self.router.compensation).to(y_ND.dtype)
 
     def _masked(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Computes every neuron and zeroes the unchosen: saves nothing, works through any wrapper of the linears."""
@@ -353,6 +453,8 @@ class EMoEModelMixin:
 
     def set_top_k(self, top_k: int) -> None:
         """Use `top_k` experts a token from now on; at ``num_experts`` the model is the dense model.
+
+        Where the number differs by token or layer, `top_k` is the average that calibration text had.
 
         Raises:
             ValueError: `top_k` is not between 1 and ``config.num_experts``.

@@ -87,3 +87,18 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     console.print(facts)
     if found["report"] and not brief:
         print_report(found["report"])
+
+
+def print_recovery(report: dict[str, Any]) -> None:
+    """Perplexity over dense before and after, a row a number of experts and domain."""
+    console = Console(markup=False)  # names come from files that others wrote
+    table = Table(title=f"{report['model']}: {report['steps']} steps in {report['minutes']:.1f} min")
+    for heading in ("domain", "experts a token", "active", "perplexity before", "after", "over dense before", "after"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, dense in report["dense"].items():
+        for row in report["rows"]:
+            before, after = row["before"][domain], row["after"][domain]
+            cells = (f"{before:.4g}", f"{after:.4g}", f"{before / dense:.3f}", f"{after / dense:.3f}")
+            budget = f"{row['top_k']} of {report['num_experts']}"
+            table.add_row(domain, budget, f"{100 * row['active']:.0f}%", *cells)
+    console.print(table)

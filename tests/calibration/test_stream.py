@@ -65,8 +65,8 @@ def test_neurons_that_fire_together_have_like_features():
     on_N = torch.randint(2, (4000,), generator=generator)
     h_NF = torch.rand(4000, 40, generator=generator) * (on_N[:, None] == group_F)
     statistics = NeuronStatistics(40, seed=0, top_fraction=0.25)
-    for batch in h_NF.split(1000):
-        statistics.update(batch, torch.ones(40))
+    for number, batch in enumerate(h_NF.split(1000)):
+        statistics.update(batch, torch.ones(40), number)
     rows_FP = torch.nn.functional.normalize(statistics.features_FP, dim=1)
     likeness_FF = rows_FP @ rows_FP.T
     same = group_F[:, None] == group_F
@@ -81,7 +81,7 @@ def test_neurons_that_fire_together_have_like_features():
 def test_the_output_column_weighs_in():
     """A neuron that writes nothing is never active, however much it fires."""
     statistics = NeuronStatistics(4, seed=0, top_fraction=0.5)
-    statistics.update(torch.tensor([[9.0, 1.0, 2.0, 0.5]]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    statistics.update(torch.tensor([[9.0, 1.0, 2.0, 0.5]]), torch.tensor([0.0, 1.0, 1.0, 1.0]), 0)
     assert statistics.active_F.tolist() == [0, 1, 1, 0]
 
 

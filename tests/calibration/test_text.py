@@ -9,7 +9,7 @@ import torch
 from support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from emoe.calibration.text import load_blocks, read_source
+from emoe.calibration.text import IN_DOMAIN, load_blocks, read_source
 from emoe.errors import UserError
 
 
@@ -34,6 +34,7 @@ def test_sources(tmp_path, text_file):
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
     assert "".join(read_source(str(tmp_path / "c.jsonl"))) == "one\ntwo\n"
     assert len("".join(read_source("builtin"))) > 300_000
+    assert "def " in "".join(read_source("builtin-code"))
     (tmp_path / "c.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match='line 1 is not a JSON object with a "text" field'):
         list(read_source(str(tmp_path / "c.jsonl")))
@@ -48,9 +49,21 @@ def test_datasets_are_another_source(tmp_path):
 def test_held_out_blocks_are_not_calibration_blocks(tokenizer, text_file):
     found = blocks([text_file], tokenizer)
     assert found.calibration.shape == (20, 32)
-    assert found.held_out.shape == (4, 32)
+    (held_out,) = found.held_out.values()
+    assert held_out.shape == (4, 32)
     seen = {tuple(row) for row in found.calibration.tolist()}
-    assert not seen & {tuple(row) for row in found.held_out.tolist()}
+    assert not seen & {tuple(row) for row in held_out.tolist()}
+
+
+def test_further_domains_are_held_out_too(tokenizer, text_file, tmp_path):
+    (tmp_path / "zoo.txt").write_text("zebra " * 20_000)
+    found = blocks([text_file], tokenizer, held_out=[str(tmp_path / "zoo.txt"), str(tmp_path / "zoo.txt")])
+    assert list(found.held_out) == [IN_DOMAIN, "zoo", "zoo 2"]
+    assert {tuple(part.shape) for part in found.held_out.values()} == {(4, 32)}
+    assert found.digest != blocks([text_file], tokenizer).digest
+    with pytest.raises(UserError, match=r"--held-out: .*empty.txt is empty"):
+        (tmp_path / "empty.txt").write_text("")
+        blocks([text_file], tokenizer, held_out=[str(tmp_path / "empty.txt")])
 
 
 def test_sources_mix_equally(tokenizer, text_file, tmp_path):
@@ -64,7 +77,7 @@ def test_sources_mix_equally(tokenizer, text_file, tmp_path):
 def test_seed_draws_the_blocks(tokenizer, text_file):
     first, same, other = (blocks([text_file], tokenizer, seed=s) for s in (0, 0, 1))
     assert first.digest == same.digest != other.digest
-    assert torch.equal(first.held_out, other.held_out)
+    assert torch.equal(first.held_out[IN_DOMAIN], other.held_out[IN_DOMAIN])
 
 
 def test_a_tokenizer_gets_its_special_tokens(tokenizer, text_file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 
 from emoe.cli.main import main
@@ -21,11 +22,12 @@ def test_convert_inspect_export(tiny_llama, text_file, tmp_path, capsys):
     assert main(["inspect", str(output), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layers"] == [1, 3]
-    assert found["gate_entries"] == 2 * 8 * (32 + 1)
+    assert found["gate_entries"] == 2 * 8 * (32 + 1 + 3)
     rows = found["report"]["quality"]["rows"]
-    assert [row["top_k"] for row in rows] == [2, 4, 6, 8]
-    assert abs(rows[-1]["ratio"] - 1) < 1e-5
-    assert rows[0]["ffn_flops"] < rows[1]["ffn_flops"] < rows[2]["ffn_flops"] < rows[3]["ffn_flops"] == 1
+    assert [row["top_k"] for row in rows] == [2, 4, 6]
+    assert [row["active"] for row in rows] == pytest.approx([0.25, 0.5, 0.75], abs=0.1)
+    assert rows[0]["ffn_flops"] < rows[1]["ffn_flops"] < rows[2]["ffn_flops"]
+    assert all(layer["all_experts_error"] < 1e-5 for layer in found["report"]["layers"])
 
     assert main(["inspect", str(output)]) == 0
     assert "trainable parameters" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_routing_stays_in_fp32(way, converted_llama):
     assert narrow.model.layers[0].mlp.up_proj.weight.dtype == (torch.float16 if way == "half" else torch.bfloat16)
     buffers = dict(full.named_buffers())
     routers = {n: b for n, b in narrow.named_buffers() if ".router." in n}
-    assert len(routers) == 2 * LAYERS
+    assert len(routers) == 4 * LAYERS
     for name, buffer in routers.items():
         assert torch.equal(buffer, buffers[name]), name
     if way != "half":

@@ -72,8 +72,10 @@ def test_no_trainable_parameter_is_added(family, family_checkpoint, settings):
     dense, model = head_of(family).from_pretrained(dense_folder), head_of(family).from_pretrained(folder)
     assert model.num_parameters(only_trainable=True) == dense.num_parameters(only_trainable=True)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
-    extra = sum(b.numel() for n, b in model.named_buffers() if ".router." in n)
-    assert extra == LAYERS * 8 * (model.config.hidden_size + 1)
+    extra = {n.rsplit(".", 1)[1] for n, b in model.named_buffers() if ".router." in n}
+    assert extra == {"weight", "bias", "bounds", "threshold"}
+    entries = sum(b.numel() for n, b in model.named_buffers() if ".router." in n)
+    assert entries == LAYERS * 8 * (model.config.hidden_size + 1 + 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,15 +41,18 @@ def test_same_seed_same_bytes_and_another_seed_another_partition(tiny_llama, set
     assert other["partition.safetensors"] != original["partition.safetensors"]
 
 
-# Writes of a tiny conversion: 1 shard for the ends, then per layer 1 shard and 2 for the state, then the end's files.
+# Writes of a tiny conversion: 1 shard for the ends, 2 for the state of each of the survey's 4 layers, then for each
+# layer 1 shard and 2 for the state, then the end's files.
 POINTS = [
     ("before-rename", 1),  # nothing is there yet
-    ("after-rename", 2),  # layer 0 written, no state
+    ("after-rename", 4),  # the survey has seen layer 1, its state tensors are not yet named by the state
+    ("after-rename", 9),  # the survey is complete
+    ("after-rename", 10),  # layer 0 written, no state
     ("inside-layer", 7),  # in the middle of layer 2
-    ("before-rename", 6),  # state tensors of layer 1 written, not yet named by the state
-    ("after-rename", 10),  # layer 2 done, its state complete
-    ("before-rename", 15),  # all layers done, the index is due
-    ("after-rename", 22),  # among the last files
+    ("before-rename", 14),  # state tensors of layer 1 written, not yet named by the state
+    ("after-rename", 18),  # layer 2 done, its state complete
+    ("before-rename", 23),  # all layers done, the index is due
+    ("after-rename", 30),  # among the last files
 ]
 
 
@@ -71,7 +74,7 @@ def unfinished(tiny_llama, settings, tmp_path) -> dict:
     """Leave a killed conversion behind; its settings."""
     arguments = {"model": str(tiny_llama), "output": str(tmp_path / "out"), **settings}
     (tmp_path / "settings.json").write_text(json.dumps(arguments))
-    command = [sys.executable, str(KILLER), "after-rename", "10", str(tmp_path / "settings.json")]
+    command = [sys.executable, str(KILLER), "after-rename", "14", str(tmp_path / "settings.json")]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     return arguments
 

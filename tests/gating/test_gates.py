@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emoe.errors import UserError
 from emoe.gating import NAMES, get
-from emoe.gating.oracle import expert_energies, oracle_experts
+from emoe.gating.energies import ExpertEnergies, log_energies
 from emoe.modeling.auto import emoe_config_class
 from emoe.modeling.modeling_emoe import make_sparse
 
@@ -102,9 +102,13 @@ def fitted(name: str, x_ND, h_NF, experts: int):
     fit = get(name).fit(experts, 1, x_ND.shape[1], h_NF.shape[1])
     for part in range(4):
         piece = slice(part * len(x_ND) // 4, (part + 1) * len(x_ND) // 4)
-        energy = expert_energies(h_NF[piece], torch.ones(h_NF.shape[1]), experts)
-        fit.update(x_ND[piece], h_NF[piece], energy)
+        fit.update(x_ND[piece], h_NF[piece], energies(h_NF[piece], experts), torch.ones(len(x_ND[piece])))
     return fit.finish()
+
+
+def energies(h_NF, experts: int):
+    """Energies of experts whose neurons write to orthogonal directions: sums of squares."""
+    return ExpertEnergies(torch.eye(h_NF.shape[1]), experts)(h_NF)
 
 
 def test_discriminant_is_ridge_regression():
@@ -114,7 +118,7 @@ def test_discriminant_is_ridge_regression():
     generator = torch.Generator().manual_seed(0)
     x_ND, h_NF = torch.randn(512, D, generator=generator) + 0.3, torch.randn(512, F, generator=generator)
     table = fitted("discriminant", x_ND, h_NF, 4)
-    target = discriminant.target(expert_energies(h_NF, torch.ones(F), 4)).double()
+    target = log_energies(energies(h_NF, 4)).double()
     x, t = x_ND.double() - x_ND.double().mean(0), target - target.mean(0)
     covariance = x.T @ x / 512
     ridge = discriminant.RIDGE * covariance.diagonal().mean()
@@ -148,12 +152,24 @@ def test_representative_is_the_telling_neuron():
     assert (table["scale"] > 0).all()
 
 
-def test_oracle_picks_the_largest_energies():
-    h_NF = torch.zeros(2, F)
-    h_NF[0, 0], h_NF[0, 7], h_NF[1, 20] = 1.0, 3.0, -2.0
-    norm_F = torch.ones(F)
-    norm_F[7] = 0.1
-    assert oracle_experts(h_NF, norm_F, 4, 1).flatten().tolist() == [0, 3]
+def test_energies_are_the_squared_lengths_of_what_experts_add():
+    """Cross terms included: neurons of one expert that write to one direction add up or cancel."""
+    generator = torch.Generator().manual_seed(0)
+    down_DF, h_NF = torch.randn(D, F, generator=generator), torch.randn(7, F, generator=generator)
+    found_NE = ExpertEnergies(down_DF, 4)(h_NF)
+    for e, part in enumerate(torch.arange(F).view(4, -1)):
+        torch.testing.assert_close(found_NE[:, e], (h_NF[:, part] @ down_DF[:, part].T).square().sum(1))
+
+
+def test_a_token_of_great_norm_wants_less():
+    """The same energies weigh less against a longer residual stream: that is what a threshold compares."""
+    x_ND, h_NF = torch.randn(64, D), torch.rand(64, F)
+    biases = []
+    for scale in (1.0, 100.0):
+        fit = get("discriminant").fit(4, 1, D, F)
+        fit.update(x_ND, h_NF, energies(h_NF, 4), torch.full((64,), scale))
+        biases.append(fit.finish()["bias"])
+    torch.testing.assert_close(biases[0] - biases[1], torch.full((4,), torch.tensor(100.0).log()))
 
 
 def test_unknown_gates_are_named():

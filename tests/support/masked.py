@@ -63,7 +63,16 @@ class MaskedDense:
             if self.gate == "representative":
                 order = torch.argsort(labels_F, stable=True)
                 logits = h[..., order[table["neuron"]]].double().abs() * table["scale"].double()
-            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(self.top_k).indices, True)
+            least = most = self.top_k
+            if "bounds" in table:  # at least, at most, and between them what exceeds the threshold
+                least, most = table["bounds"][self.top_k - 1].tolist()
+            best = logits.topk(most)
+            wanted = torch.arange(most) < least
+            if least < most:
+                wanted = wanted | (best.values > table["threshold"][self.top_k - 1])
+            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(
+                -1, best.indices, wanted.expand(best.indices.shape)
+            )
             return (torch.where(chosen[..., labels_F], h, 0), *args[1:])
 
         self.handles += [key.register_forward_pre_hook(see_input), down.register_forward_pre_hook(mask)]

@@ -1,0 +1,337 @@
+"""Light recovery: train a converted model on plain text to predict what the dense model predicts.
+
+The loop is transformers' Trainer; ours is the loss (Hinton, Vinyals, Dean 2015, arXiv 1503.02531, at temperature 1) and
+the draw of a budget for each step, so that one training serves every number of experts.
+
+Legend: B sequences, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import emoe
+from emoe.calibration.text import TokenBlocks, load_blocks
+from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.reader import read_json
+from emoe.config import RecoverConfig
+from emoe.conversion.quality import Load
+from emoe.errors import UserError
+from emoe.modeling.modeling_emoe import EMoEModelMixin
+from emoe.runtime import atomic_directory, fsync_directory, write_text
+
+MEASURED = (0.25, 0.5, 0.75)
+"""Shares of experts at which perplexity is measured before and after."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
+    """Train ``config.model`` and write ``config.output``. Returns the report that also lies there.
+
+    Raises:
+        UserError: not a converted causal language model, too little text, an output in the way.
+    """
+    output = Path(config.output).absolute() if config.output else None
+    folder, work = _check(config, output)
+    transformers.set_seed(config.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    blocks = _read_text(config, tokenizer)
+    progress("loading", 0, config.steps)
+    student, teacher = _load(folder), _load_teacher(config, folder)
+    top_ks = _top_ks(config, student.config)
+    measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
+    own_k = student.config.num_experts_per_tok
+    dense = _measure(teacher, [None], blocks, progress)[None]
+    before = _measure(student, measured, blocks, progress)
+    if config.gates == "learned":
+        _learn_gates(student)
+    if config.train == "ffn":
+        _freeze_all_but_ffns(student)
+    start = time.perf_counter()
+    steps = _train(config, student, teacher, top_ks, blocks.calibration, work, progress)
+    minutes = (time.perf_counter() - start) / 60
+    for ffn in student.sparse_ffns().values():
+        ffn.router.learn(False)
+    student.set_top_k(own_k)
+    after = _measure(student, measured, blocks, progress)
+    student.set_top_k(own_k)
+    report = {
+        "model": config.model,
+        "steps": steps,
+        "minutes": round(minutes, 2),
+        "tokens": steps * config.tokens_per_step,
+        "text": config.text,
+        "num_experts": student.config.num_experts,
+        "dense": dense["perplexity"],
+        "rows": [
+            {
+                "top_k": k,
+                "active": after[k]["active"],
+                "before": before[k]["perplexity"],
+                "after": after[k]["perplexity"],
+            }
+            for k in measured
+        ],
+        "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
+        "emoe": emoe.__version__,
+        "torch": torch.__version__,
+    }
+    progress("writing", config.steps, config.steps)
+    _write(student, folder, output, report, config.overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    progress("done", config.steps, config.steps)
+    return report
+
+
+def _check(config: RecoverConfig, output: Path | None) -> tuple[Path, Path]:
+    """The model's folder, and the one where training keeps its states."""
+    if not config.model:
+        raise UserError("--model: missing; give the folder of a converted checkpoint")
+    if output is None:
+        raise UserError("--output: missing; name the folder to write")
+    folder = Path(config.model)
+    model_type = str(read_json(folder / "config.json").get("model_type", ""))
+    if not model_type.startswith("emoe_"):
+        raise UserError(
+            f"--model: {folder} is not a converted checkpoint (model_type '{model_type}'); convert it first"
+        )
+    if output.exists() and not config.overwrite:
+        raise UserError(f"--output: {output} exists; choose another folder or add --overwrite")
+    if output.resolve() == folder.resolve():
+        raise UserError(f"--output: {output} is the model's own folder; choose another")
+    for budget in config.budgets:
+        if not 0 < budget <= 1:
+            raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
+    work = output.with_name(f".{output.name}.emoe-recover")
+    if work.exists() and not config.resume:
+        if not config.overwrite:
+            raise UserError(f"--output: an unfinished recovery lies in {work}; add --resume or --overwrite")
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"}))
+    kept = work / "settings.json"
+    if kept.exists() and kept.read_text(encoding="utf-8") != settings:
+        raise UserError("--resume: the unfinished recovery had other settings; use the same ones or --overwrite")
+    write_text(kept, settings)
+    return folder, work
+
+
+def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
+    return load_blocks(
+        config.text,
+        tokenizer,
+        length=config.sequence_length,
+        calibration_tokens=config.steps * config.tokens_per_step,
+        held_out_tokens=config.held_out_tokens,
+        held_out=config.held_out,
+        seed=config.seed,
+    )
+
+
+def _load(folder: Path) -> EMoEModelMixin:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if not isinstance(model, EMoEModelMixin):
+        raise UserError(f"--model: {folder} is no causal language model; recovery needs one")
+    return model
+
+
+def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
+    if config.teacher is None:
+        teacher = _load(folder)
+        teacher.set_top_k(teacher.config.num_experts)
+    else:
+        from emoe.assets import resolve_model
+
+        teacher = transformers.AutoModelForCausalLM.from_pretrained(
+            resolve_model(config.teacher).folder, dtype=torch.float32
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def _top_ks(config: RecoverConfig, model_config: Any) -> list[int]:
+    experts = model_config.num_experts
+    return [max(1, round(b * experts)) for b in config.budgets] or [model_config.num_experts_per_tok]
+
+
+def _learn_gates(student: EMoEModelMixin) -> None:
+    try:
+        for ffn in student.sparse_ffns().values():
+            ffn.router.learn()
+    except ValueError as error:
+        raise UserError(f"--gates: {error}; use --gates fixed") from None
+
+
+def _freeze_all_but_ffns(student: EMoEModelMixin) -> None:
+    student.requires_grad_(False)
+    for ffn in student.sparse_ffns().values():
+        for role in ("gate", "up", "down"):
+            if ffn.layout[role]:
+                ffn.linear(role).requires_grad_(True)
+        ffn.router.requires_grad_(True)
+
+
+@torch.no_grad()
+def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBlocks, progress: Progress) -> dict:
+    """Perplexity by domain and share of active experts at each K; None leaves the model as it is."""
+    model.eval()
+    results = {}
+    for k in top_ks:
+        progress("measuring", 0, 1)
+        load, hooks = Load(getattr(model.config, "num_experts", 1)), []
+        if k is not None:
+            model.set_top_k(k)
+            count = lambda _, __, routing: load.add(routing.experts_NK)  # noqa: B023, E731 - removed below
+            hooks = [ffn.router.register_forward_hook(count) for ffn in model.sparse_ffns().values()]
+        perplexity = {}
+        for domain, tokens in blocks.held_out.items():
+            nats = 0.0
+            for sequence in tokens:
+                logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
+                nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
+            perplexity[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
+        for hook in hooks:
+            hook.remove()
+        results[k] = {"perplexity": perplexity, "active": round(load.active, 4)}
+    return results
+
+
+class _Sequences(torch.utils.data.Dataset):
+    """Token blocks as the Trainer wants them."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index]}
+
+
+class _Distiller(Trainer):
+    """Trainer whose loss compares with a teacher."""
+
+    def __init__(self, *args: Any, teacher: torch.nn.Module, top_ks: list[int], kind: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.top_ks, self.kind = teacher, top_ks, kind
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Drawn from the step's number, so that a resumed run draws what an undisturbed one would have drawn.
+        draw = random.Random(self.args.seed * 1_000_003 + self.state.global_step)
+        self.accelerator.unwrap_model(model).set_top_k(draw.choice(self.top_ks))
+        hidden = self.kind == "hidden"
+        with torch.no_grad():
+            wanted = self.teacher(**inputs, use_cache=False, output_hidden_states=hidden)
+        found = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        if hidden:
+            student_BTD, teacher_BTD = found.hidden_states[-1].float(), wanted.hidden_states[-1].float()
+            loss = (student_BTD - teacher_BTD).square().sum(-1).div(teacher_BTD.square().sum(-1)).mean()
+        else:
+            student_NV, teacher_NV = (out.logits.flatten(0, 1).float().log_softmax(-1) for out in (found, wanted))
+            loss = torch.nn.functional.kl_div(student_NV, teacher_NV, reduction="batchmean", log_target=True)
+        loss = loss / self.args.gradient_accumulation_steps
+        return (loss, found) if return_outputs else loss
+
+
+class _Watch(TrainerCallback):
+    """Progress, the time limit, and a stop before a loss that is no number does harm."""
+
+    def __init__(self, config: RecoverConfig, progress: Progress) -> None:
+        self.config, self.progress, self.start = config, progress, time.perf_counter()
+        self.shown = "training"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {state.global_step}; lower --learning-rate and --resume")
+            self.shown = f"loss {loss:.3f}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(self.shown, state.global_step, self.config.steps)
+        if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
+            control.should_training_stop = True
+
+
+def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progress) -> int:
+    """Optimizer steps that were made."""
+    per_step = max(1, config.tokens_per_step // config.sequence_length)
+    batch = min(config.batch_sequences, per_step)
+    on_cpu = not torch.cuda.is_available()
+    half = config.precision == "bfloat16" or (
+        config.precision == "auto" and (not on_cpu or torch.cpu._is_avx512_bf16_supported())
+    )
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=config.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=-(-per_step // batch),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 20),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=half,
+        use_cpu=on_cpu,
+        logging_steps=5,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+    trainer = _Distiller(
+        model=student,
+        args=arguments,
+        train_dataset=_Sequences(tokens),
+        teacher=teacher,
+        top_ks=top_ks,
+        kind=config.loss,
+        callbacks=[_Watch(config, progress)],
+    )
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    teacher.to(trainer.args.device)
+    states = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    trainer.train(resume_from_checkpoint=bool(states) and config.resume)
+    write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    return trainer.state.global_step
+
+
+def _write(student: EMoEModelMixin, folder: Path, output: Path, report: dict[str, Any], overwrite: bool) -> None:
+    """The recovered checkpoint: ours is moved into place in one step; what it replaces goes last."""
+    provenance = dict(student.config.emoe_provenance or {})
+    history = [
+        *provenance.get("history", []),
+        {"verb": "recover", **{k: report[k] for k in ("steps", "text", "settings")}},
+    ]
+    student.config.emoe_provenance = {**provenance, "history": history}
+    retired = output.with_name(f".{output.name}.emoe-replaced")
+    with atomic_directory(output.with_name(f".{output.name}.emoe-new")) as new:
+        student.config._name_or_path = str(folder)
+        student.save_pretrained(new)
+        copy_companions(folder, new)
+        shutil.copyfile(folder / PARTITION, new / PARTITION)
+        write_text(new / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(retired, ignore_errors=True)
+    if output.exists() and overwrite:
+        output.rename(retired)
+    output.with_name(f".{output.name}.emoe-new").rename(output)
+    fsync_directory(output.parent)
+    shutil.rmtree(retired, ignore_errors=True)
