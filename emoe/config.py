@@ -90,7 +90,7 @@ class ConvertConfig(Settings):
     )
     calibration_tokens: int = _setting(8192, "Tokens to calibrate on.", ge=1)
     held_out_tokens: int = _setting(
-        4096, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
+        2048, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
     )
     held_out: list[str] = _setting(
         [], "Text of other domains to measure on as well, --held-out-tokens of each; as for --calibration."
@@ -107,7 +107,7 @@ class ConvertConfig(Settings):
         "multiplies that faster. Quality is always measured in the model's own type.",
     )
     device: str = _setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
-    batch_tokens: int = _setting(4096, "Tokens a forward call.", ge=1)
+    batch_tokens: int = _setting(2048, "Tokens a forward call.", ge=1)
     cache_limit: float = _setting(
         4.0, "GiB of hidden states kept in memory, all streams together; what is beyond lies on disk.", ge=0
     )

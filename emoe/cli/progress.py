@@ -63,12 +63,14 @@ def _lines(unit: str) -> Callable[[str, int, int], None]:
 
 def silence_libraries() -> None:
     """Other libraries' bars and advice do not belong in our output."""
-    import datasets
+    import os
+
+    # `datasets` reads these when it is imported, which only some commands need.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()

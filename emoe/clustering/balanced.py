@@ -41,6 +41,9 @@ _WIDE, _SEEDING_WIDTH = 1024, 128
 """k-means++ looks at wider points than the first through a random projection to the second: it only draws points, by
 distances. 11,008 x 4,096: 0.3 instead of 6.8 s, inertia WIDE_INERTIA."""
 
+ROUGH_ITERATIONS = 5
+"""Of a start for refinement: what refinement makes of it was no worse than from a finished one (docs/log.md)."""
+
 _BONUS_FACTOR = 0.25
 """How fast the leaving bonus shrinks after a step that did not pay."""
 _FIRST_COLUMNS = 16
@@ -73,6 +76,7 @@ def balanced_kmeans(
     max_iterations: int = 20,
     tolerance: float = 1e-4,
     starts: int = 1,
+    rough: bool = False,
 ) -> Clustering:
     """Cut F points into ``num_clusters`` clusters of equal size with a small sum of squared distances.
 
@@ -80,7 +84,8 @@ def balanced_kmeans(
     becomes float64. ``assignment`` is the solver of
     each step, `fast` or `exact`; both are optimal, `exact` is scipy's and takes up to 4,096 points. An iteration that
     lowers the inertia by less than ``tolerance`` of itself does not count as progress. ``starts`` repeats all with
-    further k-means++ starts and keeps the best; more starts never raise the inertia.
+    further k-means++ starts and keeps the best; more starts never raise the inertia. `rough` means at most
+    `ROUGH_ITERATIONS` and no swaps.
 
     The same points and seed give the same bits. Permuting the points permutes the partition, up to exchanges among
     equal points. Memory beside the points: one copy of them, and 8 bytes for each of 4 F E numbers.
@@ -99,6 +104,8 @@ def balanced_kmeans(
     if not tolerance >= 0:
         raise UserError(f"tolerance={tolerance} must be at least 0")
 
+    if rough:
+        max_iterations = min(max_iterations, ROUGH_ITERATIONS)
     order_F = _order_by_value(points_FD)
     sorted_FD = points_FD[order_F]
     center_D = sorted_FD.mean(axis=0)
@@ -114,7 +121,9 @@ def balanced_kmeans(
             for start in range(starts):
                 # The first start is that of ``starts=1``, so that asking for more can only help.
                 random = np.random.RandomState(np.random.SeedSequence([seed, start]).generate_state(4))
-                found_F, count = _descend(sorted_FD, num_clusters, random, assignment, max_iterations, tolerance)
+                found_F, count = _descend(
+                    sorted_FD, num_clusters, random, assignment, max_iterations, tolerance, swaps=not rough
+                )
                 inertia = _inertia(sorted_FD, found_F, _centroids(sorted_FD, found_F, num_clusters))
                 if inertia < best:
                     best, sorted_labels_F, iterations = inertia, found_F, count
@@ -135,7 +144,7 @@ def canonical_labels(labels_F: np.ndarray) -> np.ndarray:
     return rank_E[inverse_F]
 
 
-def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolerance) -> tuple[np.ndarray, int]:
+def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolerance, swaps) -> tuple[np.ndarray, int]:
     """Best labels from one k-means++ start, and the number of assignments made. Points are centred."""
     from sklearn.cluster import kmeans_plusplus
 
@@ -146,7 +155,7 @@ def _descend(points_FD, num_clusters, random, assignment, max_iterations, tolera
     _, chosen_E = kmeans_plusplus(shown_FP, num_clusters, random_state=random)
     centroids_ED = points_FD[chosen_E]
     labels_F, iterations = _lloyd(points_FD, centroids_ED, assignment, max_iterations, tolerance)
-    if worth_swapping(*points_FD.shape):
+    if swaps and worth_swapping(*points_FD.shape):
         exact_FD = points_FD.astype(np.float64)
         labels_F = refine(exact_FD, labels_F, _centroids(exact_FD, labels_F, num_clusters))
     return labels_F, iterations

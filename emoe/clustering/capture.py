@@ -21,7 +21,7 @@ RIDGE = 0.01
 FLOOR = 0.01
 """Added to an expert's share of energy before the logarithm, in units of the token's mean."""
 
-LEAST_GAIN = 1e-3
+LEAST_GAIN = 2e-3
 """A round that raises the energy held by less than this share of itself is the last."""
 
 Batches = Callable[[], Iterator[tuple[int, torch.Tensor, torch.Tensor]]]

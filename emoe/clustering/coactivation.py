@@ -25,11 +25,13 @@ class CoActivation:
     reference: str = "after MoEfication's co-activation graph: Zhang et al., ACL Findings 2022, arXiv 2110.01786"
     needs: Needs = "features"
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` without features or when E does not divide F."""
         features_FP = required_rows(
             inputs.features_FP, inputs.num_neurons, method=self.name, what="co-activation features"
         )
         # float64: rounding leads the descent to other partitions, and the published figures are of these
         unit_FP = unit_rows(features_FP.astype(np.float64))
-        return balanced_kmeans(unit_FP, num_experts, seed=seed, assignment=assignment).labels_F
+        return balanced_kmeans(unit_FP, num_experts, seed=seed, assignment=assignment, rough=rough).labels_F

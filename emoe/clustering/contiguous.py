@@ -22,7 +22,9 @@ class Contiguous:
     reference: str = "none: a control"
     needs: Needs = "nothing"
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` when E does not divide F."""
         size = equal_size(inputs.num_neurons, num_experts)
         return np.repeat(np.arange(num_experts, dtype=np.int32), size)

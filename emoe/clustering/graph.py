@@ -26,9 +26,13 @@ class Graph:
     reference: str = "MoEfication: Zhang et al., ACL Findings 2022, arXiv 2110.01786, sec. 3.2"
     needs: Needs = "features"
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` without features or when E does not divide F."""
         features_FP = required_rows(
             inputs.features_FP, inputs.num_neurons, method=self.name, what="co-activation features"
         )
-        return balanced_kmeans(features_FP.astype(np.float64), num_experts, seed=seed, assignment=assignment).labels_F
+        return balanced_kmeans(
+            features_FP.astype(np.float64), num_experts, seed=seed, assignment=assignment, rough=rough
+        ).labels_F

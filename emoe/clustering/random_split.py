@@ -19,7 +19,9 @@ class Random:
     reference: str = "random-split baseline of MoEfication: Zhang et al., ACL Findings 2022, arXiv 2110.01786"
     needs: Needs = "nothing"
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` when E does not divide F."""
         size = equal_size(inputs.num_neurons, num_experts)
         labels_F = np.repeat(np.arange(num_experts), size)

@@ -45,8 +45,11 @@ class SplitMethod(Protocol):
     @property
     def needs(self) -> Needs: ...
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
-        """Expert of every neuron, int32 ``(F,)``; each of the E labels occurs exactly S times.
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
+        """Expert of every neuron, int32 ``(F,)``; each of the E labels occurs exactly S times. A `rough` one is quick
+        to make and a start for refinement.
 
         Raises `UserError` when E does not divide F or when what the method needs is missing or malformed.
         """

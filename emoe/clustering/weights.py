@@ -26,8 +26,10 @@ class Weights:
     )
     needs: Needs = "keys"
 
-    def split(self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast") -> np.ndarray:
+    def split(
+        self, inputs: SplitInputs, num_experts: int, *, seed: int, assignment: str = "fast", rough: bool = False
+    ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` without keys or when E does not divide F."""
         keys_FD = required_rows(inputs.keys_FD, inputs.num_neurons, method=self.name, what="input-matrix rows (keys)")
         unit_FD = unit_rows(keys_FD.astype(np.float64))  # as in coactivation.py
-        return balanced_kmeans(unit_FD, num_experts, seed=seed, assignment=assignment).labels_F
+        return balanced_kmeans(unit_FD, num_experts, seed=seed, assignment=assignment, rough=rough).labels_F

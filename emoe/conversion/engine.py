@@ -327,27 +327,37 @@ class Engine:
         self.layer_reports[-1]["share"] = round(self._shares[index][self.plan.top_k - 1].item(), 4)
         states = self.streams.get(CALIBRATION)
         if self.plan.needs_fit:
-            with self.watch("gate"):
-                fit = RouterFit(self.stream, ffn, self.plan, self.group, self._shares[index])
-                fit.run(layer, index, states, advance=self.plan.prefix == "dense")
-        if self.config.refit_outputs:
-            with self.watch("refitting"):
-                moved |= self._refit(layer, ffn, index, states, tensors)
-        ffn.router.top_k = self.plan.top_k
-        if self.config.gate == ORACLE:
+            moved |= self._fit(layer, ffn, index, states, tensors)
+        elif self.config.gate == ORACLE:
             let_oracle_choose(ffn, self.config.experts)
-        if states is not None and self.plan.prefix == "converted":
-            with self.watch("calibration"):
-                self.stream.run_all(layer, index, states, exact=False)
+        ffn.router.top_k = self.plan.top_k
         path = self.reader.layer_prefix(index) + (f"{self.reader.spec.ffn}." if self.reader.spec.ffn else "")
         return moved | {f"{path}router.{name}": b.cpu() for name, b in ffn.router.named_buffers()}
 
-    def _refit(self, layer, ffn, index, states, tensors) -> dict[str, torch.Tensor]:
-        """The refitted tensors under their names, in the type in which the source stores them."""
-        ffn.router.top_k = self.config.experts
-        found = refit_output(self.stream, layer, ffn, index, states, self.plan, self.group)
-        names = {kind: name for name, (role, kind) in self.reader.ffn_tensors(index).items() if role == "down"}
-        return {names[kind]: tensor.cpu().to(tensors[names[kind]].dtype) for kind, tensor in found.items()}
+    def _fit(self, layer, ffn, index, states, tensors) -> dict[str, torch.Tensor]:
+        """Fit the layer's router, and its outputs if that is wanted; advance the text. Returns the tensors refitted."""
+        found: dict[str, torch.Tensor] = {}
+        converted, adds = self.plan.prefix == "converted", self.reader.spec.adds_output
+        with self.watch("gate"):
+            before = states.copy(self.stream) if converted and not adds else None
+            fit = RouterFit(self.stream, ffn, self.plan, self.group, self._shares[index])
+            fit.run(layer, index, states)
+            if self.config.gate == ORACLE:
+                let_oracle_choose(ffn, self.config.experts)
+        if self.config.refit_outputs:
+            with self.watch("refitting"):
+                names = {kind: name for name, (role, kind) in self.reader.ffn_tensors(index).items() if role == "down"}
+                for kind, tensor in refit_output(fit, states).items():
+                    found[names[kind]] = tensor.cpu().to(tensors[names[kind]].dtype)
+        with self.watch("calibration"):
+            if self.config.compensate:
+                fit.compensate()
+            if converted and adds:
+                fit.make_sparse(states)
+            elif converted:
+                states.data.copy_(before.data)
+                self.stream.run_all(layer, index, states, exact=False)
+        return found
 
     def _measure_layer(self, layer: nn.Module, index: int, chosen: bool) -> None:
         """Advance the converted streams, and note how many experts tokens got and how evenly they were used."""

@@ -5,6 +5,7 @@ Legend: N tokens, D model width, F neurons, E experts, K experts chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def let_oracle_choose(ffn: SparseFFN, num_experts: int) -> None:
 
 
 class RouterFit:
-    """Fits a router on what reaches its layer: the gate, how many experts a token gets, what skipped ones add.
+    """Fits a converted layer to what reaches it: the gate, how many experts a token gets, what makes up for the rest.
 
     Args:
         share_E: this layer's share of its experts under the budgets K = 1 … E.
@@ -111,65 +112,85 @@ class RouterFit:
 
     def __init__(self, stream: StreamedModel, ffn: SparseFFN, plan: Plan, group: Group, share_E: torch.Tensor) -> None:
         self.stream, self.ffn, self.plan, self.group, self.share_E = stream, ffn, plan, group, share_E
-        self.energies = ExpertEnergies(ffn.weight_views().down_DF, plan.config.experts)
-        self.output_D = torch.zeros(ffn.router.width, dtype=torch.float64)
+        self.experts = plan.config.experts
+        self.inputs: HiddenStates | None = None
+        self.hidden: HiddenStates | None = None
 
     @torch.inference_mode()
-    def run(self, layer: nn.Module, index: int, states: HiddenStates, *, advance: bool) -> None:
-        """See the text through the layer with all experts on, then fill the router's buffers."""
-        plan, config = self.plan, self.plan.config
-        fit = (
-            plan.gate.fit(config.experts, plan.top_k, self.ffn.router.width, plan.num_neurons)
-            if plan.gate.fit
-            else None
-        )
-        self.ffn.router.top_k = config.experts
-        probe, kept, energies = FFNProbe(layer, plan), [], []
-        sample = sample_tokens(config.calibration_tokens, config.experts)
-        for _, _, out in self.stream.run(layer, index, states, advance=advance, exact=False):
+    def run(self, layer: nn.Module, index: int, states: HiddenStates) -> None:
+        """Advance the text through the layer with all experts on, and fill the router's buffers."""
+        plan, config, stream = self.plan, self.plan.config, self.stream
+        self.dense = self.ffn.weight_views()
+        energies = ExpertEnergies(self.dense.down_DF, self.experts)
+        shape = tuple(states.data.shape)
+        self.inputs, self.hidden = stream.hidden_states(shape), stream.hidden_states((*shape[:2], plan.num_neurons))
+        fit = None
+        if plan.gate.fit:
+            fit = plan.gate.fit(self.experts, plan.top_k, self.ffn.router.width, plan.num_neurons)
+        self.ffn.router.top_k = self.experts
+        probe, sampled = FFNProbe(layer, plan), []
+        sample = sample_tokens(config.calibration_tokens, self.experts)
+        for _, batch, out in stream.run(layer, index, states, exact=False):
             x_ND, h_NF = probe.x.flatten(0, -2), probe.h.flatten(0, -2)
-            energy_NE = self.energies(h_NF)
+            self.inputs.data[batch] = x_ND.view(-1, *shape[1:]).cpu()
+            self.hidden.data[batch] = h_NF.view(-1, shape[1], plan.num_neurons).cpu()
+            energy_NE = energies(h_NF)
             if fit:
                 # Relative to the residual stream: a token of great norm needs a great contribution to be moved.
                 fit.update(x_ND, h_NF, energy_NE, out.float().square().sum(-1).flatten())
-            if config.compensate:
-                self.output_D += probe.y.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-            kept.append(x_ND[sample])
-            if config.gate == ORACLE:
-                energies.append(energy_NE[sample])
+            sampled.append(energy_NE[sample] if config.gate == ORACLE else x_ND[sample])
         probe.remove()
         if fit:
             fit.reduce(self.group.total)
             self._set(fit.finish())
         if "bounds" in self.ffn.router._buffers:
-            logits = (
-                [log_energies(e) for e in energies] if energies else [self.ffn.router.logits(x, self.ffn) for x in kept]
-            )
-            own_NE = torch.cat(logits).cpu() if logits else torch.empty(0, config.experts)
+            score = log_energies if config.gate == ORACLE else lambda x_ND: self.ffn.router.logits(x_ND, self.ffn)
+            own_NE = torch.cat([score(part).cpu() for part in sampled] or [torch.empty(0, self.experts)])
             logits_NE = torch.cat(self.group.gather(own_NE))
             self._set(fit_levels(logits_NE, self.share_E, plan.routing, config.shared_experts))
         self.ffn.router.top_k = plan.top_k
-        if config.compensate:
-            self._compensate(layer, index, states)
+
+    def chosen(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(sequences, activations (N, F), 1 where the neuron's expert is chosen and 0 elsewhere), a batch at a time."""
+        for batch in self.stream.batches(self.inputs.data):
+            x_ND = self.inputs.data[batch].flatten(0, 1).to(self.stream.device)
+            experts_NK = self.ffn.router(x_ND, self.ffn).experts_NK
+            mask_NE = torch.zeros(len(x_ND), self.experts + 1, device=x_ND.device)
+            mask_NE.scatter_(1, experts_NK % (self.experts + 1), 1.0)
+            chosen_NF = mask_NE[:, :-1].repeat_interleave(self.plan.num_neurons // self.experts, dim=1)
+            yield batch, self.hidden.data[batch].flatten(0, 1).to(self.stream.device).float(), chosen_NF
+
+    @torch.inference_mode()
+    def compensate(self) -> None:
+        """Put what the skipped experts would have added, on average, into the router."""
+        down_FD = self.ffn.weight_views().down_DF.T.float()
+        skipped_F = torch.zeros(self.plan.num_neurons, dtype=torch.float64)
+        tokens = torch.zeros(1, dtype=torch.float64)
+        for _, h_NF, chosen_NF in self.chosen():
+            skipped_F += (h_NF * (1 - chosen_NF)).sum(0).cpu()
+            tokens += len(h_NF)
+        self.group.total(skipped_F, tokens)
+        self._set({"compensation": (skipped_F / tokens.clamp_min(1)).float().to(down_FD.device) @ down_FD})
+
+    @torch.inference_mode()
+    def make_sparse(self, states: HiddenStates) -> None:
+        """From what the layer gave with all experts on to what it gives with the chosen ones, without another pass.
+
+        Only where the family adds the FFN's output to the residual stream as it is. `states` are as `run` left them.
+        """
+        before, after = self.dense, self.ffn.weight_views()
+        before_FD = before.down_DF.T.float()
+        refitted = after.down_DF.data_ptr() != before.down_DF.data_ptr()
+        for batch, h_NF, chosen_NF in self.chosen():
+            change_ND = (h_NF * (chosen_NF - 1)) @ before_FD
+            if refitted:
+                change_ND += (h_NF * chosen_NF) @ (after.down_DF.T.float() - before_FD)
+                if after.down_bias_D is not None:
+                    change_ND += after.down_bias_D - before.down_bias_D
+            change_ND = self.ffn._compensated(change_ND)
+            states.data[batch] += change_ND.view_as(states.data[batch]).to(states.data.dtype).cpu()
 
     def _set(self, buffers: dict[str, torch.Tensor]) -> None:
         for name, value in buffers.items():
             old = self.ffn.router._buffers[name]
             self.ffn.router._buffers[name] = value.to(device=old.device, dtype=old.dtype)
-
-    def _compensate(self, layer: nn.Module, index: int, states: HiddenStates) -> None:
-        """What the skipped experts would have added, on average."""
-        inner, sparse_D, tokens = self.ffn.ffn, torch.zeros_like(self.output_D), torch.zeros(1, dtype=torch.float64)
-
-        def watched(x: torch.Tensor) -> torch.Tensor:
-            y = inner(x)
-            sparse_D.add_(y.flatten(0, -2).sum(0, dtype=torch.float64).cpu())
-            tokens.add_(y.flatten(0, -2).shape[0])
-            return y
-
-        self.ffn.ffn = watched
-        for _ in self.stream.run(layer, index, states, advance=False, exact=False):
-            pass
-        del self.ffn.ffn
-        self.group.total(sparse_D, self.output_D, tokens)
-        self._set({"compensation": (self.output_D - sparse_D) / tokens.clamp_min(1)})

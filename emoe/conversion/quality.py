@@ -151,12 +151,11 @@ def measure_streams(
                 similar = torch.nn.functional.cosine_similarity(hidden, reference, dim=-1)
                 found = (error.sum().item(), similar.sum().item())
             else:
-                keep = wanted != -100
-                logits = stream.head_once(sequence, states.data[i : i + 1]).logits[0, keep].float()
+                logits = stream.head_once(sequence, states.data[i : i + 1]).logits[0].float()
                 best = logits.argmax(-1)
                 reference = best if k is None else reference
-                loss = torch.nn.functional.cross_entropy(logits, wanted[keep], reduction="sum")
-                found = (loss.item(), (best == reference).sum().item())
+                loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
+                found = (loss.item(), (best == reference)[wanted != -100].sum().item())
             sums[domains[i], place] += torch.tensor(found, dtype=torch.float64)
         scored[domains[i]] += tokens.shape[1] if stream.measure == "hidden-state error" else int((wanted != -100).sum())
     total(sums, scored)

@@ -133,7 +133,11 @@ def split_neurons(engine: Engine, layer: nn.Module, index: int, statistics: Neur
         keys_FD, features_FP = (None if t is None else t[rest_F] for t in (keys_FD, features_FP))
     inputs = SplitInputs(num_neurons=len(rest_F), keys_FD=keys_FD, features_FP=features_FP)
     found = plan.split.split(
-        inputs, c.experts - c.shared_experts, seed=layer_seed(plan, index), assignment=c.assignment
+        inputs,
+        c.experts - c.shared_experts,
+        seed=layer_seed(plan, index),
+        assignment=c.assignment,
+        rough=plan.refine_rounds > 0,
     )
     labels_F[rest_F] = found + c.shared_experts
     return labels_F

@@ -12,4 +12,5 @@ SPEC = FamilySpec(
     down="output.dense",
     old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     encoder=True,
+    adds_output=False,
 )

@@ -10,4 +10,5 @@ SPEC = FamilySpec(
     up="up_proj",
     down="down_proj",
     activation_key="hidden_activation",
+    adds_output=False,
 )

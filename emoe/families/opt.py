@@ -12,4 +12,5 @@ SPEC = FamilySpec(
     down="fc2",
     activation_key="activation_function",
     width_keys=("ffn_dim",),
+    adds_output=False,
 )

@@ -13,4 +13,5 @@ SPEC = FamilySpec(
     old_spellings=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     position_offset=2,
     encoder=True,
+    adds_output=False,
 )

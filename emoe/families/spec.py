@@ -47,6 +47,8 @@ class FamilySpec:
     """(spelling in transformers 5, another one found in checkpoints) of parts of parameter names."""
     position_offset: int = 0
     """Places of the position table that no token can take (RoBERTa counts from its padding index on)."""
+    adds_output: bool = True
+    """The layer adds the FFN's output to the residual stream as it is, with no norm between or behind."""
     encoder: bool = False
     """Bidirectional: quality is masked-LM loss instead of perplexity."""
 
