@@ -107,7 +107,7 @@ class ConvertConfig(Settings):
         "multiplies that faster. Quality is always measured in the model's own type.",
     )
     device: str = _setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
-    batch_tokens: int = _setting(2048, "Tokens a forward call.", ge=1)
+    batch_tokens: int = _setting(1024, "Tokens a forward call.", ge=1)
     cache_limit: float = _setting(
         4.0, "GiB of hidden states kept in memory, all streams together; what is beyond lies on disk.", ge=0
     )

@@ -46,7 +46,8 @@ class NeuronStatistics:
     ):
         self.top = max(1, round(top_fraction * num_neurons))
         self.seed, self.kind, self.top_fraction = seed, kind, top_fraction
-        self.features_FP = torch.zeros(num_neurons, width)
+        # fp64, so that the order in which batches are added up hardly matters: rounding would lead to other partitions
+        self.features_FP = torch.zeros(num_neurons, width, dtype=torch.float64)
         self.active_F = torch.zeros(num_neurons, dtype=torch.float64)
         self.sum_F = torch.zeros(num_neurons, dtype=torch.float64)
         self.energy_F = torch.zeros(num_neurons, dtype=torch.float64)

@@ -60,7 +60,7 @@ def refine_by_capture(
         if gain_FE is None or (len(history) > 1 and held - history[-2] < LEAST_GAIN * held):
             break
         before_F = labels_F
-        labels_F, prices_E = assign_fast(-gain_FE.double().cpu().numpy(), prices_E)
+        labels_F, prices_E = assign_fast(-gain_FE.cpu().numpy(), prices_E)
         if (before_F == labels_F).all():
             break
     return labels_F.astype(np.int32), history
@@ -102,20 +102,21 @@ def _round(batches, halves, labels_F, num_experts, total, gains: bool) -> tuple[
     device = halves.mean_2D.device
     labels_F = torch.as_tensor(labels_F, device=device).long()
     member_FE = torch.nn.functional.one_hot(labels_F, num_experts).float()
-    cross_2DE = torch.zeros(2, halves.mean_2D.shape[1], num_experts, device=device)
-    target_2E = torch.zeros(2, num_experts, device=device)
+    # Batches add up in fp64: the order, which depends on the number of processes, must not matter.
+    cross_2DE = torch.zeros(2, halves.mean_2D.shape[1], num_experts, dtype=torch.float64, device=device)
+    target_2E = torch.zeros(2, num_experts, dtype=torch.float64, device=device)
     energies = []
     for number, x_ND, share_NF in batches():
         energies.append(share_NF @ member_FE)
         target_NE = _log(energies[-1])
         target_2E[number % 2] += target_NE.sum(0)
-        cross_2DE[number % 2].addmm_((x_ND.float() - halves.mean_2D[number % 2]).T, target_NE)
+        cross_2DE[number % 2] += (x_ND.float() - halves.mean_2D[number % 2]).T @ target_NE
     total(cross_2DE, target_2E)
-    count_211 = halves.count_2.clamp_min(1).float().to(device)[:, None, None]
-    weight_2DE = torch.cholesky_solve(cross_2DE / count_211, halves.factor_2DD)
-    bias_2E = target_2E / count_211[:, 0]
+    count_211 = halves.count_2.clamp_min(1).to(device)[:, None, None]
+    weight_2DE = torch.cholesky_solve((cross_2DE / count_211).float(), halves.factor_2DD)
+    bias_2E = (target_2E / count_211[:, 0]).float()
 
-    gain_FE = torch.zeros(len(labels_F), num_experts, device=device) if gains else None
+    gain_FE = torch.zeros(len(labels_F), num_experts, dtype=torch.float64, device=device) if gains else None
     held = torch.zeros(1, dtype=torch.float64)
     for energy_NE, (number, x_ND, share_NF) in zip(energies, batches(), strict=True):
         half = halves.other(number)
@@ -125,7 +126,7 @@ def _round(batches, halves, labels_F, num_experts, total, gains: bool) -> tuple[
         times_NE = torch.empty_like(logits_NE).scatter_(1, order_NE, weight_E.to(device).expand_as(logits_NE))
         held += (energy_NE * times_NE).sum().item()
         if gains:
-            gain_FE.addmm_(share_NF.T, times_NE)
+            gain_FE += share_NF.T @ times_NE
     total(held, *([gain_FE] if gains else []))
     return held.item() / (len(FRACTIONS) * max(1.0, halves.count_2.sum().item())), gain_FE
 

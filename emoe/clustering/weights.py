@@ -9,6 +9,9 @@ import numpy as np
 from emoe.clustering.balanced import balanced_kmeans
 from emoe.clustering.spec import Needs, SplitInputs, required_rows, unit_rows
 
+_LARGE = 1 << 24
+"""Entries up to which rows are clustered in float64: 128 MiB of them."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -31,5 +34,7 @@ class Weights:
     ) -> np.ndarray:
         """Expert of every neuron, int32 ``(F,)``. Raises `UserError` without keys or when E does not divide F."""
         keys_FD = required_rows(inputs.keys_FD, inputs.num_neurons, method=self.name, what="input-matrix rows (keys)")
-        unit_FD = unit_rows(keys_FD.astype(np.float64))  # as in coactivation.py
+        # float64 as in coactivation.py, but not where copies of the rows would take a gigabyte
+        exact = keys_FD.size <= _LARGE
+        unit_FD = unit_rows(keys_FD.astype(np.float64) if exact else keys_FD)
         return balanced_kmeans(unit_FD, num_experts, seed=seed, assignment=assignment, rough=rough).labels_F

@@ -24,7 +24,7 @@ from emoe.calibration.stream import HiddenStates, StreamedModel
 from emoe.calibration.text import TokenBlocks, load_blocks
 from emoe.checkpoint.partition import digest_ffn
 from emoe.conversion.artefact import emoe_config
-from emoe.conversion.layer import ORACLE, RouterFit, let_oracle_choose, put_in_order, reordered
+from emoe.conversion.layer import ORACLE, RouterFit, let_go_of_file, let_oracle_choose, put_in_order, reordered
 from emoe.conversion.plan import Plan
 from emoe.conversion.quality import Load, Quality, mask_tokens, measure_streams, next_token_labels
 from emoe.conversion.refit import refit_output
@@ -312,7 +312,8 @@ class Engine:
                 sink(index, tensors)
 
     def _convert_layer(self, layer: nn.Module, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Turn the layer into its Emergent MoE; the tensors that replace the source's, or are new."""
+        """Turn the layer into its Emergent MoE; the tensors that replace the source's, or are new. In `tensors` the
+        reordered ones take the place of the source's."""
         if index not in self.survey.labels:
             with self.watch("clustering"):
                 self.survey.labels[index] = torch.as_tensor(split_neurons(self, layer, index, None))
@@ -321,6 +322,8 @@ class Engine:
         with self.watch("reordering"):
             moved = reordered(self.plan, index, tensors, labels_F)
             error = put_in_order(layer, ffn, self.reader.layer_prefix(index), moved)
+            tensors |= moved
+            let_go_of_file(layer, tensors, moved)
         self.layer_reports.append({"layer": index, **self.survey.reports.get(index, {}), "all_experts_error": error})
         if self._shares is None:
             self._shares = self.survey.shares(self.plan.layers, self.config.experts)
@@ -355,7 +358,8 @@ class Engine:
             if converted and adds:
                 fit.make_sparse(states)
             elif converted:
-                states.data.copy_(before.data)
+                with torch.inference_mode():
+                    states.data.copy_(before.data)
                 self.stream.run_all(layer, index, states, exact=False)
         return found
 

@@ -119,18 +119,18 @@ def frontier(
             raise UserError(f"--active: {active} is not a share above 0 and at most 1")
     cells = [Cell(name, settings, active) for name, settings in ways.items() for active in actives]
     (output / "cells").mkdir(parents=True, exist_ok=True)
-    plans = {cell: _plan(base, cell) for cell in cells}  # every bad setting comes up before any work
+    plans = [_plan(base, cell) for cell in cells]  # every bad setting comes up before any work
     results = []
-    for number, cell in enumerate(cells):
+    for number, (cell, plan) in enumerate(zip(cells, plans, strict=True)):
         path = output / "cells" / f"{cell.slug}.json"
-        facts = _facts(plans[cell])
+        facts = _facts(plan)
         found = read_json(path) if path.is_file() else None
         if found is None or found["facts"] != facts:
             label = f"{cell.name} at {100 * cell.active:.0f}%"
             shown = lambda stage, done, total, n=number, label=label: progress(  # noqa: E731
                 f"{label}: {stage}", 100 * n + 100 * done // max(1, total), 100 * len(cells)
             )
-            found = {"facts": facts, **_measure(plans[cell], cell, output, shown)}
+            found = {"facts": facts, **_measure(plan, cell, output, shown)}
             write_text(path, json.dumps(found, indent=1) + "\n")
         results.append(found)
     report = {

@@ -23,6 +23,9 @@ from emoe.modeling.modeling_emoe import SparseFFN
 SMALLEST = 4096
 """Entries of an expert's output matrix below which computing all and masking is faster than computing it alone."""
 
+ROWS = 512
+"""Tokens whose (rows, F) tables exist at a time, in fp32: 23 MiB each at F 11,008."""
+
 ORACLE = "oracle"
 """Gate that looks at the answer, for measurement alone: it chooses by the true energies."""
 
@@ -49,15 +52,20 @@ class FFNProbe:
         return torch.linalg.vector_norm(self.down.weight.detach(), dim=1 - axis, dtype=torch.float32)
 
     def keys(self, plan: Plan) -> torch.Tensor:
-        """Rows of the matrix under the activation, (F, D) fp32."""
+        """Rows of the matrix under the activation, (F, D) fp32: a copy."""
         weight = self.key.weight.detach()
         weight = weight.T if plan.reader.spec.transposed else weight
-        return weight[: plan.num_neurons].float()
+        return weight[: plan.num_neurons].to(torch.float32, copy=True)
 
     def remove(self) -> None:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    """Slices of at most `ROWS` of `count` rows."""
+    return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
 
 
 def layer_seed(plan: Plan, index: int) -> int:
@@ -103,6 +111,15 @@ def let_oracle_choose(ffn: SparseFFN, num_experts: int) -> None:
         ffn.activation = None  # masked: a product for each of so many tiny experts takes longer
 
 
+def let_go_of_file(layer: nn.Module, tensors: dict[str, torch.Tensor], moved: dict[str, torch.Tensor]) -> None:
+    """Copy what has not been copied yet: one tensor that still lies in the mapped file keeps all its pages resident."""
+    copies = {tensor.data_ptr(): tensor.clone() for name, tensor in tensors.items() if name not in moved}
+    for name, tensor in tensors.items():
+        tensors[name] = copies.get(tensor.data_ptr(), tensor)
+    for parameter in layer.parameters():
+        parameter.data = copies.get(parameter.data_ptr(), parameter.data)
+
+
 class RouterFit:
     """Fits a converted layer to what reaches it: the gate, how many experts a token gets, what makes up for the rest.
 
@@ -134,10 +151,14 @@ class RouterFit:
             x_ND, h_NF = probe.x.flatten(0, -2), probe.h.flatten(0, -2)
             self.inputs.data[batch] = x_ND.view(-1, *shape[1:]).cpu()
             self.hidden.data[batch] = h_NF.view(-1, shape[1], plan.num_neurons).cpu()
-            energy_NE = energies(h_NF)
-            if fit:
-                # Relative to the residual stream: a token of great norm needs a great contribution to be moved.
-                fit.update(x_ND, h_NF, energy_NE, out.float().square().sum(-1).flatten())
+            # Relative to the residual stream: a token of great norm needs a great contribution to be moved.
+            scale_N = out.float().square().sum(-1).flatten()
+            energy_NE = torch.empty(len(x_ND), self.experts, device=x_ND.device)
+            for rows in row_blocks(len(x_ND)):
+                h_RF = h_NF[rows].float()
+                energy_NE[rows] = energies(h_RF)
+                if fit:
+                    fit.update(x_ND[rows], h_RF, energy_NE[rows], scale_N[rows])
             sampled.append(energy_NE[sample] if config.gate == ORACLE else x_ND[sample])
         probe.remove()
         if fit:
@@ -151,26 +172,29 @@ class RouterFit:
         self.ffn.router.top_k = plan.top_k
 
     def chosen(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """(sequences, activations (N, F), 1 where the neuron's expert is chosen and 0 elsewhere), a batch at a time."""
-        for batch in self.stream.batches(self.inputs.data):
-            x_ND = self.inputs.data[batch].flatten(0, 1).to(self.stream.device)
+        """(tokens, activations (N, F), 1 where the neuron's expert is chosen and 0 elsewhere), a block at a time."""
+        inputs_ND, hidden_NF = self.inputs.data.flatten(0, 1), self.hidden.data.flatten(0, 1)
+        for rows in row_blocks(len(inputs_ND)):
+            x_ND = inputs_ND[rows].to(self.stream.device)
             experts_NK = self.ffn.router(x_ND, self.ffn).experts_NK
             mask_NE = torch.zeros(len(x_ND), self.experts + 1, device=x_ND.device)
             mask_NE.scatter_(1, experts_NK % (self.experts + 1), 1.0)
             chosen_NF = mask_NE[:, :-1].repeat_interleave(self.plan.num_neurons // self.experts, dim=1)
-            yield batch, self.hidden.data[batch].flatten(0, 1).to(self.stream.device).float(), chosen_NF
+            yield rows, hidden_NF[rows].to(self.stream.device).float(), chosen_NF
 
     @torch.inference_mode()
     def compensate(self) -> None:
         """Put what the skipped experts would have added, on average, into the router."""
-        down_FD = self.ffn.weight_views().down_DF.T.float()
+        down_FD = self.ffn.weight_views().down_DF.T
         skipped_F = torch.zeros(self.plan.num_neurons, dtype=torch.float64)
         tokens = torch.zeros(1, dtype=torch.float64)
         for _, h_NF, chosen_NF in self.chosen():
             skipped_F += (h_NF * (1 - chosen_NF)).sum(0).cpu()
             tokens += len(h_NF)
         self.group.total(skipped_F, tokens)
-        self._set({"compensation": (skipped_F / tokens.clamp_min(1)).float().to(down_FD.device) @ down_FD})
+        mean_F = (skipped_F / tokens.clamp_min(1)).float().to(down_FD.device)
+        blocks = row_blocks(len(mean_F))  # no fp32 copy of the whole matrix
+        self._set({"compensation": sum(mean_F[rows] @ down_FD[rows].float() for rows in blocks)})
 
     @torch.inference_mode()
     def make_sparse(self, states: HiddenStates) -> None:
@@ -179,16 +203,18 @@ class RouterFit:
         Only where the family adds the FFN's output to the residual stream as it is. `states` are as `run` left them.
         """
         before, after = self.dense, self.ffn.weight_views()
-        before_FD = before.down_DF.T.float()
+        before_FD, after_FD = before.down_DF.T, after.down_DF.T
         refitted = after.down_DF.data_ptr() != before.down_DF.data_ptr()
-        for batch, h_NF, chosen_NF in self.chosen():
-            change_ND = (h_NF * (chosen_NF - 1)) @ before_FD
+        states_ND = states.data.flatten(0, 1)  # a view
+        for rows, h_NF, chosen_NF in self.chosen():
+            times = lambda a_NF, b_FD: (a_NF.to(b_FD.dtype) @ b_FD).float()  # noqa: E731 - in the layer's own type
+            change_ND = times(h_NF * (chosen_NF - 1), before_FD)
             if refitted:
-                change_ND += (h_NF * chosen_NF) @ (after.down_DF.T.float() - before_FD)
+                change_ND += times(h_NF * chosen_NF, after_FD) - times(h_NF * chosen_NF, before_FD)
                 if after.down_bias_D is not None:
                     change_ND += after.down_bias_D - before.down_bias_D
             change_ND = self.ffn._compensated(change_ND)
-            states.data[batch] += change_ND.view_as(states.data[batch]).to(states.data.dtype).cpu()
+            states_ND[rows] += change_ND.to(states_ND.dtype).cpu()
 
     def _set(self, buffers: dict[str, torch.Tensor]) -> None:
         for name, value in buffers.items():

@@ -34,8 +34,8 @@ def refit_output(fit: RouterFit, states: HiddenStates) -> dict[str, torch.Tensor
     extra = int(down.bias is not None)  # a column of ones stands for the bias
     size, device = plan.num_neurons + extra, weight_FD.device
     gram_FF, cross_FD = torch.zeros(size, size, device=device), torch.zeros(size, weight_FD.shape[1], device=device)
-    for batch, h_NF, chosen_NF in fit.chosen():
-        out_ND = states.data[batch].flatten(0, 1).to(device)
+    for rows, h_NF, chosen_NF in fit.chosen():
+        out_ND = states.data.flatten(0, 1)[rows].to(device)
         scale_N1 = torch.linalg.vector_norm(out_ND, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-15)
         missing_ND = (h_NF * (1 - chosen_NF)) @ weight_FD  # y - A W_source; the bias is in both
         a_NF = h_NF * chosen_NF

@@ -19,12 +19,16 @@ from emoe.calibration.stream import HiddenStates
 from emoe.checkpoint.partition import check_labels
 from emoe.clustering import SplitInputs
 from emoe.clustering.capture import refine_by_capture
-from emoe.conversion.layer import FFNProbe, layer_seed
+from emoe.conversion.layer import FFNProbe, layer_seed, row_blocks
 from emoe.gating.energies import FLOOR
 from emoe.gating.levels import quantiles, sample_tokens, share_budget
 
 if TYPE_CHECKING:
     from emoe.conversion.engine import Engine
+
+
+MOST_BLOCKS = 4096
+"""More than the blocks of any batch: keeps their numbers apart."""
 
 
 @dataclass
@@ -102,15 +106,20 @@ def _watch(engine: Engine, layer: nn.Module, index: int, states: HiddenStates) -
         watched.offset_N = torch.empty(shape[:2])
     for number, batch, out in stream.run(layer, index, states, exact=False):
         h_NF = probe.h.flatten(0, -2)
-        statistics.update(h_NF, norm_F, number)
         if plan.needs_magnitudes:
-            energy_NF = (h_NF.float() * norm_F).square_()
-            energy_N1 = energy_NF.sum(1, keepdim=True).clamp_min_(1e-30)
-            size = (-1, *shape[1:2])
-            watched.shares.data[batch] = energy_NF.div_(energy_N1).view(*size, plan.num_neurons).cpu()
-            watched.inputs.data[batch] = probe.x.view(*size, shape[2]).cpu()
-            scale_N = out.float().square().sum(-1).flatten().clamp_min_(1e-30)
-            watched.offset_N[batch] = (energy_N1[:, 0].log() - scale_N.log()).view(size).cpu()
+            watched.inputs.data[batch] = probe.x.view(-1, *shape[1:]).cpu()
+            offset_N = -out.float().square().sum(-1).flatten().clamp_min_(1e-30).log()
+            share_NF = watched.shares.data[batch].flatten(0, 1)  # a view
+        for part, rows in enumerate(row_blocks(len(h_NF))):
+            h_RF = h_NF[rows].float()
+            statistics.update(h_RF, norm_F, number * MOST_BLOCKS + part)
+            if plan.needs_magnitudes:
+                energy_RF = (h_RF * norm_F).square_()
+                energy_R1 = energy_RF.sum(1, keepdim=True).clamp_min_(1e-30)
+                share_NF[rows] = energy_RF.div_(energy_R1).to(share_NF)
+                offset_N[rows] += energy_R1[:, 0].log()
+        if plan.needs_magnitudes:
+            watched.offset_N[batch] = offset_N.view(-1, shape[1]).cpu()
     probe.remove()
     statistics.reduce(engine.group.total)
     return watched

@@ -26,14 +26,15 @@ class DiscriminantFit:
     def __init__(self, num_experts: int, top_k: int, width: int, num_neurons: int) -> None:
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
         self.count_1 = zeros(1)
-        self.x_D, self.t_E = zeros(width), zeros(num_experts)
-        self.xx_DD, self.xt_DE = zeros(width, width), zeros(width, num_experts)
+        self.x_D, self.t_E, self.xt_DE = zeros(width), zeros(num_experts), zeros(width, num_experts)
+        # fp32, where it is 64 MiB at D 4096: its rounding is far below the ridge
+        self.xx_DD = torch.zeros(width, width)
 
     def update(self, x_ND, h_NF, energy_NE, scale_N) -> None:
         x_ND, target_NE = x_ND.float(), log_energies(energy_NE) - scale_N.clamp_min(1e-30).log()[:, None]
+        self.xx_DD = self.xx_DD.to(x_ND.device).addmm_(x_ND.T, x_ND)
         self.x_D += x_ND.sum(0, dtype=torch.float64).cpu()
         self.t_E += target_NE.sum(0, dtype=torch.float64).cpu()
-        self.xx_DD += (x_ND.T @ x_ND).cpu()
         self.xt_DE += (x_ND.T @ target_NE).cpu()
         self.count_1 += len(x_ND)
 
@@ -41,13 +42,17 @@ class DiscriminantFit:
         total(self.x_D, self.t_E, self.xx_DD, self.xt_DE, self.count_1)
 
     def finish(self) -> dict[str, torch.Tensor]:
+        from scipy.linalg import cho_factor, cho_solve
+
         n = max(1.0, self.count_1.item())
         mean_x_D, mean_t_E = self.x_D / n, self.t_E / n
-        covariance_DD = self.xx_DD.div_(n).addr_(mean_x_D, mean_x_D, alpha=-1)  # in place: 128 MiB at D 4096
+        covariance_DD = self.xx_DD.cpu().div_(n).double().addr_(mean_x_D, mean_x_D, alpha=-1)
         cross_DE = self.xt_DE / n - torch.outer(mean_x_D, mean_t_E)
         diagonal_D = covariance_DD.diagonal()
         diagonal_D += RIDGE * diagonal_D.mean().clamp_min(1e-12)
-        weight_DE = torch.cholesky_solve(cross_DE, torch.linalg.cholesky(covariance_DD))
+        # scipy factors in place: no second matrix of this size
+        factor = cho_factor(covariance_DD.numpy().T, lower=True, overwrite_a=True, check_finite=False)
+        weight_DE = torch.from_numpy(cho_solve(factor, cross_DE.numpy(), check_finite=False))
         return {"weight": weight_DE.T.float().contiguous(), "bias": (mean_t_E - mean_x_D @ weight_DE).float()}
 
 

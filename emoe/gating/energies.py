@@ -24,8 +24,8 @@ class ExpertEnergies:
 
     def __init__(self, down_DF: torch.Tensor, num_experts: int) -> None:
         self.num_experts = num_experts
-        down_EDS = down_DF.detach().float().unflatten(1, (num_experts, -1)).transpose(0, 1)
-        self.gram_ESS = down_EDS.transpose(1, 2) @ down_EDS
+        parts = (part_DS.detach().float() for part_DS in down_DF.chunk(num_experts, dim=1))  # one fp32 copy at a time
+        self.gram_ESS = torch.stack([part_DS.T @ part_DS for part_DS in parts])
 
     def __call__(self, h_NF: torch.Tensor) -> torch.Tensor:
         """Energies (N, E), fp32, of hidden activations (N, F)."""

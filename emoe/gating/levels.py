@@ -80,7 +80,7 @@ def fit_levels(logits_NE: torch.Tensor, share_E: torch.Tensor, rule: str, shared
         if rule == "top-k":
             bounds_E2[row] = min(num_experts, round(average))
             continue
-        least = min(num_experts, max(1, shared, int(LEAST * average)))
+        least = min(num_experts, max(1, shared, int(LEAST * average + 1e-6)))
         most = min(num_experts, max(least, -int(-MOST * average // 1)))
         bounds_E2[row] = torch.tensor([least, most])
         optional = key_NE[:, least:most].flatten()

@@ -50,7 +50,7 @@ def quality_table(report: dict[str, Any]) -> Table:
 
 def load_line(report: dict[str, Any]) -> str | None:
     """How evenly the experts were used over all converted layers."""
-    loads = [layer["load"] for layer in report["layers"] if layer["load"]]
+    loads = [layer["load"] for layer in report["layers"] if layer.get("load")]
     if not loads:
         return None
     evenness = sum(load["evenness"] for load in loads) / len(loads)

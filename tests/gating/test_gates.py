@@ -16,7 +16,7 @@ from emoe.modeling.modeling_emoe import make_sparse
 D, F = 16, 24
 
 
-def sparse_mlp(gate: str, experts: int, top_k: int, seed: int = 0):
+def sparse_mlp(gate: str, experts: int, top_k: int, seed: int = 0, routing: str = "top-k", shared: int = 0):
     """A random Llama FFN with a router of this kind, buffers filled at random."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -29,6 +29,8 @@ def sparse_mlp(gate: str, experts: int, top_k: int, seed: int = 0):
         num_experts=experts,
         num_experts_per_tok=top_k,
         emoe_gate=gate,
+        emoe_routing=routing,
+        emoe_shared_experts=shared,
         emoe_ffn=layout,
     )
     torch.manual_seed(seed)
@@ -36,6 +38,8 @@ def sparse_mlp(gate: str, experts: int, top_k: int, seed: int = 0):
     for name, buffer in ffn.router.named_buffers():
         if name == "neuron":
             buffer.copy_(torch.arange(experts) * (F // experts))
+        elif name == "bounds":
+            pass
         else:
             buffer.copy_(torch.randn(buffer.shape) if name == "weight" else torch.rand(buffer.shape) + 0.5)
     return ffn

@@ -1,0 +1,109 @@
+"""Recovery brings a converted model nearer to the dense one, and loses nothing on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import emoe
+from emoe.cli.main import main
+
+
+@pytest.fixture
+def flags(converted_llama, text_file, tmp_path):
+    return [
+        *("recover", "--model", str(converted_llama), "--output", str(tmp_path / "out"), "--text", str(text_file)),
+        *("--tokens-per-step", "256", "--sequence-length", "64", "--held-out-tokens", "256", "--learning-rate", "3e-3"),
+        *("--precision", "float32"),
+    ]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_it_comes_nearer_to_dense(flags, converted_llama, tmp_path, capsys):
+    assert main([*flags, "--steps", "30", "--budgets", "0.25", "--budgets", "0.5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["top_k"] for row in report["rows"]] == [2, 4, 6]
+    for row in report["rows"][:2]:
+        assert row["after"]["calibration domain"] < 0.9 * row["before"]["calibration domain"]
+    before, after = weights(converted_llama), weights(tmp_path / "out")
+    gates = [name for name in before if ".router." in name]
+    assert all(torch.equal(before[name], after[name]) for name in gates)
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_experts_per_tok"] == 3
+    assert config["emoe_provenance"]["history"][0]["verb"] == "recover"
+    assert emoe.export(tmp_path / "out", tmp_path / "dense") == {"layers": 4, "identical": 0}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("loss", ["kl", "hidden"])
+def test_gates_can_be_learned(loss, flags, converted_llama, tmp_path):
+    assert main([*flags, "--steps", "5", "--gates", "learned", "--loss", loss, "--train", "ffn", "--quiet"]) == 0
+    before, after = weights(converted_llama), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("router.weight") for name in changed)
+    assert all(".mlp." in name for name in changed)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
+    """Stopped by a crash in step 7, gone on from the state of step 4."""
+    from emoe.finetune import recover
+
+    flags = [*flags, "--steps", "10", "--checkpoint-steps", "4", "--budgets", "0.25", "--budgets", "0.5", "--quiet"]
+    assert main(flags) == 0
+    undisturbed = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    loss, count = recover._Distiller.compute_loss, [0]
+
+    def crash(self, *arguments, **keywords):
+        count[0] += 1
+        if count[0] == 7:
+            raise RuntimeError("power cut")
+        return loss(self, *arguments, **keywords)
+
+    monkeypatch.setattr(recover._Distiller, "compute_loss", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert main(flags) == 2  # an unfinished recovery lies there
+    assert main([*flags, "--resume"]) == 0
+    resumed = weights(tmp_path / "out")
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--budgets", "1.5"], "--budgets: 1.5 is not a share"),
+        (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--gates", "lerned"], "--gates"),
+        (["--learning-rate", "1e30", "--steps", "10"], "lower --learning-rate"),
+    ],
+)
+def test_bad_input(arguments, complaint, flags, tmp_path, capsys):
+    if arguments[0] == "--text":
+        flags = [f for i, f in enumerate(flags) if f != "--text" and flags[i - 1] != "--text"]
+    assert main([*flags, *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, capsys):
+    dense = [str(tiny_llama) if f == str(converted_llama) else f for f in flags]
+    assert main(dense) == 2
+    assert "is not a converted checkpoint (model_type 'llama'); convert it first" in capsys.readouterr().err
+    own = [*flags[: flags.index("--output") + 1], str(converted_llama), "--overwrite"]
+    assert main(own) == 2
+    assert "is the model's own folder" in capsys.readouterr().err
+    assert main([*flags[: flags.index("--output") + 1], str(text_file)]) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
