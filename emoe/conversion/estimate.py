@@ -13,13 +13,37 @@ from typing import Any
 import torch
 
 from emoe import clustering, gating
+from emoe.calibration.statistics import FEATURE_WIDTH
+from emoe.clustering.balanced import ROUGH_ITERATIONS
 from emoe.config import ConvertConfig
-from emoe.conversion.plan import MEASURED_FRACTIONS, check_experts, parse_layers
+from emoe.conversion.convert import END_SHARD_BYTES
+from emoe.conversion.plan import MEASURED_FRACTIONS, automatic, check_experts, parse_layers
 from emoe.errors import UserError
 from emoe.families import family
 
-BASE_BYTES = 650 << 20
-"""Resident memory of the interpreter with torch, transformers and scikit-learn imported (measured: 0.60 GiB)."""
+BASE_BYTES = 560 << 20
+"""Resident memory of the interpreter with torch, transformers and scikit-learn imported (measured: 561 MiB)."""
+
+
+STARTUP_SECONDS = 8.0
+"""Imports, reading text, config and headers."""
+READ_SPEED, WRITE_SPEED = 300e6, 280e6
+"""Bytes a second: reading with the check for NaN and the digest, and writing to a disk that is waited for."""
+LAYER_EFFICIENCY = 0.5
+"""Of a layer's products against one large product: attention, norms and activations are in between."""
+CLUSTERING_ITERATIONS = 20
+ASSIGNMENT_SECONDS = 2.2e-7
+"""A point and cluster of one balanced assignment."""
+ELEMENT_SECONDS = 4.0e-8
+"""A token and neuron of what the survey and the fit do beside products."""
+ROUND_SECONDS = 7e-9
+"""A token and neuron of a round of refinement, beside products."""
+ROUNDS = 4
+"""Rounds of refinement that are usually made."""
+LOSS_SECONDS = 2.5e-9
+"""A token and vocabulary entry of a cross-entropy."""
+WORKSPACE_BYTES = 350 << 20
+"""Batches of activations, tables of a gate, what the allocator keeps."""
 
 
 @dataclass
@@ -102,6 +126,53 @@ def measure_speed(dtype: torch.dtype, seconds: float = 0.3) -> float:
     return done * 2 * 1024**3 / (time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class _Speeds:
+    """Floating-point operations a second: in fp32, in the model's type, in the type of statistics."""
+
+    fp32: float
+    model: float
+    statistics: float
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a layer's work depends on."""
+
+    width: int
+    neurons: int
+    experts: int
+    layers: int
+    gated: bool
+    item: int
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    def clustering_seconds(self, columns: int, iterations: int, speed: _Speeds) -> float:
+        """One balanced k-means; its products run on one thread."""
+        flops = 2 * self.neurons * columns * self.experts * iterations
+        return flops / (0.5 * speed.fp32) + iterations * self.neurons * self.experts * ASSIGNMENT_SECONDS
+
+    def survey_seconds(self, tokens: int, rounds: int, speed: _Speeds) -> float:
+        """Statistics and refinement of a layer, without the layer itself."""
+        flops = 2 * tokens * self.neurons * FEATURE_WIDTH
+        seconds = tokens * self.neurons * ELEMENT_SECONDS / 2
+        if rounds:
+            made = min(rounds, ROUNDS)
+            flops += 2 * tokens * (self.width**2 + made * 2 * self.neurons * self.experts)
+            seconds += made * (tokens * self.neurons * ROUND_SECONDS + self.neurons * self.experts * ASSIGNMENT_SECONDS)
+        return seconds + flops / speed.fp32
+
+    def fit_seconds(self, tokens: int, speed: _Speeds) -> float:
+        """The gate, and what skipped neurons would have added, without the layer itself."""
+        flops = 2 * tokens * (self.width**2 + self.neurons * self.neurons // self.experts + self.width * self.experts)
+        made_sparse = 2 * tokens * self.width * self.neurons / speed.model
+        solve = 3 * self.width**3 / speed.fp32
+        return flops / speed.fp32 + made_sparse + solve + tokens * self.neurons * ELEMENT_SECONDS / 2
+
+
 def estimate(settings: ConvertConfig) -> Estimate:
     """Costs of converting ``settings.model`` with these settings.
 
@@ -112,31 +183,61 @@ def estimate(settings: ConvertConfig) -> Estimate:
         raise UserError("--model: missing; give an alias (see `emoe models`), a folder or a hub id")
     config, item = shape_of(settings.model)
     spec = family(config.model_type)
-    width, neurons, layers = config.hidden_size, spec.hidden_width(config), config.num_hidden_layers
-    check_experts(neurons, settings.experts)
-    chosen = parse_layers(settings.layers, layers)
+    shape = _Shape(
+        width=config.hidden_size,
+        neurons=spec.hidden_width(config),
+        experts=settings.experts,
+        layers=config.num_hidden_layers,
+        gated=spec.gated,
+        item=item,
+    )
+    check_experts(shape.neurons, settings.experts)
+    chosen = parse_layers(settings.layers, shape.layers)
     split, gate = clustering.get(settings.split), gating.get(settings.gate)
+    auto = automatic(settings, gate.needs_calibration)
     per_layer, outside = count_parameters(config)
 
-    watched = settings.calibration_tokens * (split.needs == "features" or gate.needs_calibration)
-    measured = settings.held_out_tokens * (2 + len(MEASURED_FRACTIONS)) if settings.held_out_tokens else 0
-    hidden_bytes = (2 * watched + measured) * width * item
-    ffn = (3 if spec.gated else 2) * width * neurons
-    # forward of calibration and held-out streams, hidden activations again for the gate, its normal equations
-    flops = 2 * per_layer * (layers * measured + (chosen[-1] + 1) * watched)
-    flops += len(chosen) * watched * (1.4 * ffn + 2 * 256 * neurons + 2 * width * (width + settings.experts))
-    flops += 2 * outside * measured / max(1, 1 + (not config.tie_word_embeddings))
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else {2: torch.bfloat16}.get(item, torch.float32)
-    disk = (per_layer * layers + outside) * item + len(chosen) * settings.experts * (width + 1) * 4
-    columns = {"features": 256, "keys": width, "nothing": 0}[split.needs]
-    clustering_seconds = len(chosen) * 1.1e-9 * neurons * columns * settings.experts * 20
+    surveyed = split.needs == "features" or auto["allocation"] == "sensitivity"
+    fitted = gate.needs_calibration or auto["routing"] != "top-k"
+    tokens = settings.calibration_tokens
+    held_out = settings.held_out_tokens * (1 + len(settings.held_out))
+    streams = 1 + len(MEASURED_FRACTIONS)
+    parameters = per_layer * shape.layers + outside
+    disk = parameters * item + len(chosen) * settings.experts * (shape.width + 6) * 4
+
+    dtype = {2: torch.bfloat16}.get(item, torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    narrow = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else dtype
+    speed = _Speeds(measure_speed(torch.float32), measure_speed(dtype), measure_speed(narrow))
+    seconds = STARTUP_SECONDS + parameters * item / READ_SPEED + disk / WRITE_SPEED
+    if surveyed:
+        seconds += (chosen[-1] + 1) * tokens * 2 * per_layer / (LAYER_EFFICIENCY * speed.statistics)
+        seconds += len(chosen) * shape.survey_seconds(tokens, auto["refine_rounds"], speed)
+    if split.needs == "keys":
+        seconds += len(chosen) * shape.clustering_seconds(shape.width, CLUSTERING_ITERATIONS, speed)
+    elif split.needs == "features":
+        rough = ROUGH_ITERATIONS if auto["refine_rounds"] else CLUSTERING_ITERATIONS
+        seconds += len(chosen) * shape.clustering_seconds(FEATURE_WIDTH, rough, speed)
+    if fitted:
+        seconds += (chosen[-1] + 1) * tokens * 2 * per_layer / (LAYER_EFFICIENCY * speed.statistics)
+        seconds += len(chosen) * shape.fit_seconds(tokens, speed)
+    if held_out:
+        ffn = shape.matrices * shape.width * shape.neurons
+        active = [1.0, *MEASURED_FRACTIONS]
+        work = sum(shape.layers * (per_layer - ffn * (1 - a)) for a in active)
+        seconds += held_out * 2 * work / (LAYER_EFFICIENCY * speed.model)
+        head = config.vocab_size * shape.width
+        seconds += held_out * streams * (2 * head / (LAYER_EFFICIENCY * speed.model) + config.vocab_size * LOSS_SECONDS)
+
+    cached = (tokens * (2 * surveyed + fitted) + held_out * streams) * shape.width * item
+    cached += tokens * shape.neurons * item * (surveyed or fitted)
+    ends = min(outside * item, END_SHARD_BYTES) if not (surveyed or held_out) else outside * item
     return Estimate(
         model=settings.model,
-        parameters=per_layer * layers + outside,
-        layers=layers,
+        parameters=parameters,
+        layers=shape.layers,
         layer_bytes=per_layer * item,
-        memory_bytes=BASE_BYTES + 2 * per_layer * item + outside * item + hidden_bytes,
+        memory_bytes=BASE_BYTES + max(2 * per_layer * item + cached + WORKSPACE_BYTES, ends),
         disk_bytes=disk,
-        working_disk_bytes=(watched + measured) * width * item * 2,
-        seconds=flops / (0.6 * measure_speed(dtype)) + clustering_seconds + disk / 500e6,
+        working_disk_bytes=2 * (tokens * (surveyed or fitted) + held_out * streams) * shape.width * item,
+        seconds=seconds,
     )

@@ -212,9 +212,6 @@ def make_plan(
     if config.sequence_length > longest:
         notes = [*notes, f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"]
         config = config.model_copy(update={"sequence_length": longest})
-    fitted = gate.needs_calibration
-    auto = lambda value, calibrated, plain: (calibrated if fitted else plain) if value == "auto" else value  # noqa: E731
-    rounds = REFINE_ROUNDS if config.split == "coactivation" else 0
     return Plan(
         config,
         reader,
@@ -223,13 +220,22 @@ def make_plan(
         layers,
         num_neurons,
         top_k,
-        allocation=auto(config.allocation, "sensitivity", "uniform"),
-        routing=auto(config.routing, "threshold", "top-k"),
-        prefix=auto(config.prefix, "converted", "dense"),
-        refine_rounds=rounds if config.refine_rounds is None else config.refine_rounds,
+        **automatic(config, gate.needs_calibration),
         notes=notes,
         measured=measured,
     )
+
+
+def automatic(config: ConvertConfig, calibrated: bool) -> dict[str, Any]:
+    """The settings that are "auto": what pays when text is read for the gate, and what needs none otherwise."""
+    pick = lambda value, with_text, without: (with_text if calibrated else without) if value == "auto" else value  # noqa: E731
+    rounds = REFINE_ROUNDS if config.split == "coactivation" else 0
+    return {
+        "allocation": pick(config.allocation, "sensitivity", "uniform"),
+        "routing": pick(config.routing, "threshold", "top-k"),
+        "prefix": pick(config.prefix, "converted", "dense"),
+        "refine_rounds": rounds if config.refine_rounds is None else config.refine_rounds,
+    }
 
 
 def _with_budget(config: ConvertConfig) -> ConvertConfig:
