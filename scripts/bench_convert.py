@@ -4,7 +4,7 @@ SmolLM2 with the default settings, and checkpoints of the shape of Llama-2-7B wi
 (`make_checkpoint.py`), weights-only and calibrated. From the slope over the layers comes an estimate for the whole
 model; `--full` converts all 32 layers for real. `emoe estimate` stands beside each run. Results: docs/results/.
 
-    python scripts/bench_convert.py --layers 2,4,8 --calibrated 2,4 --full --folder /tmp/bench --output docs/results/convert.json
+    python scripts/bench_convert.py --smollm --layers 2,4,8 --calibrated 2,4 --full --output docs/results/convert.json
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main() -> None:
 
 def bare_memory() -> int:
     """Peak resident bytes of an interpreter that has imported torch and a transformers model class."""
-    code = "import torch; from transformers import LlamaForCausalLM; from emoe.runtime import peak_memory; print(peak_memory())"
+    code = (
+        "import torch; from transformers import LlamaForCausalLM; from emoe.runtime import peak_memory as p; print(p())"
+    )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -116,9 +118,8 @@ def slopes(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Seconds a layer between the shortest and the longest run of a kind, and the whole model's estimate from them."""
     found = {}
     for kind in ("weights-only", "calibrated"):
-        mine = sorted(
-            (run for run in runs if run.get("kind") == kind and run["layers"] < FULL_LAYERS), key=lambda r: r["layers"]
-        )
+        mine = [run for run in runs if run.get("kind") == kind and run["layers"] < FULL_LAYERS]
+        mine.sort(key=lambda run: run["layers"])
         if len(mine) > 1:
             first, last = mine[0], mine[-1]
             slope = (last["seconds"] - first["seconds"]) / (last["layers"] - first["layers"])
@@ -141,7 +142,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table for docs/results."""
     bare = result["bare_bytes"]
     lines = [
-        f"Peak memory is resident and over that of a bare interpreter with torch and transformers ({format_bytes(bare)}).",
+        f"Peak memory is resident, over that of a bare interpreter with torch and transformers ({format_bytes(bare)}).",
         "",
         "| | seconds | `emoe estimate` | peak memory | two layers |",
         "|---|---:|---:|---:|---:|",
@@ -160,8 +161,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines.append("")
     for kind, slope in result["slopes"].items():
         lines.append(
-            f"{kind.capitalize()}: {slope['seconds_a_layer']} s a further layer, so {slope['whole_model_seconds'] / 60:.1f} "
-            f"minutes for {FULL_LAYERS} layers."
+            f"{kind.capitalize()}: {slope['seconds_a_layer']} s a further layer, so "
+            f"{slope['whole_model_seconds'] / 60:.1f} minutes for {FULL_LAYERS} layers."
         )
     lines += ["", f"`{result['command']}`, commit {result['commit'][:12]}, {result['hardware']}.", ""]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import emoe  # noqa: F401 - teaches AutoModelForCausalLM to load converted models
-from emoe.calibration.text import BUILTIN, load_blocks
+from emoe.calibration.text import BUILTIN, IN_DOMAIN, load_blocks
 from emoe.errors import UserError
 from emoe.runtime import peak_memory, reset_peak_memory, write_text
 
@@ -136,7 +136,7 @@ def text_tokens(folder: Path, tokens: int) -> Tensor:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     blocks = load_blocks([BUILTIN], tokenizer, length=tokens, calibration_tokens=tokens, held_out_tokens=tokens, seed=0)
-    return blocks.held_out[:1]
+    return blocks.held_out[IN_DOMAIN][:1]
 
 
 @dataclass(frozen=True)

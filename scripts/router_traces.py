@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import emoe  # noqa: F401 - teaches AutoModelForCausalLM to load converted models
-from emoe.calibration.text import BUILTIN, TokenBlocks, load_blocks
+from emoe.calibration.text import BUILTIN, IN_DOMAIN, TokenBlocks, load_blocks
 from emoe.config import ConvertConfig
 from emoe.errors import UserError
 from emoe.runtime import atomic_write
@@ -65,6 +65,11 @@ def load(folder: Path):
         raise UserError(f"model: {folder} is not a causal language model ({str(error).splitlines()[0]})") from None
     if not hasattr(model, "sparse_ffns"):
         raise UserError(f"model: {folder} is dense; `emoe convert` makes a converted one")
+    if model.config.emoe_routing != "top-k" or model.config.emoe_allocation != "uniform":
+        raise UserError(
+            f"model: {folder} gives tokens different numbers of experts, the benchmark wants K for each; "
+            "convert with --routing top-k --allocation uniform"
+        )
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -74,8 +79,8 @@ def held_out(text: str, tokenizer, tokens: int, length: int, seed: int) -> Token
     blocks = load_blocks(
         [text], tokenizer, length=length, calibration_tokens=calibration_tokens, held_out_tokens=tokens, seed=seed
     )
-    if blocks.held_out.numel() < tokens:
-        raise UserError(f"--tokens: {text} is too short; it gives {blocks.held_out.numel()} tokens")
+    if blocks.held_out[IN_DOMAIN].numel() < tokens:
+        raise UserError(f"--tokens: {text} is too short; it gives {blocks.held_out[IN_DOMAIN].numel()} tokens")
     return blocks
 
 
@@ -122,11 +127,11 @@ def record(arguments: argparse.Namespace) -> None:
     blocks = held_out(arguments.text, tokenizer, arguments.tokens, arguments.sequence_length, arguments.seed)
     tensors, layers = {}, list(model.sparse_ffns())
     for top_k in top_ks:
-        by_layer = trace(model, blocks.held_out, top_k)
+        by_layer = trace(model, blocks.held_out[IN_DOMAIN], top_k)
         tensors |= {f"k{top_k}.layer{i}": experts_TK for i, experts_TK in by_layer.items()}
         unions = []
         for tokens in UNION_TOKENS:
-            if tokens <= blocks.held_out.numel():
+            if tokens <= blocks.held_out[IN_DOMAIN].numel():
                 found = sum(mean_union(t, tokens) for t in by_layer.values()) / len(by_layer)
                 unions.append(f"N {tokens}: {found:.1f} ({random_union(experts, top_k, tokens):.1f})")
         print(f"K {top_k} of {experts}, union of experts (random): {', '.join(unions)}", flush=True)
@@ -137,7 +142,7 @@ def record(arguments: argparse.Namespace) -> None:
         "experts": experts,
         "top_k": top_ks,
         "layers": layers,
-        "tokens": blocks.held_out.numel(),
+        "tokens": blocks.held_out[IN_DOMAIN].numel(),
         "sequence_length": arguments.sequence_length,
         "text": arguments.text if arguments.text == BUILTIN else Path(arguments.text).name,
         "text_digest": blocks.digest,

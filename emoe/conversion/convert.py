@@ -159,6 +159,8 @@ class _Conversion:
             "gate": self.config.gate,
             "routing": self.plan.routing,
             "allocation": self.plan.allocation,
+            "compensated": self.config.compensate,
+            "outputs_refitted": self.config.refit_outputs,
             "calibration": self.config.calibration,
             "calibration_tokens": int(engine.blocks.calibration.numel()) if engine.blocks else 0,
             "seed": self.config.seed,

@@ -184,17 +184,21 @@ class RouterFit:
 
     @torch.inference_mode()
     def compensate(self) -> None:
-        """Put what the skipped experts would have added, on average, into the router."""
-        down_FD = self.ffn.weight_views().down_DF.T
-        skipped_F = torch.zeros(self.plan.num_neurons, dtype=torch.float64)
+        """Put into the router what all experts give on average, less what the chosen ones give."""
+        before, after = self.dense, self.ffn.weight_views()
+        sums_2F = torch.zeros(2, self.plan.num_neurons, dtype=torch.float64)
         tokens = torch.zeros(1, dtype=torch.float64)
         for _, h_NF, chosen_NF in self.chosen():
-            skipped_F += (h_NF * (1 - chosen_NF)).sum(0).cpu()
+            sums_2F += torch.stack([h_NF.sum(0), (h_NF * chosen_NF).sum(0)]).cpu()
             tokens += len(h_NF)
-        self.group.total(skipped_F, tokens)
-        mean_F = (skipped_F / tokens.clamp_min(1)).float().to(down_FD.device)
-        blocks = row_blocks(len(mean_F))  # no fp32 copy of the whole matrix
-        self._set({"compensation": sum(mean_F[rows] @ down_FD[rows].float() for rows in blocks)})
+        self.group.total(sums_2F, tokens)
+        all_F, chosen_F = (sums_2F / tokens.clamp_min(1)).float().to(before.down_DF.device)
+        missing_D = torch.zeros(self.ffn.router.width, device=all_F.device)
+        for rows in row_blocks(len(all_F)):  # no fp32 copy of a whole matrix
+            missing_D += all_F[rows] @ before.down_DF.T[rows].float() - chosen_F[rows] @ after.down_DF.T[rows].float()
+        if before.down_bias_D is not None:
+            missing_D += before.down_bias_D.float() - after.down_bias_D.float()
+        self._set({"compensation": missing_D})
 
     @torch.inference_mode()
     def make_sparse(self, states: HiddenStates) -> None:

@@ -245,7 +245,6 @@ class _Distiller(Trainer):
             p_NV = log_NV.exp()
             entropy = -torch.linalg.vecdot(p_NV, log_NV).mean()
             loss = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1).float(), p_NV) - entropy
-        loss = loss / self.args.gradient_accumulation_steps
         return (loss, found) if return_outputs else loss
 
 

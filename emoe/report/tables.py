@@ -70,7 +70,9 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "model type": f"{found['model_type']} (from {found['source']['family']})",
         "converted layers": f"{len(layers)}: {', '.join(map(str, layers))}",
         "experts": f"{found['num_experts']} of {found['neurons_per_expert']} neurons, "
-        f"{found['num_experts_per_tok']} a token",
+        f"{found['num_experts_per_tok']} a token"
+        + (f", {found['shared_experts']} of them always" if found["shared_experts"] else ""),
+        "routing": f"{found['routing']}, budget {found['allocation']}",
         "gate": f"{found['gate']} ({provenance['gate']['reference']})",
         "split": f"{provenance['split']['method']} ({provenance['split']['reference']})",
         "trainable parameters": f"{found['parameters']:,}",
@@ -79,6 +81,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "source digest": provenance["source_digest"],
         "calibration": f"{provenance['calibration']['tokens']} tokens of "
         f"{', '.join(provenance['calibration']['sources'])}",
+        "outputs": provenance.get("outputs", "the source's"),
         "seed": str(provenance["seed"]),
         "made by": f"emoe {provenance['emoe_version']}",
     }

@@ -53,6 +53,16 @@ def test_gates_can_be_learned(loss, flags, converted_llama, tmp_path):
     assert all(".mlp." in name for name in changed)
 
 
+def test_a_step_in_parts_is_a_step(flags, tmp_path):
+    """Four sequences at once, or one after the other."""
+    flags = [*flags, "--steps", "3", "--budgets", "0.5", "--quiet"]
+    assert main([*flags, "--batch-sequences", "4"]) == 0
+    whole = weights(tmp_path / "out")
+    assert main([*flags, "--batch-sequences", "1", "--overwrite"]) == 0
+    for name, parts in weights(tmp_path / "out").items():
+        torch.testing.assert_close(parts, whole[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     """Stopped by a crash in step 7, gone on from the state of step 4."""
     from emoe.finetune import recover

@@ -352,10 +352,14 @@ def test_peak_memory_runs_in_processes_of_its_own():
     assert all(peak.again < 8 for peak in found.values())
 
 
-def test_traces_of_a_converted_model_can_be_read(converted_llama, text_file, tmp_path, monkeypatch, capsys):
+def test_traces_of_a_converted_model_can_be_read(tiny_llama, settings, text_file, tmp_path, monkeypatch, capsys):
+    import emoe
+
+    fixed = settings | {"routing": "top-k", "allocation": "uniform", "held_out_tokens": 0}
+    emoe.convert(str(tiny_llama), output=tmp_path / "fixed", **fixed)
     file = tmp_path / "traces.safetensors"
     flags = ["--text", str(text_file), "--tokens", "128", "--sequence-length", "64", "--output", str(file)]
-    monkeypatch.setattr(sys, "argv", ["router_traces.py", str(converted_llama), *flags])
+    monkeypatch.setattr(sys, "argv", ["router_traces.py", str(tmp_path / "fixed"), *flags])
     assert script("router_traces").main() == 0
     assert "K 2 of 8, union of experts (random): N 1: 2.0 (2.0)" in capsys.readouterr().out
     traces = cases.read_traces(file)
@@ -368,9 +372,13 @@ def test_traces_of_a_converted_model_can_be_read(converted_llama, text_file, tmp
         assert [len(w) for w in traces.windows(128, chosen)] == [128] * cases.ROUTINGS
 
 
-@pytest.mark.parametrize(("folder", "complaint"), [("nowhere", "not the folder"), ("dense", "is dense")])
-def test_traces_refuse_what_is_not_converted(folder, complaint, tiny_llama, tmp_path, monkeypatch, capsys):
-    folder = tiny_llama if folder == "dense" else tmp_path / folder
+@pytest.mark.parametrize(
+    ("folder", "complaint"), [("nowhere", "not the folder"), ("dense", "is dense"), ("varying", "--routing top-k")]
+)
+def test_traces_refuse_what_is_not_converted(
+    folder, complaint, tiny_llama, converted_llama, tmp_path, monkeypatch, capsys
+):
+    folder = {"dense": tiny_llama, "varying": converted_llama}.get(folder, tmp_path / folder)
     monkeypatch.setattr(sys, "argv", ["router_traces.py", str(folder), "--output", str(tmp_path / "x")])
     assert script("router_traces").main() == 2
     assert complaint in capsys.readouterr().err
