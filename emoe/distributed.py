@@ -26,6 +26,8 @@ class Group:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
+            if torch.cuda.is_available() and not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("cpu:gloo,cuda:nccl")  # we sum tensors of either kind
             state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self.size = state.process_index, state.num_processes
 

@@ -15,9 +15,6 @@ FEATURE_WIDTH = 256
 """Columns of the random projection that keeps co-activation features at a fixed size."""
 
 
-FEATURES = ("binary", "graded", "tf-idf", "residual")
-
-
 class NeuronStatistics:
     """Co-activation features, firing rates, mean activations and energies of F neurons.
 
@@ -74,7 +71,7 @@ class NeuronStatistics:
         self.energy_F += magnitude_NF.square().sum(0).cpu()
         self.count_1 += len(h_NF)
         feature_NF = active_NF if self.kind == "binary" else self._features(magnitude_NF)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % (1 << 63))
         gaussian_NP = torch.randn(len(h_NF), self.features_FP.shape[1], generator=generator)
         self.features_FP += (feature_NF.T @ gaussian_NP.to(feature_NF.device)).cpu()
 

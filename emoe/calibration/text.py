@@ -155,6 +155,7 @@ def load_blocks(
     held_out_tokens: int,
     seed: int,
     held_out: Sequence[str] = (),
+    flag: str = "--calibration",
 ) -> TokenBlocks:
     """Token blocks mixed equally from several sources.
 
@@ -165,6 +166,7 @@ def load_blocks(
             further from the calibration text than any two calibration blocks are. 0 for none.
         seed: draws the calibration blocks.
         held_out: further sources to measure on, each a domain of its own with as many tokens.
+        flag: what errors call the sources.
 
     Raises:
         UserError: a source is empty or too short.
@@ -174,13 +176,13 @@ def load_blocks(
     minimum = share(min(MINIMUM_TOKENS, calibration_tokens)) + (1 if held_out_tokens else 0)
     calibration, same = [], []
     for number, source in enumerate(sources):
-        pool = _blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out))
+        pool = _blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out), flag)
         if not pool:
-            raise UserError(f"--calibration: {source} is empty or shorter than one block of {length} tokens")
+            raise UserError(f"{flag}: {source} is empty or shorter than one block of {length} tokens")
         if len(pool) < minimum:
             raise UserError(
-                f"--calibration: {source} has {len(pool) * length} tokens, at least {minimum * length} are needed; "
-                "give more text, a lower --sequence-length, or --calibration builtin"
+                f"{flag}: {source} has {len(pool) * length} tokens, at least {minimum * length} are needed; "
+                f"give more text, a lower --sequence-length, or {flag} builtin"
             )
         tail = min(num_held_out, max(1, len(pool) // 5)) if held_out_tokens else 0
         same += pool[len(pool) - tail :]

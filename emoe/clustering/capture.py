@@ -34,6 +34,8 @@ def refine_by_capture(
     num_experts: int,
     *,
     rounds: int,
+    width: int,
+    device: torch.device | str = "cpu",
     total: Callable[..., None] = lambda *tensors: None,
 ) -> tuple[np.ndarray, list[float]]:
     """Better labels, int32 ``(F,)``, and the mean share of energy held before each round and at the end.
@@ -50,9 +52,11 @@ def refine_by_capture(
     Args:
         batches: the text; what is kept of it takes N x E numbers.
         rounds: most rounds.
+        width: D. A process may have no batch at all.
+        device: where the batches are.
         total: adds tensors up over processes, in place.
     """
-    halves = _Halves(batches, total)
+    halves = _Halves(batches, width, device, total)
     prices_E, history = None, []
     for round_number in range(rounds + 1):
         held, gain_FE = _round(batches, halves, labels_F, num_experts, total, gains=round_number < rounds)
@@ -69,14 +73,11 @@ def refine_by_capture(
 class _Halves:
     """Means and Cholesky factors of the inputs' covariance, of even and of odd batches."""
 
-    def __init__(self, batches: Batches, total: Callable[..., None]) -> None:
+    def __init__(self, batches: Batches, width: int, device: torch.device | str, total: Callable[..., None]) -> None:
         self.count_2 = torch.zeros(2, dtype=torch.float64)
-        self.mean_2D = self.factor_2DD = None
+        self.mean_2D = torch.zeros(2, width, device=device)
+        self.factor_2DD = torch.zeros(2, width, width, device=device)
         for number, x_ND, _ in batches():
-            if self.mean_2D is None:
-                width = x_ND.shape[1]
-                self.mean_2D = torch.zeros(2, width, device=x_ND.device)
-                self.factor_2DD = torch.zeros(2, width, width, device=x_ND.device)
             x_ND = x_ND.float()
             self.count_2[number % 2] += len(x_ND)
             self.mean_2D[number % 2] += x_ND.sum(0)

@@ -147,7 +147,7 @@ class Engine:
         """This process's part of the text, and what is to be predicted of the held-out part."""
         held_out = torch.cat(list(self.blocks.held_out.values()))
         domains = torch.cat([torch.full((len(b),), i) for i, b in enumerate(self.blocks.held_out.values())])
-        if self.stream.measure == "masked-LM loss":
+        if self.stream.measure == "masked-LM loss" and len(held_out):
             tokenizer = self._tokenizer()
             if tokenizer.mask_token_id is None:
                 raise UserError("--model: its tokenizer has no mask token to measure with; add --held-out-tokens 0")
@@ -248,17 +248,23 @@ class Engine:
                 self._layer_is_done(layer_done)
                 continue
             end = min(self.next_layer + self.group.size, self.reader.num_layers)
-            if self.next_layer + self.group.rank < end:
-                self._layer(self.next_layer + self.group.rank, sink)
+            failure = None
+            try:
+                if self.next_layer + self.group.rank < end:
+                    self._layer(self.next_layer + self.group.rank, sink)
+            except (UserError, OSError) as error:
+                failure = error
             self.next_layer = end - 1
-            self._exchange()
+            self._exchange(failure)
             self._layer_is_done(layer_done)
         return self._quality()
 
-    def _exchange(self) -> None:
-        """Tell the other processes of the layers that this one has converted."""
-        mine = (self.survey.labels, self.digests, self.layer_reports)
-        for labels, digests, reports in self.group.gather(mine):
+    def _exchange(self, failure: Exception | None) -> None:
+        """Tell the other processes of the layers that this one has converted; what failed in one fails in all."""
+        mine = (failure, self.survey.labels, self.digests, self.layer_reports)
+        for failed, labels, digests, reports in self.group.gather(mine):
+            if failed is not None:
+                raise failed
             self.survey.labels |= labels
             self.digests |= digests
             known = {report["layer"] for report in self.layer_reports}

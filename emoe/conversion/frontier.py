@@ -156,16 +156,20 @@ def _plan(base: dict[str, Any], cell: Cell) -> Plan:
     if share is not None:
         settings["shared_experts"] = max(1, round(share * experts))
     top_k = max(1, round(cell.active * experts))
+    if settings.get("shared_experts"):  # a budget below the share leaves all but one to it
+        settings["shared_experts"] = max(0, min(settings["shared_experts"], top_k - 1))
     config, _ = resolve_config({**settings, "top_k": top_k})
+    if config.held_out_tokens == 0:
+        raise UserError("--held-out-tokens: 0 leaves nothing to measure; give 2048 or more")
     return prepare(config, measured=[top_k])
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
     """What a cell's figures depend on."""
-    return {"emoe": emoe.__version__, "shards": sorted(p.name for p in set(plan.reader.shards.values()))} | {
-        **plan.config.fingerprint(),
-        "source": plan.reader.total_bytes(),
-    }
+    texts = [Path(source) for source in (*plan.config.calibration, *plan.config.held_out)]
+    files = {*plan.reader.shards.values(), *(path for path in texts if path.exists())}
+    stamps = sorted([str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files)
+    return {"emoe": emoe.__version__, "files": stamps, **plan.config.fingerprint()}
 
 
 def _measure(plan: Plan, cell: Cell, output: Path, progress) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from emoe.distributed import Group
 from emoe.families.neurons import neuron_axis, reorder
 from emoe.gating.energies import ExpertEnergies, log_energies
 from emoe.gating.levels import fit_levels, sample_tokens
-from emoe.modeling.modeling_emoe import SparseFFN
+from emoe.modeling.modeling_emoe import SparseFFN, WeightViews
 
 SMALLEST = 4096
 """Entries of an expert's output matrix below which computing all and masking is faster than computing it alone."""
@@ -137,7 +137,8 @@ class RouterFit:
     def run(self, layer: nn.Module, index: int, states: HiddenStates) -> None:
         """Advance the text through the layer with all experts on, and fill the router's buffers."""
         plan, config, stream = self.plan, self.plan.config, self.stream
-        self.dense = self.ffn.weight_views()
+        # Detached: refitting puts another tensor into the parameter, and these must stay what they are.
+        self.dense = WeightViews(*(None if t is None else t.detach() for t in self.ffn.weight_views()))
         energies = ExpertEnergies(self.dense.down_DF, self.experts)
         shape = tuple(states.data.shape)
         self.inputs, self.hidden = stream.hidden_states(shape), stream.hidden_states((*shape[:2], plan.num_neurons))
@@ -146,8 +147,7 @@ class RouterFit:
             fit = plan.gate.fit(self.experts, plan.top_k, self.ffn.router.width, plan.num_neurons)
         self.ffn.router.top_k = self.experts
         probe, sampled = FFNProbe(layer, plan), []
-        sample = sample_tokens(config.calibration_tokens, self.experts)
-        for _, batch, out in stream.run(layer, index, states, exact=False):
+        for number, batch, out in stream.run(layer, index, states, exact=False):
             x_ND, h_NF = probe.x.flatten(0, -2), probe.h.flatten(0, -2)
             self.inputs.data[batch] = x_ND.view(-1, *shape[1:]).cpu()
             self.hidden.data[batch] = h_NF.view(-1, shape[1], plan.num_neurons).cpu()
@@ -159,6 +159,7 @@ class RouterFit:
                 energy_NE[rows] = energies(h_RF)
                 if fit:
                     fit.update(x_ND[rows], h_RF, energy_NE[rows], scale_N[rows])
+            sample = sample_tokens(len(x_ND), config.calibration_tokens, self.experts, number)
             sampled.append(energy_NE[sample] if config.gate == ORACLE else x_ND[sample])
         probe.remove()
         if fit:

@@ -151,7 +151,10 @@ class Plan:
 
     def disk_bytes(self) -> int:
         """Bytes that the output's disk must have free: the checkpoint, two states, hidden states past --cache-limit."""
-        spilled = max(0, 2 * self.state_bytes() - int(self.config.cache_limit * (1 << 30)))
+        size = 2 if self.config.dtype in ("bfloat16", "float16") else 4
+        width = self.reader.config.hidden_size
+        tables = self.config.calibration_tokens * (2 * width + self.num_neurons) * size * self.needs_activations
+        spilled = max(0, 2 * self.state_bytes() + tables - int(self.config.cache_limit * (1 << 30)))
         return self.reader.total_bytes() + self.gate_bytes() + 2 * self.state_bytes() + spilled + SLACK
 
     def describe(self) -> list[str]:
@@ -200,7 +203,7 @@ def make_plan(
     layers = parse_layers(config.layers, reader.num_layers)
     num_neurons = reader.hidden_width
     check_experts(num_neurons, config.experts)
-    config = _with_budget(config)
+    config = with_budget(config)
     top_k = config.top_k or max(1, round(config.active * config.experts))
     if top_k > config.experts:
         raise UserError(f"--top-k: {top_k} is more than --experts {config.experts}; choose 1 to {config.experts}")
@@ -238,7 +241,7 @@ def automatic(config: ConvertConfig, calibrated: bool) -> dict[str, Any]:
     }
 
 
-def _with_budget(config: ConvertConfig) -> ConvertConfig:
+def with_budget(config: ConvertConfig) -> ConvertConfig:
     """`--budget X` spelt out."""
     if config.budget is None:
         return config

@@ -75,7 +75,9 @@ class Load:
 
     @property
     def active(self) -> float:
-        """Share of the experts that a token got, on average."""
+        """Share of the experts that a token got, on average; all where nothing was counted: no router was asked."""
+        if int(self.tokens_1) == 0:
+            return 1.0
         return self.chosen_E.sum().item() / max(1, int(self.tokens_1) * len(self.chosen_E))
 
     def to_json(self) -> list:

@@ -167,6 +167,8 @@ def _refine(engine: Engine, watched: _Watched, labels_F: np.ndarray) -> tuple[np
         labels_F[chosen_F] - shared,
         engine.config.experts - shared,
         rounds=engine.plan.refine_rounds,
+        width=watched.inputs.data.shape[2],
+        device=engine.stream.device,
         total=engine.group.total,
     )
     better_F[chosen_F] += shared
@@ -176,7 +178,12 @@ def _refine(engine: Engine, watched: _Watched, labels_F: np.ndarray) -> tuple[np
 def _scores(engine: Engine, watched: _Watched, labels_F: torch.Tensor) -> torch.Tensor:
     """log(energy / squared length of the residual stream) of experts on a sample of tokens, (N, E)."""
     experts = engine.config.experts
-    sample = sample_tokens(engine.config.calibration_tokens, experts)
+    rows = torch.arange(watched.offset_N.numel()).view_as(watched.offset_N)
+    parts = [rows[:0].flatten()]
+    for number, batch in engine.stream.numbered_batches(rows):
+        mine = rows[batch].flatten()
+        parts.append(mine[sample_tokens(len(mine), engine.config.calibration_tokens, experts, number)])
+    sample = torch.cat(parts)
     share_NF = watched.shares.data.flatten(0, 1)[sample].float()
     share_NE = torch.zeros(len(share_NF), experts).index_add_(1, labels_F.long(), share_NF)
     score_NE = (share_NE + FLOOR * share_NE.mean(1, keepdim=True)).log() + watched.offset_N.flatten()[sample][:, None]

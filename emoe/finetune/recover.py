@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -28,9 +29,15 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.reader import read_json
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
+from emoe.conversion.workspace import Workspace
+from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.families import family
 from emoe.modeling.modeling_emoe import EMoEModelMixin
-from emoe.runtime import atomic_directory, fsync_directory, write_text
+from emoe.runtime import write_text
+
+SOURCE_S = "the source's"
+"""What the provenance says of output matrices that were not refitted."""
 
 MEASURED = (0.25, 0.5, 0.75)
 """Shares of experts at which perplexity is measured before and after."""
@@ -44,8 +51,24 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: not a converted causal language model, too little text, an output in the way.
     """
-    output = Path(config.output).absolute() if config.output else None
-    folder, work = _check(config, output)
+    folder = _checked_model(config)
+    if not config.output:
+        raise UserError("--output: missing; name the folder to write")
+    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
+    training = workspace.state_folder / "training"
+    with workspace.open(Group()):
+        try:
+            _same_settings(config, training)
+            report = _recover(config, folder, workspace.folder, training, progress)
+            workspace.publish()
+            return report
+        except UserError:
+            if not _states(training):  # nothing is lost
+                workspace.abandon()
+            raise
+
+
+def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     blocks = _read_text(config, tokenizer)
@@ -54,18 +77,17 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
     own_k = student.config.num_experts_per_tok
-    dense = _measure(teacher, [None], blocks, progress)[None]
-    before = _measure(student, measured, blocks, progress)
     if config.gates == "learned":
         _learn_gates(student)
     if config.train == "ffn":
         _freeze_all_but_ffns(student)
+    dense = _measure(teacher, [None], blocks, progress)[None]
+    before = _measure(student, measured, blocks, progress)
     start = time.perf_counter()
-    steps = _train(config, student, teacher, top_ks, blocks.calibration, work, progress)
+    steps = _train(config, student, teacher, top_ks, blocks.calibration, training, progress)
     minutes = (time.perf_counter() - start) / 60
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
-    student.set_top_k(own_k)
     after = _measure(student, measured, blocks, progress)
     student.set_top_k(own_k)
     report = {
@@ -90,43 +112,49 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     progress("writing", config.steps, config.steps)
-    _write(student, folder, output, report, config.overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    _write(student, folder, target, report)
     progress("done", config.steps, config.steps)
     return report
 
 
-def _check(config: RecoverConfig, output: Path | None) -> tuple[Path, Path]:
-    """The model's folder, and the one where training keeps its states."""
+def _checked_model(config: RecoverConfig) -> Path:
+    """The model's folder, once everything is checked that takes no weights."""
     if not config.model:
         raise UserError("--model: missing; give the folder of a converted checkpoint")
-    if output is None:
-        raise UserError("--output: missing; name the folder to write")
     folder = Path(config.model)
-    model_type = str(read_json(folder / "config.json").get("model_type", ""))
+    facts = read_json(folder / "config.json")
+    model_type = str(facts.get("model_type", ""))
     if not model_type.startswith("emoe_"):
         raise UserError(
             f"--model: {folder} is not a converted checkpoint (model_type '{model_type}'); convert it first"
         )
-    if output.exists() and not config.overwrite:
-        raise UserError(f"--output: {output} exists; choose another folder or add --overwrite")
-    if output.resolve() == folder.resolve():
-        raise UserError(f"--output: {output} is the model's own folder; choose another")
+    if family(model_type.removeprefix("emoe_")).encoder:
+        raise UserError(f"--model: {folder} is an encoder; recovery is for causal language models")
+    provenance = facts.get("emoe_provenance") or {}
+    if not config.teacher and (provenance.get("outputs", SOURCE_S) != SOURCE_S or provenance.get("history")):
+        raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
     for budget in config.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
-    work = output.with_name(f".{output.name}.emoe-recover")
-    if work.exists() and not config.resume:
-        if not config.overwrite:
-            raise UserError(f"--output: an unfinished recovery lies in {work}; add --resume or --overwrite")
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _same_settings(config: RecoverConfig, training: Path) -> None:
+    """Refuse to go on with the states of another recovery."""
     settings = json.dumps(config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"}))
-    kept = work / "settings.json"
-    if kept.exists() and kept.read_text(encoding="utf-8") != settings:
+    kept = training / "settings.json"
+    if not config.resume or not _states(training):
+        shutil.rmtree(training, ignore_errors=True)
+        training.mkdir(parents=True)
+        write_text(kept, settings)
+    elif kept.read_text(encoding="utf-8") != settings:
         raise UserError("--resume: the unfinished recovery had other settings; use the same ones or --overwrite")
-    write_text(kept, settings)
-    return folder, work
+
+
+def _states(training: Path) -> list[Path]:
+    """Complete states of the Trainer, the latest last."""
+    found = [path for path in training.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
@@ -138,6 +166,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
         held_out_tokens=config.held_out_tokens,
         held_out=config.held_out,
         seed=config.seed,
+        flag="--text",
     )
 
 
@@ -198,7 +227,7 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
         perplexity = {}
         for domain, tokens in blocks.held_out.items():
             nats = 0.0
-            for sequence in tokens:
+            for sequence in tokens.to(model.device):
                 logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
                 nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
             perplexity[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
@@ -259,7 +288,9 @@ class _Watch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None:
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {state.global_step}; lower --learning-rate and --resume")
+                raise UserError(
+                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
+                )
             self.shown = f"loss {loss:.3f}"
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -310,30 +341,22 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     teacher.to(trainer.args.device)
-    states = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    trainer.train(resume_from_checkpoint=bool(states) and config.resume)
+    states = _states(work)
+    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
     write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return trainer.state.global_step
 
 
-def _write(student: EMoEModelMixin, folder: Path, output: Path, report: dict[str, Any], overwrite: bool) -> None:
-    """The recovered checkpoint: ours is moved into place in one step; what it replaces goes last."""
+def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:
+    """The recovered checkpoint, into a folder that is not yet the output."""
     provenance = dict(student.config.emoe_provenance or {})
-    history = [
-        *provenance.get("history", []),
-        {"verb": "recover", **{k: report[k] for k in ("steps", "text", "settings")}},
-    ]
-    student.config.emoe_provenance = {**provenance, "history": history}
-    retired = output.with_name(f".{output.name}.emoe-replaced")
-    with atomic_directory(output.with_name(f".{output.name}.emoe-new")) as new:
-        student.config._name_or_path = str(folder)
-        student.save_pretrained(new)
-        copy_companions(folder, new)
-        shutil.copyfile(folder / PARTITION, new / PARTITION)
-        write_text(new / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
-    shutil.rmtree(retired, ignore_errors=True)
-    if output.exists() and overwrite:
-        output.rename(retired)
-    output.with_name(f".{output.name}.emoe-new").rename(output)
-    fsync_directory(output.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    entry = {"verb": "recover", **{key: report[key] for key in ("steps", "text", "settings")}}
+    student.config.emoe_provenance = {**provenance, "history": [*provenance.get("history", []), entry]}
+    student.config._name_or_path = str(folder)
+    student.save_pretrained(target)
+    copy_companions(folder, target)
+    shutil.copyfile(folder / PARTITION, target / PARTITION)
+    write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    for file in target.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())

@@ -22,9 +22,14 @@ LEAST_SHARE = 0.1
 """Least share of its experts that a layer gets when the budget is shared by sensitivity (half the budget, if less)."""
 
 
-def sample_tokens(num_tokens: int, num_experts: int) -> slice:
-    """Tokens, evenly spread, whose (N, E) table has about `SAMPLE` entries."""
-    return slice(None, None, max(1, -(-num_tokens * num_experts // SAMPLE)))
+def sample_tokens(batch_tokens: int, num_tokens: int, num_experts: int, number: int) -> torch.Tensor:
+    """Indices of tokens of batch `number`, drawn so that the (N, E) table over all batches has about `SAMPLE` entries.
+
+    Drawn, not every n-th: a step in tune with the length of the sequences would pick their first tokens.
+    """
+    wanted = -(-batch_tokens * SAMPLE // max(1, num_tokens * num_experts))
+    generator = torch.Generator().manual_seed(number)
+    return torch.randperm(batch_tokens, generator=generator)[: min(wanted, batch_tokens)].sort().values
 
 
 def quantiles(score_NE: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ class RepresentativeFit:
         self.shape = (num_experts, num_neurons // num_experts)
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
         self.h_ES, self.hh_ES, self.hr_ES = zeros(self.shape), zeros(self.shape), zeros(self.shape)
-        self.r_E, self.rr_E, self.count_1 = zeros(num_experts), zeros(num_experts), zeros(1)
+        self.r_E, self.count_1 = zeros(num_experts), zeros(1)
 
     def update(self, x_ND, h_NF, energy_NE, scale_N) -> None:
         h_NES = h_NF.float().abs().unflatten(1, self.shape)
@@ -27,11 +27,10 @@ class RepresentativeFit:
         self.hh_ES += h_NES.square().sum(0).cpu()
         self.hr_ES += (h_NES * root_NE[..., None]).sum(0).cpu()
         self.r_E += root_NE.sum(0).cpu()
-        self.rr_E += root_NE.square().sum(0).cpu()
         self.count_1 += len(h_NF)
 
     def reduce(self, total) -> None:
-        total(self.h_ES, self.hh_ES, self.hr_ES, self.r_E, self.rr_E, self.count_1)
+        total(self.h_ES, self.hh_ES, self.hr_ES, self.r_E, self.count_1)
 
     def finish(self) -> dict[str, torch.Tensor]:
         n = max(1.0, self.count_1.item())

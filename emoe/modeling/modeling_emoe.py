@@ -164,7 +164,7 @@ class Router(nn.Module):
     def level(self) -> Level:
         """What the present budget means here; read from the tables once, since reading waits for a GPU."""
         if "bounds" not in self._buffers:
-            return Level(self.top_k, self.top_k, 0.0)
+            return Level(*[max(self.top_k, self.shared)] * 2, 0.0)
         tables = (self.bounds, self.threshold)
         state = (self.top_k, *(t.data_ptr() for t in tables), *(0 if t.is_inference() else t._version for t in tables))
         if self._level is None or self._level[0] != state:

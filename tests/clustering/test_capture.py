@@ -38,7 +38,7 @@ def test_it_finds_the_planted_groups_from_a_half_wrong_start(planted):
     wrong = np.random.RandomState(0).permutation(NEURONS)[: NEURONS // 2]
     start_F[wrong] = np.roll(start_F[wrong], 1)  # still equal parts
     assert agreement(start_F, group_F) < 0.6
-    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=10)
+    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=10, width=WIDTH)
     assert agreement(labels_F, group_F) == 1
     assert labels_F.dtype == np.int32
     assert held[-1] > held[0] + 0.05
@@ -47,7 +47,7 @@ def test_it_finds_the_planted_groups_from_a_half_wrong_start(planted):
 def test_parts_stay_equal_and_the_energy_held_rises(planted):
     x_ND, share_NF, _ = planted
     start_F = np.arange(NEURONS) % EXPERTS
-    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=3)
+    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=3, width=WIDTH)
     assert np.bincount(labels_F).tolist() == [SIZE] * EXPERTS
     assert held == sorted(held)
     assert len(held) <= 4
@@ -55,7 +55,7 @@ def test_parts_stay_equal_and_the_energy_held_rises(planted):
 
 def test_no_round_changes_nothing(planted):
     x_ND, share_NF, group_F = planted
-    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), group_F, EXPERTS, rounds=0)
+    labels_F, held = refine_by_capture(in_batches(x_ND, share_NF), group_F, EXPERTS, rounds=0, width=WIDTH)
     assert (labels_F == group_F).all()
     assert len(held) == 1
 
@@ -64,7 +64,7 @@ def test_text_may_lie_in_several_places(planted):
     """Each process sums over its own batches; with the sums added up the result is that of one process."""
     x_ND, share_NF, _ = planted
     start_F = np.arange(NEURONS) % EXPERTS
-    alone_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=4)
+    alone_F, held = refine_by_capture(in_batches(x_ND, share_NF), start_F, EXPERTS, rounds=4, width=WIDTH)
 
     import threading
 
@@ -80,7 +80,7 @@ def test_text_may_lie_in_several_places(planted):
                 tensor.copy_(summed)
 
         mine = lambda: (b for b in in_batches(x_ND, share_NF)() if b[0] % 2 == rank)  # noqa: E731
-        results[rank] = refine_by_capture(mine, start_F, EXPERTS, rounds=4, total=total)
+        results[rank] = refine_by_capture(mine, start_F, EXPERTS, rounds=4, width=WIDTH, total=total)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
     for thread in threads:

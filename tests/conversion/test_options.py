@@ -59,11 +59,15 @@ def test_every_option_makes_a_checkpoint_that_loads_anywhere(changes, tiny_llama
         torch.testing.assert_close(found, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_calibration_text_behind_a_layer_is_what_the_converted_layer_gives(family, settings, tmp_path, monkeypatch):
+def test_calibration_text_behind_a_layer_is_what_the_converted_layer_gives(
+    family, refit, settings, tmp_path, monkeypatch
+):
     """Whether by a second pass or by taking away what skipped neurons add: the next layer sees the converted prefix."""
     folder = tiny_checkpoint(tmp_path / family, family)
-    changes = {"model": str(folder), "held_out_tokens": 0, "calibrate_in": "float32", "compensate": True}
+    changes = {"model": str(folder), "held_out_tokens": 0, "calibrate_in": "float32"}
+    changes |= {"compensate": True, "refit_outputs": refit}
     config, _ = resolve_config({**settings, **changes})
     engine = Engine(prepare(config), tmp_path, lambda *_: None)
     expected = {}

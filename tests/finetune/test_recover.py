@@ -114,6 +114,23 @@ def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, c
     assert "is not a converted checkpoint (model_type 'llama'); convert it first" in capsys.readouterr().err
     own = [*flags[: flags.index("--output") + 1], str(converted_llama), "--overwrite"]
     assert main(own) == 2
-    assert "is the model's own folder" in capsys.readouterr().err
+    assert "overlaps the model's own folder" in capsys.readouterr().err
     assert main([*flags[: flags.index("--output") + 1], str(text_file)]) == 2
-    assert "exists; choose another folder" in capsys.readouterr().err
+    assert "is a file; choose another name" in capsys.readouterr().err
+
+
+def test_overwrite_touches_nothing_but_a_converted_checkpoint(flags, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat.png").write_bytes(b"cat")
+    assert main([*flags, "--overwrite"]) == 2
+    assert "is not a converted checkpoint, --overwrite will not touch it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "cat.png").read_bytes() == b"cat"
+
+
+def test_a_model_with_other_weights_needs_its_teacher_named(flags, tiny_llama, settings, text_file, tmp_path, capsys):
+    """All experts on is no longer the dense model there."""
+    emoe.convert(str(tiny_llama), output=tmp_path / "refit", **(settings | {"refit_outputs": True}))
+    flags[flags.index("--model") + 1] = str(tmp_path / "refit")
+    assert main([*flags, "--steps", "2", "--quiet"]) == 2
+    assert "--teacher: missing" in capsys.readouterr().err
+    assert main([*flags, "--steps", "2", "--quiet", "--teacher", str(tiny_llama)]) == 0
