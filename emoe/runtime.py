@@ -137,6 +137,13 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def multiplies_bfloat16_fast() -> bool:
+    """Whether this processor has instructions for products of bfloat16; without them they are slower than float32's."""
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())  # private, and younger than some
+
+
 def format_bytes(count: float) -> str:
     """``1536`` becomes ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -32,7 +32,7 @@ from emoe.conversion.survey import Survey, split_neurons, survey_layer
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.modeling.modeling_emoe import SparseFFN, make_sparse
-from emoe.runtime import Stopwatch
+from emoe.runtime import Stopwatch, multiplies_bfloat16_fast
 
 CALIBRATION, DENSE = "calibration", "dense"
 SURVEY, CONVERT = "survey", "convert"
@@ -94,7 +94,7 @@ class Engine:
     def _statistics_dtype(self) -> torch.dtype | None:
         if self.config.calibrate_in != "auto":
             return getattr(torch, self.config.calibrate_in)
-        fast = self._device() != "cpu" or torch.cpu._is_avx512_bf16_supported()
+        fast = self._device() != "cpu" or multiplies_bfloat16_fast()
         return torch.bfloat16 if fast and self._dtype() == torch.float32 else None
 
     def open(self) -> None:

@@ -142,18 +142,23 @@ class Plan:
         levels = 20 if self.routing != "top-k" or self.allocation != "uniform" else 0
         return len(self.layers) * (self.config.experts * (entry + levels) + 4 * width * self.config.compensate)
 
+    @property
+    def _item_bytes(self) -> int:
+        """Bytes of an entry of a hidden state, at most."""
+        return 2 if self.config.dtype in ("bfloat16", "float16") else 4
+
     def state_bytes(self) -> int:
         """Size of the state that --resume starts from, bytes: hidden states of calibration and held-out streams."""
         tokens = self.config.calibration_tokens * self.needs_activations
         tokens += self.num_held_out * (1 + len(self.measured_k))
-        size = 2 if self.config.dtype in ("bfloat16", "float16") else 4
-        return tokens * self.reader.config.hidden_size * size
+        return tokens * self.reader.config.hidden_size * self._item_bytes
 
     def disk_bytes(self) -> int:
         """Bytes that the output's disk must have free: the checkpoint, two states, hidden states past --cache-limit."""
-        size = 2 if self.config.dtype in ("bfloat16", "float16") else 4
         width = self.reader.config.hidden_size
-        tables = self.config.calibration_tokens * (2 * width + self.num_neurons) * size * self.needs_activations
+        tables = (
+            self.config.calibration_tokens * (2 * width + self.num_neurons) * self._item_bytes * self.needs_activations
+        )
         spilled = max(0, 2 * self.state_bytes() + tables - int(self.config.cache_limit * (1 << 30)))
         return self.reader.total_bytes() + self.gate_bytes() + 2 * self.state_bytes() + spilled + SLACK
 

@@ -20,7 +20,7 @@ from emoe.checkpoint.partition import check_labels
 from emoe.clustering import SplitInputs
 from emoe.clustering.capture import refine_by_capture
 from emoe.conversion.layer import FFNProbe, layer_seed, row_blocks
-from emoe.gating.energies import FLOOR
+from emoe.gating.energies import log_energies
 from emoe.gating.levels import quantiles, sample_tokens, share_budget
 
 if TYPE_CHECKING:
@@ -186,6 +186,6 @@ def _scores(engine: Engine, watched: _Watched, labels_F: torch.Tensor) -> torch.
     sample = torch.cat(parts)
     share_NF = watched.shares.data.flatten(0, 1)[sample].float()
     share_NE = torch.zeros(len(share_NF), experts).index_add_(1, labels_F.long(), share_NF)
-    score_NE = (share_NE + FLOOR * share_NE.mean(1, keepdim=True)).log() + watched.offset_N.flatten()[sample][:, None]
+    score_NE = log_energies(share_NE) + watched.offset_N.flatten()[sample][:, None]
     score_NE[:, : engine.config.shared_experts] = 1e6  # every token wants them
     return torch.cat(engine.group.gather(score_NE))

@@ -34,7 +34,7 @@ from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
 from emoe.modeling.modeling_emoe import EMoEModelMixin
-from emoe.runtime import write_text
+from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 SOURCE_S = "the source's"
 """What the provenance says of output matrices that were not refitted."""
@@ -304,9 +304,7 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
     per_step = max(1, config.tokens_per_step // config.sequence_length)
     batch = min(config.batch_sequences, per_step)
     on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (
-        config.precision == "auto" and (not on_cpu or torch.cpu._is_avx512_bf16_supported())
-    )
+    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
