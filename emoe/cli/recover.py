@@ -27,4 +27,6 @@ def recover(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
         from emoe.report.tables import print_recovery
 
         print_recovery(report)
+        for note in report["notes"]:
+            print(f"note: {note}")
         print(f"written: {settings.output}")

@@ -71,6 +71,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config, notes = _fit_sequences(config, folder)
     blocks = _read_text(config, tokenizer)
     progress("loading", 0, config.steps)
     student, teacher = _load(folder), _load_teacher(config, folder)
@@ -108,6 +109,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
             for k in measured
         ],
         "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
+        "notes": notes,
         "emoe": emoe.__version__,
         "torch": torch.__version__,
     }
@@ -137,6 +139,15 @@ def _checked_model(config: RecoverConfig) -> Path:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
     return folder
+
+
+def _fit_sequences(config: RecoverConfig, folder: Path) -> tuple[RecoverConfig, list[str]]:
+    """The settings with sequences that the model has positions for, and what to tell the user about it."""
+    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    if longest is None or config.sequence_length <= longest:
+        return config, []
+    note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
+    return config.model_copy(update={"sequence_length": longest}), [note]
 
 
 def _same_settings(config: RecoverConfig, training: Path) -> None:

@@ -90,6 +90,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
 
+def test_sequences_are_no_longer_than_the_model_takes(flags, tmp_path, capsys):
+    longest = transformers.AutoConfig.from_pretrained(flags[2]).max_position_embeddings
+    assert main([*flags, "--sequence-length", str(longest + 1), "--steps", "1", "--tokens-per-step", str(longest)]) == 0
+    assert f"--sequence-length lowered from {longest + 1} to the model's {longest}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
