@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets"), 2),
     "modeling": 3,
     "calibration": 4,
-    **dict.fromkeys(("conversion", "exporting"), 5),
+    **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),
     "finetune": 6,
     "report": 6,
     "cli": 7,

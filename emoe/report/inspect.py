@@ -57,6 +57,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "allocation": config.get("emoe_allocation", "uniform"),
         "shared_experts": config.get("emoe_shared_experts", 0),
         "neurons_per_expert": len(next(iter(partition.labels.values()))) // partition.num_experts,
+        "groups": config.get("emoe_groups"),
         "parameters": _count_parameters(config),
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],

@@ -85,11 +85,46 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "seed": str(provenance["seed"]),
         "made by": f"emoe {provenance['emoe_version']}",
     }
+    if found["groups"]:
+        rows["experts by layer"] = ", ".join(" + ".join(map(str, group)) for group in found["groups"])
+    for number, step in enumerate(provenance.get("history", []), 1):
+        rows[f"history {number}"] = history_line(step)
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
     if found["report"] and not brief:
         print_report(found["report"])
+
+
+def history_line(step: dict[str, Any]) -> str:
+    """One entry of a checkpoint's history: what, when, from what."""
+    said = [str(step.get("verb"))]
+    if step.get("added"):
+        said.append(", ".join(f"{number} {kind} experts a layer" for kind, number in step["added"].items()))
+    if step.get("settings"):
+        told = ("method", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
+        said.append(
+            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) is not None)
+        )
+    if step.get("steps"):
+        said.append(f"{step['steps']} steps")
+    if step.get("when"):
+        said.append(f"{step['when']}, from {step['from_digest'][:16]}")
+    return "; ".join(part for part in said if part)
+
+
+def print_surgery(report: dict[str, Any]) -> None:
+    """What pruning or extending changed."""
+    console = Console(markup=False)  # names come from files that others wrote
+    table = Table(title=f"{report['verb']} {report['model']}")
+    for heading in ("", "before", "after", "share"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in ("modules", "parameters", "bytes"):
+        if name in report:
+            before, after = report[name]["before"], report[name]["after"]
+            show = format_bytes if name == "bytes" else "{:,}".format
+            table.add_row(name, show(before), show(after), f"{after / before:.3f}")
+    console.print(table)
 
 
 def print_recovery(report: dict[str, Any]) -> None:
