@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(("emoe_kernels", "emoe_configs"), 0),
     **dict.fromkeys(("errors", "config", "runtime", "distributed", "_on_import"), 1),
     **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets"), 2),
-    "modeling": 3,
+    **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
     **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),
     "finetune": 6,
