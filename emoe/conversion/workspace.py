@@ -78,7 +78,7 @@ class Workspace:
     @staticmethod
     def _is_converted(folder: Path) -> bool:
         try:
-            return str(read_json(folder / "config.json").get("model_type", "")).startswith("emoe_")
+            return str(read_json(folder / "config.json").get("model_type", "")).startswith(("emoe_", "moduleformer"))
         except UserError:
             return False
 

@@ -60,6 +60,10 @@ class ModuleFormerConfig(PretrainedConfig):
     """E of the FFN."""
     k_mlp: int = 2
     """K of the FFN."""
+    att_groups: list | None = None
+    """After surgery: attention experts of each layer as [under the softmax, added first, added next, …]; None: [E]."""
+    mlp_groups: list | None = None
+    """The same for the FFN."""
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     """Standard deviation of new linear and embedding weights; experts start uniform within 1 / fan_in."""
@@ -110,6 +114,20 @@ class ModuleFormerConfig(PretrainedConfig):
                 raise ValueError(f"gate_type='all' computes every expert: set {chosen}={e}, not {k}")
             if not 0 <= self.sample_topk <= k:
                 raise ValueError(f"sample_topk={self.sample_topk} must lie between 0 and {chosen}={k}")
+            groups = getattr(self, experts.removeprefix("n_").removesuffix("_experts") + "_groups")
+            if groups is not None:
+                self._check_groups(groups, experts, e)
+
+    def _check_groups(self, groups: list[list[int]], field: str, most: int) -> None:
+        if len(groups) != self.n_layer or any(not group or group[0] < 1 or min(group) < 0 for group in groups):
+            raise ValueError(f"the groups of {field} need an entry a layer, with at least one expert under the softmax")
+        if max(group[0] for group in groups) != most:
+            raise ValueError(f"{field}={most} must be the largest first group")
+
+    def experts_of(self, kind: str, layer_index: int) -> list[int]:
+        """Groups of experts of one layer: under the softmax, then those that were added; `kind` is "att" or "mlp"."""
+        groups = getattr(self, f"{kind}_groups")
+        return list(groups[layer_index]) if groups else [getattr(self, f"n_{kind}_experts")]
 
     def _one_of(self, field: str, known: tuple[str, ...]) -> None:
         value = getattr(self, field)

@@ -24,7 +24,7 @@ class ExpertAttention(nn.Module):
         super().__init__()
         self.layer_index, self.heads = layer_index, config.n_head
         self.rotary, self.theta = config.attention_type == "rotary", config.rope_theta
-        self.q_proj = ExpertPool(config, config.n_att_experts, config.k_att, config.att_hidden)
+        self.q_proj = ExpertPool(config, config.experts_of("att", layer_index), config.k_att, config.att_hidden)
         self.identity = config.shares_keys_and_values
         if not self.identity:
             self.k_proj = nn.Linear(config.n_embd, config.att_hidden)

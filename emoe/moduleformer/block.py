@@ -16,7 +16,7 @@ class ModuleFormerBlock(GradientCheckpointingLayer):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = ExpertAttention(config, layer_index)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlpf = ExpertFFN(config)
+        self.mlpf = ExpertFFN(config, layer_index)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(

@@ -49,11 +49,12 @@ def kernel_input(x: torch.Tensor) -> torch.Tensor:
 class ExpertPool(nn.Module):
     """E experts of two stacked linears each, and the gate that chooses among them; no gate if all are computed."""
 
-    def __init__(self, config, num_experts: int, top_k: int, width: int):
+    def __init__(self, config, groups: list[int], top_k: int, width: int):
         super().__init__()
+        num_experts = sum(groups)
         self.experts = StackedLinear(num_experts, config.n_embd, width)
         self.output_experts = StackedLinear(num_experts, width, config.n_embd)
-        self.gate = Gate(config, num_experts, top_k) if config.gate_type != "all" else None
+        self.gate = Gate(config, groups, top_k) if config.gate_type != "all" else None
         self.num_experts, self.top_k = num_experts, top_k
 
     def route(self, x_ND: torch.Tensor) -> Routing | None:
@@ -78,8 +79,8 @@ class ExpertPool(nn.Module):
 class ExpertFFN(ExpertPool):
     """y = Σ_e g_e · W₂ᵉ act(W₁ᵉ x) over the chosen experts e (ModuleFormer, sec. 3.1)."""
 
-    def __init__(self, config):
-        super().__init__(config, config.n_mlp_experts, config.k_mlp, config.ffd_hidden)
+    def __init__(self, config, layer_index: int):
+        super().__init__(config, config.experts_of("mlp", layer_index), config.k_mlp, config.ffd_hidden)
         self.act = ACT2FN[config.activation_function]
         self.kernel_activation = KERNEL_ACTIVATIONS.get(config.activation_function)
 

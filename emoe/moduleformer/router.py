@@ -15,7 +15,7 @@ class Routing(NamedTuple):
     """The experts chosen for N tokens."""
 
     experts_NK: torch.Tensor
-    """int64, distinct in a row; by falling probability, drawn ones last."""
+    """int64, distinct in a row; by falling probability, drawn ones last, then added ones; -1 marks an unused slot."""
     weights_NK: torch.Tensor
     """Probabilities of the chosen experts, fp32, not renormalised."""
     logits_NE: torch.Tensor
@@ -35,12 +35,18 @@ class Gate(nn.Module):
 
     With ``config.sample_topk`` = s, in training: the top K − s, then s drawn without replacement from the others by
     their probability.
+
+    Experts that were added later (groups behind the first) have no part in that softmax, so that the others are chosen
+    and weighted as if they were not there: each is used besides the K by the tokens whose logit for it is above 0, with
+    the weight sigmoid(logit). After pruning a layer may have fewer than K experts, and uses them all.
     """
 
-    def __init__(self, config, num_experts: int, top_k: int):
+    def __init__(self, config, groups: list[int], top_k: int):
         super().__init__()
-        self.kind, self.num_experts, self.top_k = config.gate_type, num_experts, top_k
-        self.sampled = config.sample_topk
+        num_experts = sum(groups)
+        self.kind, self.num_experts, self.under_softmax = config.gate_type, num_experts, groups[0]
+        self.top_k = min(top_k, groups[0])
+        self.sampled = min(config.sample_topk, self.top_k)
         D, C = config.n_embd, config.gating_size
         if self.kind == "mlp":
             self.w_gate = nn.Sequential(
@@ -63,7 +69,20 @@ class Gate(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Tokens (N, D) → `Routing`."""
-        logits_NE = self.logits(x_ND)
+        return self.route(self.logits(x_ND))
+
+    def route(self, logits_NE: torch.Tensor) -> Routing:
+        """What follows from gate logits (N, E)."""
+        if self.under_softmax == self.num_experts:
+            return Routing(*self._choose(logits_NE), logits_NE)
+        experts_NK, weights_NK = self._choose(logits_NE[:, : self.under_softmax])
+        added_NA = logits_NE[:, self.under_softmax :]
+        places_A = torch.arange(self.under_softmax, self.num_experts, device=logits_NE.device)
+        experts_NK = torch.cat([experts_NK, torch.where(added_NA > 0, places_A, -1)], 1)
+        return Routing(experts_NK, torch.cat([weights_NK, added_NA.sigmoid()], 1), logits_NE)
+
+    def _choose(self, logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K experts of each token and their weights, both (N, K)."""
         p_NE = logits_NE.softmax(-1)
         if self.training and self.sampled:
             with torch.no_grad():
@@ -71,6 +90,6 @@ class Gate(nn.Module):
                 # A little for each, so that rows whose other probabilities underflowed can still be drawn from.
                 others_NE = (p_NE + 1e-6).scatter(1, top_NK, 0.0)
                 experts_NK = torch.cat([top_NK, torch.multinomial(others_NE, self.sampled)], 1)
-            return Routing(experts_NK, p_NE.gather(1, experts_NK), logits_NE)
+            return experts_NK, p_NE.gather(1, experts_NK)
         weights_NK, experts_NK = p_NE.topk(self.top_k, dim=-1)
-        return Routing(experts_NK, weights_NK, logits_NE)
+        return experts_NK, weights_NK

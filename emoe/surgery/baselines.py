@@ -66,6 +66,7 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
         return (f"{start}{places[layer]}.{found[2]}", tensor) if layer in places else None
 
     def companions(target: Path) -> None:
+        anatomy.write_companions(target, {})
         partition = anatomy.partition
         partition.labels = {places[i]: labels for i, labels in partition.labels.items() if i in places}
         partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}

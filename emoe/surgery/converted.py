@@ -21,7 +21,7 @@ from emoe.checkpoint.reader import CheckpointReader
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
 from emoe.gating.energies import ExpertEnergies
-from emoe.modeling.modeling_emoe import SparseFFN
+from emoe.modeling.modeling_emoe import SparseFFN, code_files
 from emoe.surgery.modules import ModuleSet, Seen, Slot
 
 GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron"}
@@ -95,7 +95,9 @@ class Converted:
         return config
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
-        """The partition: labels of pruned experts become `GONE`; added experts have none."""
+        """The modelling files, and the partition: labels of pruned experts become `GONE`; added experts have none."""
+        for file in code_files():
+            shutil.copyfile(file, target / file.name)
         if not kept:
             shutil.copyfile(self.folder / PARTITION, target / PARTITION)
         else:

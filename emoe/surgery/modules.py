@@ -144,6 +144,10 @@ def anatomy_of(folder: Path, flag: str = "--model") -> Anatomy:
         from emoe.surgery.converted import Converted
 
         return Converted(folder, config)
+    if model_type == "moduleformer":
+        from emoe.surgery.moduleformer import ModuleFormer
+
+        return ModuleFormer(folder, config)
     raise UserError(f"{flag}: {folder} has no experts (model_type '{model_type}'); convert it first")
 
 

@@ -100,6 +100,8 @@ def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict
 
 def _counted(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, torch.Tensor]:
     raw = anatomy.config
+    if config.count == "energy" and any(found.kind == "attention" for found in anatomy.sets()):
+        raise UserError("--count: attention experts have no energy of their own; give --count probability or hard")
     if config.count == "hard" and raw.get("num_experts_per_tok") == raw.get("num_experts", -1):
         raise UserError("--count: every token uses every expert of this model; give --count probability or energy")
     blocks_BT = read_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +104,6 @@ def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -
 
 
 def _write_files(source: Path, target: Path, config: dict[str, Any], companions: Callable[[Path], None]) -> None:
-    from emoe.modeling.modeling_emoe import code_files
-
     copy_companions(source, target)
-    if str(config.get("model_type", "")).startswith("emoe_"):
-        for file in code_files():
-            shutil.copyfile(file, target / file.name)
     companions(target)
     write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

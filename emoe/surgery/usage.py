@@ -52,6 +52,8 @@ def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, s
 
 def set_budget(model: nn.Module, top_k: int | None, flag: str = "--top-k") -> None:
     """Make the model use so many modules a token; None leaves it."""
+    if top_k is not None and not hasattr(model, "set_top_k"):
+        raise UserError(f"{flag}: only converted models have a budget that can be set; leave it out")
     if top_k is not None:
         try:
             model.set_top_k(top_k)
