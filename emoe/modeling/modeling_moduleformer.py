@@ -2,8 +2,7 @@
 
 Source: Shen et al., "ModuleFormer: Modularity Emerges from Mixture-of-Experts", arXiv 2306.04640. Tensor names are
 those of the released models (MoLM-350M-4B, 700M-4B, 700M-8B). Differences: padding has no part in attention and in
-auxiliary
-losses, which are taken over the batch of all processes; attention is linear in memory, and decoding linear in time.
+auxiliary losses, which are taken over the batch of all processes; a step of decoding is linear in the length.
 
 Legend: B batch, T tokens, L keys, D model width, N = B * T tokens, E experts, K experts chosen.
 

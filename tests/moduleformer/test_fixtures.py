@@ -80,7 +80,12 @@ def test_left_padding(recorded):
     model, numbers = load(recorded)
     mask_BT = numbers["left_pad_mask"]
     out = model(numbers["input_ids"], attention_mask=mask_BT)
-    close(out.logits[mask_BT == 1], numbers["eval_left_pad/logits"][mask_BT == 1])
+    close(out.logits, numbers["eval_left_pad/logits"])
+    routing = model(numbers["input_ids"], attention_mask=mask_BT, output_router_logits=True).routing
+    # The recorded loss counts padding as tokens, as the released code does. Ours does not.
+    close(model.transformer._aux_loss(list(routing), None), numbers["eval_left_pad/aux_loss"], 1e-6)
+    close(model.transformer._aux_loss(list(routing), mask_BT.flatten()), out.aux_loss, 1e-6)
+    assert abs(out.aux_loss - numbers["eval_left_pad/aux_loss"]) > 1e-3
 
 
 @torch.no_grad()

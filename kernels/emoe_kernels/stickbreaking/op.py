@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import requested
 from ..experts.op import choose
-from . import reference
+from . import portable, reference
 
 __all__ = ["StickBreaking", "stick_breaking_attention"]
 
@@ -31,16 +32,20 @@ def _any(*tensors: Tensor) -> str | None:
     return None
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable, Callable[..., str | None]]] = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., str | None]]] = {
     "reference": (reference.stick_breaking_attention, _any),
-    "portable": (reference.stick_breaking_attention, _any),
-    "cpu": (reference.stick_breaking_attention, _any),
-    "triton": (reference.stick_breaking_attention, _any),
+    "portable": (portable.stick_breaking_attention, _any),
 }
+"""Name → the function, and `supports(q, k, v)`: None, or why it cannot take these tensors."""
 
 
 def _load(name: str) -> None:
-    pass
+    """Import what only some machines have."""
+    if name == "cpu":
+        from . import cpu as module
+    else:
+        from . import triton_op as module
+    _IMPLEMENTATIONS[name] = (module.stick_breaking_attention, module.supports)
 
 
 def stick_breaking_attention(
@@ -76,7 +81,8 @@ def stick_breaking_attention(
             no key gives y = 0 and remainder 1.
         attend_current: whether a query sees the key of its own position.
         scale: of the logits; by default A ** -0.5.
-        return_remainder, return_weights: both can be differentiated. Weights take memory T * L a head.
+        return_remainder, return_weights: both can be differentiated. Weights take memory T * L a head, and come from
+            plain torch whatever implementation was asked for.
 
     Returns:
         `StickBreaking`. Autocast does not act inside: arguments are used in the dtype they come in, sums are fp32.
@@ -88,9 +94,15 @@ def stick_breaking_attention(
     """
     _check(q_BHTA, k_BGLA, v_BGLA, key_mask_BL)
     scale = q_BHTA.shape[3] ** -0.5 if scale is None else float(scale)
-    run = choose(_IMPLEMENTATIONS, _load, q_BHTA, k_BGLA, v_BGLA)
-    y, remainder, weights = run(q_BHTA, k_BGLA, v_BGLA, key_mask_BL, attend_current, scale)
-    return StickBreaking(y, remainder if return_remainder else None, weights if return_weights else None)
+    arguments = q_BHTA, k_BGLA, v_BGLA, key_mask_BL, attend_current, scale
+    weights = None
+    if not return_weights:
+        y, remainder, *_ = choose(_IMPLEMENTATIONS, _load, q_BHTA, k_BGLA, v_BGLA)(*arguments)
+    elif requested() == "reference":
+        y, remainder, weights = reference.stick_breaking_attention(*arguments)
+    else:  # whoever wants (T, L) weights has given up on what the kernels are for
+        y, remainder, weights = portable.dense(*arguments)
+    return StickBreaking(y, remainder if return_remainder else None, weights)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
@@ -103,6 +115,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         raise ValueError(f"q_BHTA has dtype {q.dtype}; expected a floating dtype")
     if A == 0 or G == 0 or H % G:
         raise ValueError(f"q_BHTA has H={H} heads of width A={A}; expected a multiple of the G={G} heads of k_BGLA")
+    if L == 0:
+        raise ValueError(f"k_BGLA has shape {tuple(k.shape)}; expected at least one position")
     if T > L:
         raise ValueError(f"q_BHTA has T={T} queries, but k_BGLA only L={L} positions; queries are the last of them")
     for name, tensor in (("k_BGLA", k), ("v_BGLA", v)):
