@@ -81,8 +81,6 @@ class Converted:
     def rebuilt(self, groups: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """config.json for these groups; without a trace of surgery where they are what conversion gives."""
         config, ordered = dict(self.config), [list(groups[s.name]) for s in self.sets()]
-        while min(map(len, ordered)) > 1 and not any(group[-1] for group in ordered):
-            ordered = [group[:-1] for group in ordered]
         most = max(group[0] for group in ordered)
         if config.get("emoe_compensation") and most != config["num_experts"]:
             config["emoe_compensation_of"] = config.get("emoe_compensation_of") or config["num_experts"]

@@ -70,8 +70,6 @@ class ModuleFormer:
         config = dict(self.config)
         for kind, (short, _, _) in KINDS.items():
             ordered = [list(groups[found.name]) for found in self.sets() if found.kind == kind]
-            while min(map(len, ordered)) > 1 and not any(group[-1] for group in ordered):
-                ordered = [group[:-1] for group in ordered]
             most = max(group[0] for group in ordered)
             config.pop(f"{short}_groups", None)
             if any(group != [most] for group in ordered):

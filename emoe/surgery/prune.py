@@ -32,7 +32,8 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
         return baselines.prune_neurons(anatomy, config, progress)
     sets = anatomy.sets()
     kept = _taken_back(sets, config.remove) if config.remove else _selected(anatomy, config, progress)
-    groups = {found.name: found.groups_of(kept[found.name]) for found in sets}
+    extensions = {None: None, "last": -1, "added": 1}[config.remove]
+    groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
     rebuilt = anatomy.rebuilt(groups)
     notes = _budget(anatomy, config, rebuilt, groups)
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
@@ -120,11 +121,8 @@ def _taken_back(sets: list[ModuleSet], which: str) -> dict[str, list[int]]:
     """All but the modules that extensions added."""
     if all(len(found.groups) == 1 for found in sets):
         raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
-    kept = {}
-    for found in sets:
-        first = found.groups[0] if which == "added" else found.count - found.groups[-1]
-        kept[found.name] = list(range(first if len(found.groups) > 1 else found.count))
-    return kept
+    first = {found.name: sum(found.groups[: 1 if which == "added" else -1]) for found in sets}
+    return {name: list(range(number)) for name, number in first.items()}
 
 
 def _budget(anatomy: Anatomy, config: PruneConfig, rebuilt: dict[str, Any], groups: dict) -> list[str]:

@@ -49,7 +49,7 @@ def run(verb, source, output, *flags) -> None:
 def config_of(folder) -> dict:
     config = json.loads((folder / "config.json").read_text())
     config.pop("emoe_provenance", None)
-    return config
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def same_checkpoint(one, other) -> None:
@@ -111,14 +111,16 @@ def test_pruning_what_is_never_used_changes_no_logit(model_folder, text_file, tm
         pytest.skip("only a linear gate is told by its rows to give nothing to any token")
     model = load(model_folder)
     with torch.no_grad():
-        for block in model.transformer.h[:2]:
-            block.ln_2.bias[:] = 1.0
-            block.ln_2.weight[:] = 1e-3
-            block.mlpf.gate.w_gate[0].weight[[1, 4]] = -10.0
+        for block in model.transformer.h:
+            rows_ED = block.mlpf.gate.w_gate[0].weight
+            rows_ED -= rows_ED.mean(1, keepdim=True)  # blind to the constant that the starved rows see
+            block.ln_2.bias[:], block.ln_2.weight[:] = 1.0, 0.05
+            rows_ED[[1, 4]] = -10.0
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
     text = ("--text", text_file, "--tokens", 2048, "--sequence-length", 64)
     run("prune", tmp_path / "model", tmp_path / "small", *text, "--threshold", 1e-9, "--count", "hard")
-    groups = config_of(tmp_path / "small")["mlp_groups"]
-    assert groups[0][0] <= 6
+    kept = json.loads((tmp_path / "small" / "emoe_prune.json").read_text())["kept"]
+    assert [kept[f"{layer}.ffn"] for layer in range(3)] == [[0, 2, 3, 5, 6, 7]] * 3
+    assert [len(kept[f"{layer}.attention"]) for layer in range(3)] == [6] * 3
     torch.testing.assert_close(logits(tmp_path / "small"), logits(tmp_path / "model"), rtol=0, atol=1e-5)
