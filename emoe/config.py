@@ -160,6 +160,42 @@ class RecoverConfig(Settings):
     overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
+class TuneConfig(Settings):
+    """Settings of training a model further on plain text."""
+
+    model: str = _setting("", "Folder of a causal language model, with experts or without.")
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    text: list[str] = _setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    train: Literal["all", "router", "new-modules", "lora"] = _setting(
+        "all",
+        "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
+        "LoRA's matrices on every linear, merged at the end.",
+    )
+    lora_rank: int = _setting(8, "Rank of LoRA's matrices.", ge=1)
+    loss: list[str] = _setting(
+        [],
+        "Losses on routers beside the next token's: concentration=X (few modules), balance=X, router=X (holds new or "
+        "all gate rows back).",
+    )
+    top_k: int | None = _setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
+    steps: int = _setting(300, "Optimizer steps.", ge=1)
+    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    tokens_per_step: int = _setting(2048, "Tokens an optimizer step.", ge=1)
+    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    learning_rate: float = _setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    held_out_tokens: int = _setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
+    held_out: list[str] = _setting([], "Text of other domains to measure on as well.")
+    evaluate_steps: int | None = _setting(None, "Optimizer steps between two measurements on the way.", ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
+    )
+    checkpoint_steps: int = _setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
 class AnalyzeConfig(Settings):
     """Settings of a look inside: which modules a model uses on which text."""
 

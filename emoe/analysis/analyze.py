@@ -151,7 +151,8 @@ class _Analysis:
             use.restore(kept)
         before, last = sum(len(self.blocks[n]) for n in list(self.blocks)[:number]), time.monotonic()
         with self.anatomy.watch(self.model, use.add, energies=config.energies):
-            for part_BT in self.blocks[name][use.blocks :].split(config.batch_sequences):
+            while use.blocks < len(self.blocks[name]):
+                part_BT = self.blocks[name][use.blocks :][: config.batch_sequences]
                 self.progress(name, before + use.blocks, self.total)
                 use.nats += self._nats(part_BT)
                 use.scored += part_BT[:, 1:].numel()

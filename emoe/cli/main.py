@@ -8,7 +8,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import analyze, convert, doctor, estimate, export, extend, frontier, inspect, models, prune, recover
+from emoe.cli import analyze, convert, doctor, estimate, export, extend, frontier, inspect, models, prune, recover, tune
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -29,6 +29,7 @@ app.command("export")(export.export)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("recover")(recover.recover)
+app.command("tune")(tune.tune)
 app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
 app.command("extend")(extend.extend)

@@ -127,6 +127,18 @@ def print_surgery(report: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_tuning(report: dict[str, Any]) -> None:
+    """Perplexity before and after, a row a domain."""
+    console = Console(markup=False)  # names come from files that others wrote
+    title = f"{report['model']}: {report['steps']} steps in {report['minutes']:.1f} min"
+    table = Table(title=f"{title}, {report['trained']:,} of {report['parameters']:,} parameters trained")
+    for heading in ("domain", "perplexity before", "after"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, found in report["perplexity"].items():
+        table.add_row(domain, f"{found['before']:.4g}", f"{found['after']:.4g}")
+    console.print(table)
+
+
 def print_recovery(report: dict[str, Any]) -> None:
     """Perplexity over dense before and after, a row a number of experts and domain."""
     console = Console(markup=False)  # names come from files that others wrote

@@ -149,6 +149,28 @@ class Converted:
             for ffn in model.sparse_ffns().values():
                 ffn.router.learn()
 
+    def gate_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """See `Anatomy.gate_parameters`; none with an average-key gate."""
+        return [parameter for ffn in model.sparse_ffns().values() for parameter in ffn.router.parameters()]
+
+    def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
+        """See `Anatomy.watch_logits`. Where a gate has nothing to train, gradients reach what it looks at."""
+
+        def tell(name: str):
+            def hook(router: nn.Module, arguments: tuple, routing: Any) -> None:
+                if router.training and torch.is_grad_enabled():
+                    logits_NE = routing.logits_NE
+                    if not logits_NE.requires_grad:
+                        with torch.autocast(logits_NE.device.type, enabled=False):
+                            logits_NE = router.logits(*arguments)
+                    see(name, logits_NE)
+
+            return hook
+
+        ffns = model.sparse_ffns().items()
+        hooks = [ffn.router.register_forward_hook(tell(f"{layer}.ffn")) for layer, ffn in ffns]
+        return lambda: [hook.remove() for hook in hooks]
+
     def with_history(self, config: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
         """config.json with this provenance."""
         return config | {"emoe_provenance": {**(config.get("emoe_provenance") or {}), "history": history}}

@@ -128,6 +128,24 @@ class ModuleFormer:
     def learn(self, model: nn.Module) -> None:
         """Nothing to do: the gates are trained."""
 
+    def gate_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """See `Anatomy.gate_parameters`."""
+        return [parameter for pool in self._pools(model).values() for parameter in pool.gate.parameters()]
+
+    def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
+        """See `Anatomy.watch_logits`."""
+
+        def tell(name: str):
+            def hook(gate: nn.Module, arguments: tuple, routing: Routing) -> None:
+                if gate.training and torch.is_grad_enabled():
+                    see(name, routing.logits_NE)
+
+            return hook
+
+        pools = self._pools(model).items()
+        hooks = [pool.gate.register_forward_hook(tell(name)) for name, pool in pools]
+        return lambda: [hook.remove() for hook in hooks]
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """What happened to the checkpoint since it was made."""

@@ -118,6 +118,13 @@ class Anatomy(Protocol):
     def learn(self, model: nn.Module) -> None:
         """Make the gates of the loaded model trainable where they are tables."""
 
+    def gate_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains when only gates do, after `learn`."""
+
+    def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
+        """While the model trains, call ``see(name of the set, gate logits (N, E))`` with a graph behind the logits;
+        returns what ends it."""
+
     def budgets(self) -> dict[str, str]:
         """Field of config.json that holds a budget K → the kind of module that it is of."""
 

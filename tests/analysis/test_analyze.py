@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def report_of(folder) -> dict:
     return json.loads((folder / "usage.json").read_text())
 
 
+def count(total_E, router, arguments, routing) -> None:
+    total_E += torch.bincount(routing.experts_NK.flatten() + 1, minlength=9)[1:]
+
+
 def test_what_it_says_is_what_the_model_does(flags, converted_llama, domains, tmp_path):
     assert main(flags) == 0
     report = report_of(tmp_path / "report")
@@ -45,11 +50,7 @@ def test_what_it_says_is_what_the_model_does(flags, converted_llama, domains, tm
         tokens = read_blocks(converted_llama, [path], length=64, tokens=2048, seed=0, flag="--domains")
         counts = {layer: torch.zeros(8) for layer in model.sparse_ffns()}
         hooks = [
-            ffn.router.register_forward_hook(
-                lambda _, __, routing, total=counts[layer]: total.add_(
-                    torch.bincount(routing.experts_NK[routing.experts_NK >= 0], minlength=8)
-                )
-            )
+            ffn.router.register_forward_hook(partial(count, counts[layer]))
             for layer, ffn in model.sparse_ffns().items()
         ]
         with torch.no_grad():

@@ -6,30 +6,15 @@ import json
 
 import pytest
 import torch
+from support.modules import moduleformer
 from support.tiny import tiny_tokenizer
 
 import emoe
-from emoe.cli.main import main
-
-SETTINGS = {
-    **{"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 2, "att_hidden": 16, "ffd_hidden": 24},
-    **{"gating_size": 16, "n_att_experts": 6, "n_mlp_experts": 8, "k_att": 2, "k_mlp": 3, "block_size": 64},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-}
 
 
 @pytest.fixture(scope="module", params=["mlp", "linear", "gmm"])
 def model_folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    torch.manual_seed(0)
-    model = emoe.ModuleFormerForCausalLM(emoe.ModuleFormerConfig(gate_type=request.param, **SETTINGS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    tiny_tokenizer(folder)
-    return folder
+    return moduleformer(tmp_path_factory.mktemp(request.param) / "model", request.param)
 
 
 def load(folder):
@@ -40,10 +25,6 @@ def logits(folder) -> torch.Tensor:
     tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return load(folder)(tokens).logits
-
-
-def run(verb, source, output, *flags) -> None:
-    assert main([verb, "--model", str(source), "--output", str(output), "--quiet", *map(str, flags)]) == 0
 
 
 def config_of(folder) -> dict:
@@ -59,20 +40,20 @@ def same_checkpoint(one, other) -> None:
     assert config_of(one) == config_of(other)
 
 
-def test_extending_and_taking_back(model_folder, tmp_path):
-    run("extend", model_folder, tmp_path / "one", "--experts", 2, "--attention", 1)
-    run("extend", tmp_path / "one", tmp_path / "two", "--experts", 3)
+def test_extending_and_taking_back(model_folder, run, tmp_path):
+    run("extend", model_folder, "one", "--experts", 2, "--attention", 1)
+    run("extend", tmp_path / "one", "two", "--experts", 3)
     for name in ("one", "two"):
         torch.testing.assert_close(logits(tmp_path / name), logits(model_folder), rtol=0, atol=1e-5)
-    run("prune", tmp_path / "two", tmp_path / "back one", "--remove", "last")
+    run("prune", tmp_path / "two", "back one", "--remove", "last")
     same_checkpoint(tmp_path / "one", tmp_path / "back one")
-    run("prune", tmp_path / "two", tmp_path / "back", "--remove", "added")
+    run("prune", tmp_path / "two", "back", "--remove", "added")
     same_checkpoint(model_folder, tmp_path / "back")
 
 
-def test_new_experts_take_part(model_folder, tmp_path):
+def test_new_experts_take_part(model_folder, run, tmp_path):
     """Their gates let some tokens through and not others, so that they can be trained and tell tokens apart."""
-    run("extend", model_folder, tmp_path / "big", "--experts", 2, "--attention", 2)
+    run("extend", model_folder, "big", "--experts", 2, "--attention", 2)
     model = load(tmp_path / "big")
     tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
     out = model(tokens, output_router_logits=True, labels=tokens)
@@ -84,15 +65,15 @@ def test_new_experts_take_part(model_folder, tmp_path):
         assert block.attn.q_proj.output_experts.weight.grad[6:].abs().sum() > 0
 
 
-def test_keeping_all_is_the_identity(model_folder, text_file, tmp_path):
-    run("prune", model_folder, tmp_path / "same", "--text", text_file, "--keep", 1.0)
+def test_keeping_all_is_the_identity(model_folder, run, text_file, tmp_path):
+    run("prune", model_folder, "same", "--text", text_file, "--keep", 1.0)
     same_checkpoint(model_folder, tmp_path / "same")
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
-def test_a_pruned_model_is_a_smaller_one(model_folder, scope, text_file, tmp_path):
+def test_a_pruned_model_is_a_smaller_one(model_folder, run, scope, text_file, tmp_path):
     text = ("--text", text_file, "--tokens", 2048, "--sequence-length", 64)
-    run("prune", model_folder, tmp_path / "small", *text, "--keep", 0.5, "--scope", scope)
+    run("prune", model_folder, "small", *text, "--keep", 0.5, "--scope", scope)
     small, whole = load(tmp_path / "small"), load(model_folder)
     kept = json.loads((tmp_path / "small" / "emoe_prune.json").read_text())["kept"]
     assert sum(map(len, kept.values())) == 21
@@ -105,7 +86,7 @@ def test_a_pruned_model_is_a_smaller_one(model_folder, scope, text_file, tmp_pat
     assert torch.equal(block.mlpf.experts.weight[kept["1.ffn"]], layer.mlpf.experts.weight)
 
 
-def test_pruning_what_is_never_used_changes_no_logit(model_folder, text_file, tmp_path):
+def test_pruning_what_is_never_used_changes_no_logit(model_folder, run, text_file, tmp_path):
     """Experts whose probability is 0: others are weighted by the softmax over all."""
     if config_of(model_folder)["gate_type"] != "linear":
         pytest.skip("only a linear gate is told by its rows to give nothing to any token")
@@ -119,7 +100,7 @@ def test_pruning_what_is_never_used_changes_no_logit(model_folder, text_file, tm
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
     text = ("--text", text_file, "--tokens", 2048, "--sequence-length", 64)
-    run("prune", tmp_path / "model", tmp_path / "small", *text, "--threshold", 1e-9, "--count", "hard")
+    run("prune", tmp_path / "model", "small", *text, "--threshold", 1e-9, "--count", "hard")
     kept = json.loads((tmp_path / "small" / "emoe_prune.json").read_text())["kept"]
     assert [kept[f"{layer}.ffn"] for layer in range(3)] == [[0, 2, 3, 5, 6, 7]] * 3
     assert [len(kept[f"{layer}.attention"]) for layer in range(3)] == [6] * 3
