@@ -1,10 +1,10 @@
 """How differently domains use modules: heat maps for several models side by side.
 
-By default SmolLM2 cut by co-activation against a random cut, each with a gate fitted to its own experts. Further models,
-such as a ModuleFormer trained with the mutual-information loss and one balanced by the Switch loss, are named.
+By default SmolLM2 cut by co-activation against a random cut, each with a gate fitted to its own experts. Others are
+named, such as a ModuleFormer trained with the mutual-information loss and one balanced by the Switch loss.
 
     python scripts/modularity.py --output docs/results/modularity_smollm2.json
-    python scripts/modularity.py --models mi=runs/mi switch=runs/switch --output docs/results/modularity_moduleformer.json
+    python scripts/modularity.py --models mi=runs/mi switch=runs/switch --output docs/results/modularity_mf.json
     python scripts/modularity.py --tokens 512 --calibration-tokens 2048 …   # a minute
 """
 
@@ -88,8 +88,8 @@ def _mean(table: list[list[float]]) -> float:
 def markdown(result: dict[str, Any]) -> str:
     """A row a model and kind of module."""
     lines = [
-        f"Mean over pairs of {len(result['domains'])} domains ({', '.join(result['domains'])}) and over layers, nats. Kept: "
-        "what experts tell of the domain over what their neurons tell, by energies.",
+        f"Mean over pairs of {len(result['domains'])} domains ({', '.join(result['domains'])}) and over layers, nats. "
+        "Kept: what experts tell of the domain over what their neurons tell, by energies.",
         "",
         "| | modules | KL | Jensen–Shannon | kept |",
         "|---|---|---:|---:|---:|",

@@ -1,8 +1,8 @@
 """A small model for Python code out of a general one: fine-tune, prune to 75, 50 and 25% of its modules, compare.
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
-tokens). Modules are counted with either normalisation. Baselines, all f-p: random modules, magnitude pruning of neurons,
-layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean log-likelihood of
+tokens). Modules are counted with either normalisation. Baselines, all f-p: random modules, magnitude pruning of
+neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean log-likelihood of
 HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
 
     python scripts/specialise.py --model smollm2-135m --steps 150 --output docs/results/specialise_smollm2.json
@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=164, help="of HumanEval")
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--work", type=Path, default=Path("/tmp/emoe-specialise"), help="for checkpoints; goes on there"
-    )
+    parser.add_argument("--work", type=Path, default=Path("/tmp/emoe-specialise"), help="for checkpoints; kept")
     parser.add_argument("--output", type=Path, default=Path("docs/results/specialise_smollm2.json"))
     arguments = parser.parse_args()
 
