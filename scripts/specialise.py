@@ -2,8 +2,8 @@
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
 tokens). Modules are counted with either normalisation. Baselines, all f-p: random modules, magnitude pruning of
-neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean log-likelihood of
-HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
+neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean
+log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
 
     python scripts/specialise.py --model smollm2-135m --steps 150 --output docs/results/specialise_smollm2.json
     python scripts/specialise.py --model runs/moduleformer --output docs/results/specialise_moduleformer.json

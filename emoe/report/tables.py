@@ -62,6 +62,9 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     """What `emoe inspect` shows; `brief` leaves the report out."""
     console = Console(markup=False)  # names come from files that others wrote
     provenance = found["provenance"]
+    if found["model_type"] == "moduleformer":
+        console.print(_moduleformer_table(found))
+        return
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -94,6 +97,21 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     console.print(facts)
     if found["report"] and not brief:
         print_report(found["report"])
+
+
+def _moduleformer_table(found: dict[str, Any]) -> Table:
+    """Modules by layer and history of a ModuleFormer."""
+    facts = Table(title=found["folder"], show_header=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("model type", f"moduleformer, {found['num_layers']} layers, gate {found['gate']}")
+    for kind, part in found["modules"].items():
+        groups = ", ".join(" + ".join(map(str, group)) for group in part["groups"])
+        facts.add_row(f"{kind} experts", f"{groups}; {part['a token']} a token")
+    facts.add_row("weights", format_bytes(found["bytes"]))
+    for number, step in enumerate(found["provenance"].get("history", []), 1):
+        facts.add_row(f"history {number}", history_line(step))
+    return facts
 
 
 def history_line(step: dict[str, Any]) -> str:

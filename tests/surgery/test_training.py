@@ -101,7 +101,7 @@ def test_only_new_rows_get_a_gradient(model, run):
             touched += 1
             assert (parameter.grad * (1 - frozen.masks[name])).abs().max() == 0
             moved += parameter.grad.abs().max() > 0
-    assert touched >= 16
+    assert touched >= 9
     assert moved >= touched // 3  # behind an output matrix of zeros nothing moves in the first step
     with torch.no_grad():
         next(iter(loaded.parameters())).add_(1.0)
