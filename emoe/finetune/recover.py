@@ -33,6 +33,7 @@ from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
+from emoe.finetune.states import same_settings, states
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
@@ -58,12 +59,13 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     training = workspace.state_folder / "training"
     with workspace.open(Group()):
         try:
-            _same_settings(config, training)
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what="recovery")
             report = _recover(config, folder, workspace.folder, training, progress)
             workspace.publish()
             return report
         except UserError:
-            if not _states(training):  # nothing is lost
+            if not states(training):  # nothing is lost
                 workspace.abandon()
             raise
 
@@ -137,24 +139,6 @@ def _checked_model(config: RecoverConfig) -> Path:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
     return folder
-
-
-def _same_settings(config: RecoverConfig, training: Path) -> None:
-    """Refuse to go on with the states of another recovery."""
-    settings = json.dumps(config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"}))
-    kept = training / "settings.json"
-    if not config.resume or not _states(training):
-        shutil.rmtree(training, ignore_errors=True)
-        training.mkdir(parents=True)
-        write_text(kept, settings)
-    elif kept.read_text(encoding="utf-8") != settings:
-        raise UserError("--resume: the unfinished recovery had other settings; use the same ones or --overwrite")
-
-
-def _states(training: Path) -> list[Path]:
-    """Complete states of the Trainer, the latest last."""
-    found = [path for path in training.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
@@ -339,8 +323,8 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     teacher.to(trainer.args.device)
-    states = _states(work)
-    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+    kept = states(work)
+    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return trainer.state.global_step
 
