@@ -76,3 +76,22 @@ class GateUsage:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
+
+
+def domain_divergence(gates: dict[str, list[dict[str, Any]]], smallest: float = 1e-4) -> torch.Tensor:
+    """KL divergence of expert loads between domains, nats, mean over gates: entry (a, b) is KL(a || b).
+
+    Source: Shen et al., "ModuleFormer", arXiv 2306.04640, sec. 4.3.
+
+    Args:
+        gates: domain → what `GateUsage.take` gave for its text.
+        smallest: share below which a load counts as that much, so that an expert unused in one domain costs a finite
+            amount.
+    """
+    loads = {
+        name: [torch.tensor(gate["load"], dtype=torch.float64).clamp_min(smallest) for gate in found]
+        for name, found in gates.items()
+    }
+    loads = {name: [load / load.sum() for load in found] for name, found in loads.items()}
+    kl = lambda a, b: torch.stack([(p * (p / q).log()).sum() for p, q in zip(a, b, strict=True)]).mean()  # noqa: E731
+    return torch.stack([torch.stack([kl(a, b) for b in loads.values()]) for a in loads.values()])

@@ -169,7 +169,9 @@ class _Pretrainer(Trainer):
         """What the Trainer calls now and then: a line of the log with the perplexity of each domain."""
         found = {name: round(result["perplexity"], 4) for name, result in self.measure().items()}
         self.log({"perplexity": found})
-        return {f"eval_perplexity_{name}": value for name, value in found.items()}
+        metrics = {f"eval_perplexity_{name}": value for name, value in found.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def measure(self) -> dict[str, dict[str, Any]]:
         """`evaluate` of the model as it is."""
