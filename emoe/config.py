@@ -196,6 +196,39 @@ class TuneConfig(Settings):
     overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
+class PretrainConfig(Settings):
+    """Settings of pre-training: a new model on plain text of several domains."""
+
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    corpus: list[str] = _setting(
+        [], "Text of one domain: a built-in corpus, or name=path for a file, a folder or a dataset; give several."
+    )
+    mix: Literal["equal", "size"] = _setting("equal", "How often domains are drawn: equally, or by their size.")
+    corpus_tokens: int | None = _setting(None, "Most tokens read of each domain; default: all.", ge=1)
+    tokenizer: str = _setting("train", "A model's name or folder whose tokenizer to take, or 'train' for a new one.")
+    vocabulary: int = _setting(8192, "Tokens of a trained tokenizer (byte-level BPE).", ge=257)
+    architecture: dict[str, Any] = _setting({}, "model_type and fields of its transformers configuration.")
+    sequence_length: int = _setting(512, "Tokens a sequence; documents are packed end to end.", ge=8)
+    tokens_per_step: int = _setting(4096, "Tokens an optimizer step, all processes together.", ge=1)
+    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    steps: int = _setting(1000, "Optimizer steps.", ge=1)
+    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    learning_rate: float = _setting(1e-3, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    weight_decay: float = _setting(0.1, "AdamW's decay of matrices.", ge=0)
+    gradient_checkpointing: bool = _setting(False, "Recompute layers in the backward pass, for less memory.")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Matrix products; auto: bfloat16 where this processor multiplies that faster."
+    )
+    held_out_share: float = _setting(0.05, "Share of each domain's text kept apart.", gt=0, lt=1)
+    held_out_tokens: int = _setting(16384, "Tokens of it that a domain is measured on.", ge=1)
+    evaluate_steps: int = _setting(250, "Optimizer steps between two evaluations.", ge=1)
+    log_steps: int = _setting(25, "Optimizer steps between two lines of the log.", ge=1)
+    checkpoint_steps: int = _setting(250, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
 class AnalyzeConfig(Settings):
     """Settings of a look inside: which modules a model uses on which text."""
 

@@ -20,8 +20,7 @@ FLOORS = {
     **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
     **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),
-    "finetune": 6,
-    "report": 6,
+    **dict.fromkeys(("finetune", "pretrain", "report"), 6),
     "cli": 7,
 }
 """A module imports from its own floor and those beneath; `conversion` calls `report` through lazy imports only."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from emoe.config import Settings
 from emoe.errors import UserError
+from emoe.finetune.states import states
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -63,24 +62,6 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
         return config, []
     note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
     return config.model_copy(update={"sequence_length": longest}), [note]
-
-
-def same_settings(config: Settings, training: Path) -> None:
-    """Refuse to go on with the states of a training of other settings."""
-    settings = json.dumps(config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"}))
-    kept = training / "settings.json"
-    if not config.resume or not states(training):
-        shutil.rmtree(training, ignore_errors=True)
-        training.mkdir(parents=True)
-        write_text(kept, settings)
-    elif kept.read_text(encoding="utf-8") != settings:
-        raise UserError("--resume: the unfinished training had other settings; use the same ones or --overwrite")
-
-
-def states(training: Path) -> list[Path]:
-    """Complete states of the Trainer, the latest last."""
-    found = [path for path in training.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def arguments(config: Any, work: Path) -> TrainingArguments:

@@ -31,17 +31,8 @@ from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetune.loop import (
-    Progress,
-    Sequences,
-    Watch,
-    arguments,
-    fit_sequences,
-    perplexities,
-    run,
-    same_settings,
-    states,
-)
+from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run
+from emoe.finetune.states import same_settings, states
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 
@@ -65,7 +56,8 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     training = workspace.state_folder / "training"
     with workspace.open(Group()):
         try:
-            same_settings(config, training)
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what="recovery")
             report = _recover(config, folder, workspace.folder, training, progress)
             workspace.publish()
             return report

@@ -30,9 +30,8 @@ from emoe.finetune.loop import (
     fit_sequences,
     perplexities,
     run,
-    same_settings,
-    states,
 )
+from emoe.finetune.states import same_settings, states
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -56,7 +55,8 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
     training = workspace.state_folder / "training"
     with workspace.open(Group()):
         try:
-            same_settings(config, training)
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what="training")
             report = _tune(config, folder, workspace.folder, training, progress)
             workspace.publish()
             return report

@@ -137,7 +137,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         output_router_logits = wanted(output_router_logits, "output_router_logits")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         h_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         T = h_BTD.shape[1]
         key_mask_BL = _key_mask(attention_mask, h_BTD.shape[0], past + T)
@@ -191,6 +191,11 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         self.transformer = ModuleFormerModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """What `generate` passes on for caches of fixed length: the (B, L) mask as it is, causal we are ourselves."""
+        return attention_mask
 
     @can_return_tuple
     def forward(

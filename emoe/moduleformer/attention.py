@@ -48,7 +48,7 @@ class ExpertAttention(nn.Module):
         q_BHTa = q_NKA.view(B, T, K, self.heads, -1).permute(0, 2, 3, 1, 4).flatten(1, 2)
         k_BGTa = self._heads(x_BTD if self.identity else self.k_proj(x_BTD), q_NKA.dtype)
         v_BGTa = k_BGTa if self.identity else self._heads(self.v_proj(x_BTD), q_NKA.dtype)
-        past = 0 if cache is None else cache.get_seq_length(self.layer_index)
+        past = 0 if cache is None else int(cache.get_seq_length(self.layer_index))
         L = past + T
         if self.rotary:
             position_BT = positions(key_mask_BL, T, L, x_BTD.device)

@@ -170,3 +170,20 @@ def print_recovery(report: dict[str, Any]) -> None:
             budget = f"{row['top_k']} of {report['num_experts']}"
             table.add_row(domain, budget, f"{100 * row['active']:.0f}%", *cells)
     console.print(table)
+
+
+def print_pretraining(report: dict[str, Any]) -> None:
+    """Perplexity and, where there are gates, the mean entropies of their choices, a row a domain."""
+    console = Console(markup=False)
+    total, active = (report["parameters"][key] / 1e6 for key in ("total", "active"))
+    table = Table(
+        title=f"{report['model_type']}, {total:.1f} M parameters, {active:.1f} M active: {report['steps']} steps, "
+        f"{report['tokens'] / 1e6:.2f} M tokens in {report['minutes']:.1f} min"
+    )
+    for heading in ("domain", "perplexity", "H(m)", "H(m|x)"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, perplexity in report["perplexity"].items():
+        gates = report["gates"].get(domain, [])
+        mean = lambda key, gates=gates: f"{sum(g[key] for g in gates) / len(gates):.3f}" if gates else ""  # noqa: E731
+        table.add_row(domain, f"{perplexity:.2f}", mean("marginal"), mean("conditional"))
+    console.print(table)
