@@ -13,6 +13,12 @@ from emoe._on_import import after_import
 if TYPE_CHECKING:
     from emoe.config import ConvertConfig as ConvertConfig
     from emoe.conversion.convert import convert as convert
+    from emoe.modeling.configuration_moduleformer import ModuleFormerConfig as ModuleFormerConfig
+    from emoe.modeling.modeling_moduleformer import ModuleFormerForCausalLM as ModuleFormerForCausalLM
+    from emoe.modeling.modeling_moduleformer import (
+        ModuleFormerForSequenceClassification as ModuleFormerForSequenceClassification,
+    )
+    from emoe.modeling.modeling_moduleformer import ModuleFormerModel as ModuleFormerModel
 
 __version__ = "0.1.0"
 
@@ -27,10 +33,25 @@ def _register_experts() -> None:
     import emoe_kernels.integrations.transformers  # noqa: F401 - registers itself
 
 
+def _register_moduleformer() -> None:
+    from emoe.modeling.auto import register_moduleformer_models
+
+    register_moduleformer_models()
+
+
 after_import("transformers.models.auto.configuration_auto", _register)
 after_import("transformers.integrations.moe", _register_experts)
+after_import("emoe.modeling.configuration_moduleformer", _register_moduleformer)
 
-_LAZY = {"convert": "emoe.conversion.convert", "ConvertConfig": "emoe.config", "export": "emoe.exporting"}
+_LAZY = {
+    "convert": "emoe.conversion.convert",
+    "ConvertConfig": "emoe.config",
+    "export": "emoe.exporting",
+    "ModuleFormerConfig": "emoe.modeling.configuration_moduleformer",
+    "ModuleFormerModel": "emoe.modeling.modeling_moduleformer",
+    "ModuleFormerForCausalLM": "emoe.modeling.modeling_moduleformer",
+    "ModuleFormerForSequenceClassification": "emoe.modeling.modeling_moduleformer",
+}
 
 
 def __getattr__(name: str):

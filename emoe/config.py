@@ -160,6 +160,141 @@ class RecoverConfig(Settings):
     overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
+class TuneConfig(Settings):
+    """Settings of training a model further on plain text."""
+
+    model: str = _setting("", "Folder of a causal language model, with experts or without.")
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    text: list[str] = _setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    train: Literal["all", "router", "new-modules", "lora"] = _setting(
+        "all",
+        "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
+        "LoRA's matrices on every linear, merged at the end.",
+    )
+    lora_rank: int = _setting(8, "Rank of LoRA's matrices.", ge=1)
+    loss: list[str] = _setting(
+        [],
+        "Losses on routers beside the next token's: concentration=X (few modules), balance=X, router=X (holds new or "
+        "all gate rows back).",
+    )
+    top_k: int | None = _setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
+    steps: int = _setting(300, "Optimizer steps.", ge=1)
+    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    tokens_per_step: int = _setting(2048, "Tokens an optimizer step.", ge=1)
+    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    learning_rate: float = _setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    held_out_tokens: int = _setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
+    held_out: list[str] = _setting([], "Text of other domains to measure on as well.")
+    evaluate_steps: int | None = _setting(None, "Optimizer steps between two measurements on the way.", ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
+    )
+    checkpoint_steps: int = _setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
+class PretrainConfig(Settings):
+    """Settings of pre-training: a new model on plain text of several domains."""
+
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    corpus: list[str] = _setting(
+        [], "Text of one domain: a built-in corpus, or name=path for a file, a folder or a dataset; give several."
+    )
+    mix: Literal["equal", "size"] = _setting("equal", "How often domains are drawn: equally, or by their size.")
+    corpus_tokens: int | None = _setting(None, "Most tokens read of each domain; default: all.", ge=1)
+    tokenizer: str = _setting("train", "A model's name or folder whose tokenizer to take, or 'train' for a new one.")
+    vocabulary: int = _setting(8192, "Tokens of a trained tokenizer (byte-level BPE).", ge=257)
+    architecture: dict[str, Any] = _setting({}, "model_type and fields of its transformers configuration.")
+    sequence_length: int = _setting(512, "Tokens a sequence; documents are packed end to end.", ge=8)
+    tokens_per_step: int = _setting(4096, "Tokens an optimizer step, all processes together.", ge=1)
+    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    steps: int = _setting(1000, "Optimizer steps.", ge=1)
+    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    learning_rate: float = _setting(1e-3, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    weight_decay: float = _setting(0.1, "AdamW's decay of matrices.", ge=0)
+    gradient_checkpointing: bool = _setting(False, "Recompute layers in the backward pass, for less memory.")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "Matrix products; auto: bfloat16 where this processor multiplies that faster."
+    )
+    held_out_share: float = _setting(0.05, "Share of each domain's text kept apart.", gt=0, lt=1)
+    held_out_tokens: int = _setting(16384, "Tokens of it that a domain is measured on.", ge=1)
+    evaluate_steps: int = _setting(250, "Optimizer steps between two evaluations.", ge=1)
+    log_steps: int = _setting(25, "Optimizer steps between two lines of the log.", ge=1)
+    checkpoint_steps: int = _setting(250, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
+class AnalyzeConfig(Settings):
+    """Settings of a look inside: which modules a model uses on which text."""
+
+    model: str = _setting("", "Folder of a checkpoint with experts.")
+    output: str = _setting("", "Folder for tables, plots and page; must not exist unless --overwrite or --resume.")
+    domains: list[str] = _setting([], "Text by name, NAME=TEXT; TEXT as for `emoe convert --calibration`.")
+    tokens: int = _setting(16384, "Tokens of each domain.", ge=1)
+    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = _setting(4, "Sequences a forward call.", ge=1)
+    top_k: int | None = _setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
+    energies: bool = _setting(True, "Also measure every expert's energy, and neurons; computes all of them.")
+    examples: int = _setting(10, "Tokens shown for each expert: those that activate it most.", ge=0)
+    knock_out: int = _setting(8, "Experts whose removal is tried on every domain: the most specialised.", ge=0)
+    knock_out_tokens: int = _setting(2048, "Tokens of each domain that a removal is tried on.", ge=1)
+    checkpoint_seconds: float = _setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
+    seed: int = _setting(0, "Seed of which blocks are drawn.", ge=0)
+    resume: bool = _setting(False, "Go on with an interrupted analysis of the same settings.")
+    overwrite: bool = _setting(False, "Replace an earlier analysis.")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that the measurements depend on."""
+        return self.model_dump(exclude={"output", "resume", "overwrite", "checkpoint_seconds"})
+
+
+class PruneConfig(Settings):
+    """Settings of taking modules out."""
+
+    model: str = _setting("", "Folder of a checkpoint with experts.")
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite is given.")
+    text: list[str] = _setting([], "Text of the task, on which use is counted; as for `emoe convert --calibration`.")
+    task: str | None = _setting(None, "Labelled task whose training text is counted on, instead of --text.")
+    keep: float | None = _setting(None, "Fraction that stays.", gt=0, le=1)
+    threshold: float | None = _setting(None, "Instead of --keep: normalised use that a module needs to stay.", ge=0)
+    normalise: Literal["max", "sum"] = _setting("max", "Use is over the layer's largest (max) or over its sum.")
+    count: Literal["probability", "hard", "energy"] = _setting(
+        "probability", "What is counted: choices weighted by probability, choices, or energy."
+    )
+    scope: Literal["model", "layer"] = _setting("model", "Whether --keep is of the whole model or of each layer.")
+    floor: int = _setting(1, "Modules that every layer keeps at least.", ge=0)
+    method: Literal["use", "random", "magnitude", "layers-uniform", "layers-top"] = _setting(
+        "use",
+        "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (the result is a "
+        "dense model), or whole layers, evenly spaced or the last ones.",
+    )
+    remove: Literal["last", "added"] | None = _setting(
+        None, "Instead of counting: take out what the last `emoe extend` added, or all that was ever added."
+    )
+    top_k: int | None = _setting(None, "K of the result; default: the model's own, clipped to what is left.", ge=1)
+    tokens: int = _setting(16384, "Tokens of text to count on.", ge=1)
+    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = _setting(4, "Sequences a forward call.", ge=1)
+    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
+class ExtendConfig(Settings):
+    """Settings of adding modules."""
+
+    model: str = _setting("", "Folder of a checkpoint with experts.")
+    output: str = _setting("", "Folder to write; must not exist unless --overwrite is given.")
+    experts: int = _setting(0, "FFN experts to add to each layer, of the size of the others.", ge=0)
+    attention: int = _setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
+    seed: int = _setting(0, "Seed of the new modules' weights.", ge=0)
+    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
 def flag_of(key: str) -> str:
     """``calibration_tokens`` → ``--calibration-tokens``."""
     return "--" + key.replace("_", "-")

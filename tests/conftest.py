@@ -75,3 +75,13 @@ def converted_llama(tiny_llama, settings, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "llama"
     emoe.convert(str(tiny_llama), output=output, **settings)
     return output
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port for processes that meet."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

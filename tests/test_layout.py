@@ -17,11 +17,10 @@ FLOORS = {
     **dict.fromkeys(("emoe_kernels", "emoe_configs"), 0),
     **dict.fromkeys(("errors", "config", "runtime", "distributed", "_on_import"), 1),
     **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets"), 2),
-    "modeling": 3,
+    **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
-    **dict.fromkeys(("conversion", "exporting"), 5),
-    "finetune": 6,
-    "report": 6,
+    **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),
+    **dict.fromkeys(("finetune", "pretrain", "report"), 6),
     "cli": 7,
 }
 """A module imports from its own floor and those beneath; `conversion` calls `report` through lazy imports only."""

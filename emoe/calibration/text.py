@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
+from emoe.assets.corpora import read_corpus
 from emoe.errors import UserError
 
 IN_DOMAIN = "calibration domain"
 """Name of the held-out text that comes from the calibration sources."""
+
+CORPUS = "corpus:"
+"""Prefix of the names of built-in corpora."""
 
 BUILTIN_CODE = "builtin-code"
 """A second text that is on every machine: the source code of Python's standard library."""
@@ -50,8 +54,9 @@ def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     """Pieces of text from one value of ``--calibration`` or another flag that takes text.
 
     Args:
-        source: "builtin", "builtin-code", a text file, a .jsonl file with a "text" field a line, a folder of text
-            files, or a dataset ``name[:config[:split]]`` for the `datasets` library.
+        source: "builtin", "builtin-code", "corpus:NAME" for a built-in corpus of `emoe.assets.corpora`, a text file,
+            a .jsonl file with a "text" field a line, a folder of text files, or a dataset ``name[:config[:split]]`` for
+            the `datasets` library.
 
     Raises:
         UserError: nothing of that name, or text that is not UTF-8.
@@ -64,6 +69,11 @@ def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     elif source == BUILTIN_CODE:
         for file in sorted(Path(json.__file__).parents[1].glob("*.py")):
             yield from _read_file(file, flag)
+    elif source.startswith(CORPUS):
+        try:
+            yield from read_corpus(source.removeprefix(CORPUS))
+        except UserError as error:
+            raise UserError(str(error).replace("--corpus", flag, 1)) from None
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         if not files:

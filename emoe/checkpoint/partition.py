@@ -1,7 +1,8 @@
 """``partition.safetensors``: which expert each neuron of the source belongs to, and what it was made from.
 
-``layers.{i}.labels`` is int32 of shape (F,): the expert of each *original* neuron. The converted weights hold the
-neurons sorted by (expert, original index), so the labels alone lead back to the source's order.
+``layers.{i}.labels`` is int32 of shape (F,): the expert of each *original* neuron, `GONE` where its expert was pruned.
+The converted weights hold the neurons sorted by (expert, original index), so the labels alone lead back to the source's
+order. Neurons that were added come behind those and have no label.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ from emoe.errors import UserError
 
 NAME = "partition.safetensors"
 
+GONE = -1
+"""Label of a neuron that is no longer there."""
+
 
 def order_of(labels_F: torch.Tensor) -> torch.Tensor:
-    """Original indices in their converted order: ``converted = source[order]``, (F,) int64."""
-    return torch.argsort(labels_F.long(), stable=True)
+    """Original indices in their converted order: ``converted = source[order]``, (F,) int64; without what is gone."""
+    return torch.argsort(labels_F.long(), stable=True)[int((labels_F == GONE).sum()) :]
 
 
 def inverse_of(order_F: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes ``order_F``, (F,) int64."""
-    inverse_F = torch.empty_like(order_F)
-    inverse_F[order_F] = torch.arange(len(order_F))
-    return inverse_F
+    """Places in the converted order of the neurons that are left, in the source's order, int64."""
+    return torch.argsort(order_F)
+
+
+def keep_experts(labels_F: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """Labels after pruning all experts but ``kept`` (ascending), which are numbered anew from 0."""
+    places_E = torch.full((max(int(labels_F.max()) + 1, 1 + max(kept, default=0)),), GONE, dtype=labels_F.dtype)
+    places_E[kept] = torch.arange(len(kept), dtype=labels_F.dtype)
+    return torch.where(labels_F == GONE, GONE, places_E[labels_F.long().clamp_min(0)])
 
 
 def digest_ffn(roles: dict[str, tuple[str, str]], tensors: dict[str, torch.Tensor]) -> str:
@@ -46,6 +55,7 @@ class Partition:
     """Labels by layer index, with the digest of the FFN weights that each was made from and facts about the making."""
 
     num_experts: int
+    """Equal parts that each layer was split into."""
     labels: dict[int, torch.Tensor] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
@@ -60,7 +70,7 @@ class Partition:
 
     @classmethod
     def load(cls, path: Path) -> Partition:
-        """Read and check: every layer's labels must be a partition into equal parts.
+        """Read and check: every layer's labels must be a partition into equal parts, or what pruning left of one.
 
         Raises:
             UserError: the file is missing, damaged, or its labels are not equal parts.
@@ -75,14 +85,22 @@ class Partition:
         except (SafetensorError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); convert the model again") from None
         for index, labels_F in labels.items():
-            check_labels(labels_F, experts, f"{path}, layer {index}")
+            check_labels(labels_F, experts, f"{path}, layer {index}", pruned=True)
         return cls(experts, labels, digests, facts)
 
 
-def check_labels(labels_F: torch.Tensor, num_experts: int, where: str) -> None:
-    """Raise `UserError` unless ``labels_F`` gives every one of ``num_experts`` experts equally many neurons."""
+def check_labels(labels_F: torch.Tensor, num_experts: int, where: str, *, pruned: bool = False) -> None:
+    """Raise `UserError` unless ``labels_F`` gives every one of ``num_experts`` experts equally many neurons.
+
+    Args:
+        pruned: some of the parts may be gone, the others numbered without gaps.
+    """
     valid = labels_F.ndim == 1 and labels_F.dtype == torch.int32 and len(labels_F) % num_experts == 0
-    if valid and ((labels_F < 0) | (labels_F >= num_experts)).any():
+    if valid and ((labels_F < (GONE if pruned else 0)) | (labels_F >= num_experts)).any():
         valid = False
-    if not valid or (torch.bincount(labels_F.long(), minlength=num_experts) != len(labels_F) // num_experts).any():
+    if valid:
+        sizes_E = torch.bincount(labels_F[labels_F != GONE].long())
+        left = len(sizes_E) if pruned else num_experts
+        valid = len(sizes_E) == left and bool((sizes_E == len(labels_F) // num_experts).all())
+    if not valid:
         raise UserError(f"{where}: labels are not {num_experts} equal parts; convert the model again")

@@ -15,6 +15,7 @@ def export(
     model: Annotated[Path, typer.Option("--model", help="Folder of a converted checkpoint.")],
     output: Annotated[Path, typer.Option("--output", help="Folder to write; must not exist.")],
     to: Annotated[str, typer.Option("--to", help="Format: dense.")] = "dense",
+    pad: Annotated[bool, typer.Option("--pad", help="Where layers differ in width, fill up with zeros.")] = False,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -23,7 +24,7 @@ def export(
     from emoe.cli.progress import progress_bar
 
     with progress_bar(quiet) as show:
-        result = formats.export(model, output, to, progress=show)
+        result = formats.export(model, output, to, pad=pad, progress=show)
     if json_output:
         print(json.dumps(result))
     elif not quiet:

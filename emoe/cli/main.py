@@ -8,7 +8,21 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, recover
+from emoe.cli import (
+    analyze,
+    convert,
+    doctor,
+    estimate,
+    export,
+    extend,
+    frontier,
+    inspect,
+    models,
+    pretrain,
+    prune,
+    recover,
+    tune,
+)
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -28,7 +42,12 @@ app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
+app.command("pretrain")(pretrain.pretrain)
 app.command("recover")(recover.recover)
+app.command("tune")(tune.tune)
+app.command("analyze")(analyze.analyze)
+app.command("prune")(prune.prune)
+app.command("extend")(extend.extend)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)

@@ -27,21 +27,24 @@ from emoe.runtime import fsync_directory, write_text
 
 STATE = "state.json"
 
+PRETRAINED = "emoe_pretrain.json"
+"""Report that lies in a model which `emoe pretrain` has made."""
+
 
 class Workspace:
     """The unfinished output of one conversion.
 
     Args:
         output: the folder that is to be.
-        source: the folder of the dense checkpoint, which the output may not overlap.
+        source: the folder of the dense checkpoint, which the output may not overlap; None if there is none.
         resume: an unfinished conversion may be there and is gone on with.
         overwrite: an earlier converted checkpoint, finished or not, may be there and is replaced.
         rank: number of this process among those that work on it; 0 alone looks after the folders.
     """
 
-    def __init__(self, output: Path, source: Path, *, resume: bool, overwrite: bool, rank: int = 0) -> None:
+    def __init__(self, output: Path, source: Path | None, *, resume: bool, overwrite: bool, rank: int = 0) -> None:
         self.rank = rank
-        self.output, self.source = output.absolute(), source.absolute()
+        self.output, self.source = output.absolute(), source.absolute() if source else None
         self.folder, self.state_folder, self.retired = (
             self.output.with_name(f".{self.output.name}.emoe-{kind}") for kind in ("partial", "state", "replaced")
         )
@@ -49,8 +52,8 @@ class Workspace:
 
     def check(self) -> None:
         """Raise `UserError` when something is in the way, before any work is done."""
-        here, there = self.output.resolve(), self.source.resolve()
-        if here == there or here in there.parents or there in here.parents:
+        here, there = self.output.resolve(), self.source and self.source.resolve()
+        if there and (here == there or here in there.parents or there in here.parents):
             raise UserError(f"--output: {self.output} overlaps the model's own folder {self.source}; choose another")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output: {self.output} is a file; choose another name")
@@ -59,9 +62,9 @@ class Workspace:
         if self.output.exists() and any(self.output.iterdir()):
             if not self.overwrite:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
-            if not self._is_converted(self.output):
+            if not self._is_ours(self.output):
                 raise UserError(
-                    f"--output: {self.output} is not a converted checkpoint, --overwrite will not touch it; "
+                    f"--output: {self.output} is not a checkpoint of ours, --overwrite will not touch it; "
                     "choose another folder"
                 )
         if self._unfinished() and not (self.resume or self.overwrite):
@@ -76,9 +79,11 @@ class Workspace:
             raise UserError(f"--output: {parent} is not writable; choose another folder")
 
     @staticmethod
-    def _is_converted(folder: Path) -> bool:
+    def _is_ours(folder: Path) -> bool:
+        if (folder / PRETRAINED).is_file():
+            return True
         try:
-            return str(read_json(folder / "config.json").get("model_type", "")).startswith("emoe_")
+            return str(read_json(folder / "config.json").get("model_type", "")).startswith(("emoe_", "moduleformer"))
         except UserError:
             return False
 

@@ -10,13 +10,16 @@ from emoe.errors import UserError, nearest
 FORMATS = {"dense": "the source's own architecture, neurons in their original order"}
 
 
-def export(model: str | Path, output: str | Path, to: str = "dense", *, progress: Callable | None = None) -> dict:
+def export(
+    model: str | Path, output: str | Path, to: str = "dense", *, pad: bool = False, progress: Callable | None = None
+) -> dict:
     """Write a converted checkpoint in another format.
 
     Args:
         model: folder of a converted checkpoint.
         output: folder to write; must not exist.
         to: a key of `FORMATS`.
+        pad: add neurons of zeros where layers differ in width after pruning.
 
     Raises:
         UserError: unknown format, not a converted checkpoint, or an output that exists.
@@ -31,7 +34,7 @@ def export(model: str | Path, output: str | Path, to: str = "dense", *, progress
     from emoe.exporting.dense import export_dense
 
     try:
-        return export_dense(model, output, progress or (lambda stage, done, total: None))
+        return export_dense(model, output, progress or (lambda stage, done, total: None), pad=pad)
     except OSError as error:
         raise UserError(
             f"--output: cannot write {output} ({error.strerror or error}); make room and try again"

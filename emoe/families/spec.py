@@ -69,6 +69,10 @@ class FamilySpec:
                 return getattr(config, name)
         return 4 * config.hidden_size
 
+    def width_key(self, raw_config: dict[str, Any]) -> str:
+        """The field of a config.json that says F, or may say it."""
+        return next((name for name in self.width_keys if raw_config.get(name)), self.width_keys[0])
+
     def spellings(self, name: str) -> tuple[str, ...]:
         """A parameter's name in transformers and the other ways in which checkpoints spell it."""
         others = (name.replace(new, old) for new, old in self.old_spellings if new in name)

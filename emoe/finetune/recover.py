@@ -9,18 +9,16 @@ Legend: B sequences, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 import emoe
 from emoe.calibration.text import TokenBlocks, load_blocks
@@ -33,16 +31,16 @@ from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
+from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run
+from emoe.finetune.states import same_settings, states
 from emoe.modeling.modeling_emoe import EMoEModelMixin
-from emoe.runtime import multiplies_bfloat16_fast, write_text
+from emoe.runtime import write_text
 
 SOURCE_S = "the source's"
 """What the provenance says of output matrices that were not refitted."""
 
 MEASURED = (0.25, 0.5, 0.75)
 """Shares of experts at which perplexity is measured before and after."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
@@ -58,12 +56,13 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     training = workspace.state_folder / "training"
     with workspace.open(Group()):
         try:
-            _same_settings(config, training)
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what="recovery")
             report = _recover(config, folder, workspace.folder, training, progress)
             workspace.publish()
             return report
         except UserError:
-            if not _states(training):  # nothing is lost
+            if not states(training):  # nothing is lost
                 workspace.abandon()
             raise
 
@@ -71,7 +70,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config, notes = _fit_sequences(config, folder)
+    config, notes = fit_sequences(config, folder)
     blocks = _read_text(config, tokenizer)
     progress("loading", 0, config.steps)
     student, teacher = _load(folder), _load_teacher(config, folder)
@@ -141,33 +140,6 @@ def _checked_model(config: RecoverConfig) -> Path:
     return folder
 
 
-def _fit_sequences(config: RecoverConfig, folder: Path) -> tuple[RecoverConfig, list[str]]:
-    """The settings with sequences that the model has positions for, and what to tell the user about it."""
-    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
-    if longest is None or config.sequence_length <= longest:
-        return config, []
-    note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
-    return config.model_copy(update={"sequence_length": longest}), [note]
-
-
-def _same_settings(config: RecoverConfig, training: Path) -> None:
-    """Refuse to go on with the states of another recovery."""
-    settings = json.dumps(config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"}))
-    kept = training / "settings.json"
-    if not config.resume or not _states(training):
-        shutil.rmtree(training, ignore_errors=True)
-        training.mkdir(parents=True)
-        write_text(kept, settings)
-    elif kept.read_text(encoding="utf-8") != settings:
-        raise UserError("--resume: the unfinished recovery had other settings; use the same ones or --overwrite")
-
-
-def _states(training: Path) -> list[Path]:
-    """Complete states of the Trainer, the latest last."""
-    found = [path for path in training.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
 def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
     return load_blocks(
         config.text,
@@ -226,7 +198,6 @@ def _freeze_all_but_ffns(student: EMoEModelMixin) -> None:
 @torch.no_grad()
 def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBlocks, progress: Progress) -> dict:
     """Perplexity by domain and share of active experts at each K; None leaves the model as it is."""
-    model.eval()
     results = {}
     for k in top_ks:
         progress("measuring", 0, 1)
@@ -235,30 +206,11 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
             model.set_top_k(k)
             count = lambda _, __, routing: load.add(routing.experts_NK)  # noqa: B023, E731 - removed below
             hooks = [ffn.router.register_forward_hook(count) for ffn in model.sparse_ffns().values()]
-        perplexity = {}
-        for domain, tokens in blocks.held_out.items():
-            nats = 0.0
-            for sequence in tokens.to(model.device):
-                logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
-                nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
-            perplexity[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
+        perplexity = perplexities(model, blocks.held_out)
         for hook in hooks:
             hook.remove()
         results[k] = {"perplexity": perplexity, "active": round(load.active, 4)}
     return results
-
-
-class _Sequences(torch.utils.data.Dataset):
-    """Token blocks as the Trainer wants them."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index]}
 
 
 class _Distiller(Trainer):
@@ -288,72 +240,19 @@ class _Distiller(Trainer):
         return (loss, found) if return_outputs else loss
 
 
-class _Watch(TrainerCallback):
-    """Progress, the time limit, and a stop before a loss that is no number does harm."""
-
-    def __init__(self, config: RecoverConfig, progress: Progress) -> None:
-        self.config, self.progress, self.start = config, progress, time.perf_counter()
-        self.shown = "training"
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
-                )
-            self.shown = f"loss {loss:.3f}"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress(self.shown, state.global_step, self.config.steps)
-        if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
-            control.should_training_stop = True
-
-
 def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progress) -> int:
     """Optimizer steps that were made."""
-    per_step = max(1, config.tokens_per_step // config.sequence_length)
-    batch = min(config.batch_sequences, per_step)
-    on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=config.steps,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=-(-per_step // batch),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, config.steps // 20),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=half,
-        use_cpu=on_cpu,
-        logging_steps=5,
-        logging_nan_inf_filter=False,
-        save_steps=config.checkpoint_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
-    )
     trainer = _Distiller(
         model=student,
-        args=arguments,
-        train_dataset=_Sequences(tokens),
+        args=arguments(config, work),
+        train_dataset=Sequences(tokens),
         teacher=teacher,
         top_ks=top_ks,
         kind=config.loss,
-        callbacks=[_Watch(config, progress)],
+        callbacks=[Watch(config, progress)],
     )
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
     teacher.to(trainer.args.device)
-    states = _states(work)
-    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
-    write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
-    return trainer.state.global_step
+    return run(trainer, work)
 
 
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know every family's converted form, without ``trust_remote_code``.
+    """Make transformers' Auto classes know our models, converted families and ModuleFormer, without remote code.
 
     Nothing is imported or built for it: this runs in the middle of transformers' own imports. Configurations are
     entered by name, as transformers enters its own; the model classes of a family follow when its first configuration
@@ -65,6 +65,7 @@ def register() -> None:
 
     from emoe.modeling import configuration_emoe
 
+    _register_moduleformer(configuration_auto.CONFIG_MAPPING)
     pending: dict[str, str] = {}
     mapping = configuration_auto.CONFIG_MAPPING
     for model_type in FAMILIES:
@@ -82,3 +83,30 @@ def register() -> None:
             getattr(transformers, auto).register(model_class.config_class, model_class, exist_ok=True)
 
     configuration_emoe.EMoEFields.on_create = staticmethod(register_models)
+
+
+def _register_moduleformer(mapping: Any) -> None:
+    """The same for ModuleFormer, whose classes are ours alone; `emoe` itself imports the configuration on first use."""
+    import emoe
+
+    mapping._mapping["moduleformer"] = "ModuleFormerConfig"
+    mapping._modules["moduleformer"] = emoe
+
+
+def register_moduleformer_models() -> None:
+    """Make the Auto classes know ModuleFormer's models when the first configuration is made; the models' module is not
+    imported before, since it may be the one that is importing the configuration."""
+    from emoe.modeling.configuration_moduleformer import ModuleFormerConfig
+
+    def register_models() -> None:
+        import transformers
+
+        from emoe.modeling import modeling_moduleformer
+
+        ModuleFormerConfig.on_create = None
+        for auto, path in modeling_moduleformer.AUTO_MAP.items():
+            if auto != "AutoConfig":
+                model_class = getattr(modeling_moduleformer, path.split(".")[1])
+                getattr(transformers, auto).register(ModuleFormerConfig, model_class, exist_ok=True)
+
+    ModuleFormerConfig.on_create = staticmethod(register_models)

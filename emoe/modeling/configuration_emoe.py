@@ -30,6 +30,13 @@ class EMoEFields:
     """The first so many experts are always chosen, and count towards K."""
     emoe_compensation: int = 0
     """Budget K at which routers hold the mean output of skipped experts, which is added; 0 for none."""
+    emoe_compensation_of: int | None = None
+    """Experts that a layer had when `emoe_compensation` was measured; None: `num_experts`."""
+    emoe_groups: list | None = None
+    """Experts of each layer in `emoe_layers` after surgery: [in the budget, added first, added next, …]. Added experts
+    come on top of the budget K. None: `num_experts` in the budget of every layer, none added."""
+    emoe_expert_size: int | None = None
+    """S: neurons of an expert, where `emoe_groups` is given; a layer's FFN is then S times its experts wide."""
     emoe_ffn: dict | None = None
     """Where the FFN of this family lives: names of its modules, as `emoe.families.FamilySpec.layout` gives them."""
     emoe_source: dict | None = None
@@ -46,10 +53,20 @@ class EMoEFields:
             self.on_create(self)
         self.emoe_layers = list(self.emoe_layers or [])
         self.emoe_ffn = dict(self.emoe_ffn or {})
+        if self.emoe_groups is not None:
+            self._check_groups()
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and num_experts={self.num_experts}"
             )
+
+    def _check_groups(self) -> None:
+        if len(self.emoe_groups) != len(self.emoe_layers) or not self.emoe_expert_size:
+            raise ValueError("emoe_groups needs one entry for each of emoe_layers, and emoe_expert_size")
+        if any(not group or group[0] < 1 or min(group) < 0 for group in self.emoe_groups):
+            raise ValueError("emoe_groups: every layer needs at least one expert in its budget")
+        if max(group[0] for group in self.emoe_groups) != self.num_experts:
+            raise ValueError(f"num_experts={self.num_experts} must be the largest budget group of emoe_groups")
 
 
 def _config_class(name: str) -> type:

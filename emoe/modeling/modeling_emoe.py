@@ -91,12 +91,18 @@ class Router(nn.Module):
     What a token gets depends on that token alone, never on its batch. The last two rules, and budgets that differ by
     layer, read the buffers ``bounds`` (E, 2) and ``threshold`` (E,): row K - 1 holds this layer's `Level` when a token
     may use K experts on average over tokens and layers. ``config.emoe_shared_experts`` first experts are always chosen.
+
+    After surgery (``config.emoe_groups``) a layer may have fewer experts than the budget's scale E goes to: it then
+    uses what it has. Experts that were added come on top of the budget: each is used by the tokens whose logit for it
+    is above 0, so that those there before are chosen as if nothing had been added.
     """
 
-    def __init__(self, config, width: int):
+    def __init__(self, config, width: int, group: list[int] | None = None):
         super().__init__()
-        self.gate, self.num_experts, self.top_k = config.emoe_gate, config.num_experts, config.num_experts_per_tok
+        self.gate, self.most, self.top_k = config.emoe_gate, config.num_experts, config.num_experts_per_tok
         self.rule, self.shared, self.width = config.emoe_routing, config.emoe_shared_experts, width
+        group = group or [config.num_experts]
+        self.budgeted, self.num_experts = group[0], sum(group)
         self._derived: tuple | None = None
         self._level: tuple | None = None
         if self.rule not in ("top-k", "threshold", "energy-share"):
@@ -110,9 +116,9 @@ class Router(nn.Module):
         elif self.gate != "average-key":
             raise ValueError(f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant")
         if self.rule != "top-k" or config.emoe_allocation != "uniform":
-            every_E2 = torch.arange(1, self.num_experts + 1)[:, None].repeat(1, 2)
+            every_E2 = torch.arange(1, self.most + 1)[:, None].repeat(1, 2)
             self.register_buffer("bounds", every_E2)
-            self.register_buffer("threshold", torch.zeros(self.num_experts, dtype=torch.float32))
+            self.register_buffer("threshold", torch.zeros(self.most, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and the like must not touch the gate: routing in bf16 picks other experts.
@@ -123,6 +129,11 @@ class Router(nn.Module):
             if after.dtype != torch.float32:
                 self._buffers[name] = before.to(device=after.device, dtype=torch.float32)
         return self
+
+    @property
+    def all_on(self) -> bool:
+        """Every token gets every expert: there is nothing to choose."""
+        return self.top_k == self.most and self.budgeted == self.num_experts
 
     def _from_weights(self, ffn) -> tuple[torch.Tensor, ...]:
         """Rows that the gate takes from the FFN's weights, fp32; kept in evaluation until a weight changes."""
@@ -163,18 +174,26 @@ class Router(nn.Module):
 
     def level(self) -> Level:
         """What the present budget means here; read from the tables once, since reading waits for a GPU."""
-        if "bounds" not in self._buffers:
-            return Level(*[max(self.top_k, self.shared)] * 2, 0.0)
+        if "bounds" not in self._buffers or self.top_k == self.most:
+            return Level(*[min(self.budgeted, max(self.top_k, self.shared))] * 2, 0.0)
         tables = (self.bounds, self.threshold)
         state = (self.top_k, *(t.data_ptr() for t in tables), *(0 if t.is_inference() else t._version for t in tables))
         if self._level is None or self._level[0] != state:
             row = self.top_k - 1
             least, most = self.bounds[row].tolist()  # a model loaded in another type may have made floats of them
-            self._level = (state, Level(int(least), int(most), self.threshold[row].item()))
+            least, most = min(int(least), self.budgeted), min(int(most), self.budgeted)
+            self._level = (state, Level(least, most, self.threshold[row].item()))
         return self._level[1]
 
     def choose(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """Experts (N, K) of each token from gate logits (N, E); -1 fills the rows of tokens that get fewer."""
+        if self.budgeted == self.num_experts:
+            return self._choose_in_budget(logits_NE)
+        added_A = torch.arange(self.budgeted, self.num_experts, device=logits_NE.device)
+        added_NA = torch.where(logits_NE[:, self.budgeted :] > 0, added_A, -1)
+        return torch.cat([self._choose_in_budget(logits_NE[:, : self.budgeted]), added_NA], 1)
+
+    def _choose_in_budget(self, logits_NE: torch.Tensor) -> torch.Tensor:
         level = self.level()
         if self.shared:
             logits_NE = torch.cat(
@@ -221,10 +240,11 @@ class Router(nn.Module):
                 return Routing(experts_NK, logits_NE)
             # Weights of exactly 1 through which gradients reach the gate: an expert whose output lowers the loss gets
             # a larger logit (straight-through, Bengio et al. 2013, arXiv 1308.3432). The unit is the distance to the
-            # least of the chosen.
+            # least of the chosen; for an added expert, to the 0 that it must exceed.
             chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0))
-            least_N1 = chosen_NK.detach().masked_fill(experts_NK < 0, torch.inf).amin(1, keepdim=True)
-            p_NK = (chosen_NK - least_N1).sigmoid()
+            added_NK = experts_NK >= self.budgeted
+            least_N1 = chosen_NK.detach().masked_fill((experts_NK < 0) | added_NK, torch.inf).amin(1, keepdim=True)
+            p_NK = (chosen_NK - torch.where(added_NK, 0.0, least_N1)).sigmoid()
             return Routing(experts_NK, logits_NE, 1 + p_NK - p_NK.detach())
 
 
@@ -263,16 +283,38 @@ def _fingerprint(weight: torch.Tensor) -> tuple:
 class SparseFFN:
     """Mixed into the stock module that holds a family's FFN: computes only the chosen experts."""
 
-    def become_sparse(self, config) -> None:
-        """Attach the router. The stock module's own parameters stay as they are, under their own names."""
-        self.layout, self.num_experts = config.emoe_ffn, config.num_experts
+    def become_sparse(self, config, group: list[int] | None = None) -> None:
+        """Attach the router. The stock module's own parameters stay as they are, under their own names.
+
+        Args:
+            group: this layer's entry of ``config.emoe_groups``: its linears get as many neurons as that says.
+        """
+        self.layout, self.num_experts = config.emoe_ffn, sum(group) if group else config.num_experts
         name = getattr(config, self.layout["activation_key"])
         self.act, self.activation = ACT2FN[name], KERNEL_ACTIVATIONS.get(name)
         self.gated = bool(self.layout["gate"] or self.layout["fused"])
-        self.router = Router(config, config.hidden_size)
+        self.router = Router(config, config.hidden_size, group)
+        if group:
+            self._resize(self.num_experts * config.emoe_expert_size)
         if config.emoe_compensation:  # of what is skipped at this budget: the mean over calibration text
             self.router.register_buffer("compensation", torch.zeros(config.hidden_size, dtype=torch.float32))
             self.compensated_k = config.emoe_compensation
+            self.compensated_of = config.emoe_compensation_of or config.num_experts
+
+    def _resize(self, width: int) -> None:
+        """Linears of `width` neurons in place of those of the source's width; a checkpoint fills them."""
+        for role in ("gate", "up", "down"):
+            if not self.layout[role]:
+                continue
+            old = self.linear(role)
+            into, out = _rows(old).shape[::-1]
+            into, out = (width, out) if role == "down" else (into, width * (2 if self.layout["fused"] else 1))
+            if isinstance(old, Conv1D):
+                new = Conv1D(out, into)
+            else:
+                new = nn.Linear(into, out, bias=old.bias is not None)
+            path, _, name = self.layout[role].rpartition(".")
+            setattr(self.get_submodule(path), name, new.to(device=old.weight.device, dtype=old.weight.dtype))
 
     def linear(self, role: str) -> nn.Module:
         """The linear that plays `role`: "gate", "up" or "down"."""
@@ -313,8 +355,8 @@ class SparseFFN:
 
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN of (…, D) → (…, D), without the dropout and LayerNorm that some families put behind it."""
-        if self.router.top_k == self.num_experts:
-            return self.linear("down")(self.hidden(x))
+        if self.router.all_on:
+            return self._compensated(self.linear("down")(self.hidden(x)))
         x_ND = x.reshape(-1, x.shape[-1])
         routing = self.router(x_ND, self)
         if self.activation is None or not self.plain:
@@ -343,10 +385,10 @@ class SparseFFN:
 
     def _compensated(self, y_ND: torch.Tensor) -> torch.Tensor:
         """Adds the mean output of skipped experts, where the checkpoint has it: in full at the budget it was measured
-        at, in proportion to what is skipped at others."""
-        if "compensation" not in self.router._buffers:
+        at, in proportion to what is skipped at others. Experts that were pruned since count as skipped."""
+        if "compensation" not in self.router._buffers or self.router.top_k == self.compensated_of:
             return y_ND
-        share = (self.num_experts - self.router.top_k) / max(1, self.num_experts - self.compensated_k)
+        share = (self.compensated_of - self.router.top_k) / max(1, self.compensated_of - self.compensated_k)
         return y_ND + (share * self.router.compensation).to(y_ND.dtype)
 
     def _masked(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -407,7 +449,7 @@ _HOSTS = {"module": SparseMLP, "bert-layer": SparseBertLayer, "opt-layer": Spars
 _SPARSE_CLASSES: dict[type, type] = {}
 
 
-def make_sparse(layer: nn.Module, config) -> SparseFFN:
+def make_sparse(layer: nn.Module, config, group: list[int] | None = None) -> SparseFFN:
     """Turn the FFN of one stock layer into a `SparseFFN`, in place: same parameters, same names, another forward."""
     layout = config.emoe_ffn
     holder = layer.get_submodule(layout["ffn"]) if layout["ffn"] else layer
@@ -415,7 +457,7 @@ def make_sparse(layer: nn.Module, config) -> SparseFFN:
     if stock not in _SPARSE_CLASSES:
         _SPARSE_CLASSES[stock] = type(f"{PREFIX}{stock.__name__}", (_HOSTS[layout["host"]], stock), {})
     holder.__class__ = _SPARSE_CLASSES[stock]
-    holder.become_sparse(config)
+    holder.become_sparse(config, group)
     return holder
 
 
@@ -428,9 +470,9 @@ class EMoEModelMixin:
         super().__init__(config, *args, **kwargs)
         base = getattr(self, self.base_model_prefix, self)
         layers = base.get_submodule(config.emoe_ffn["layers"])
-        for index in config.emoe_layers:
+        for place, index in enumerate(config.emoe_layers):
             if not any(isinstance(m, SparseFFN) for m in layers[index].modules()):  # a head may wrap our own base model
-                make_sparse(layers[index], config)
+                make_sparse(layers[index], config, config.emoe_groups[place] if config.emoe_groups else None)
         if self._no_split_modules:  # layers of the families that hold the FFN inline have got a new class name
             self._no_split_modules = [*self._no_split_modules, *(PREFIX + name for name in self._no_split_modules)]
 

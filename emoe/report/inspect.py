@@ -25,6 +25,23 @@ def _count_parameters(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _describe_moduleformer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a ModuleFormer: sizes, modules by layer, history."""
+    parts = {}
+    for kind, short in (("attention", "att"), ("ffn", "mlp")):
+        groups = config.get(f"{short}_groups") or [[config[f"n_{short}_experts"]]] * config["n_layer"]
+        parts[kind] = {"groups": groups, "a token": config[f"k_{short}"]}
+    return {
+        "folder": str(folder),
+        "model_type": "moduleformer",
+        "num_layers": config["n_layer"],
+        "modules": parts,
+        "gate": config.get("gate_type", "mlp"),
+        "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
+        "provenance": config.get("emoe_provenance") or {},
+    }
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """Config, provenance, partition, gate tables and report of a converted checkpoint, as plain types.
 
@@ -36,6 +53,8 @@ def describe(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
     config = read_json(folder / "config.json", "inspect")
+    if config.get("model_type") == "moduleformer":
+        return _describe_moduleformer(folder, config)
     if not str(config.get("model_type", "")).startswith("emoe_"):
         raise UserError(f"inspect: {folder} is not a converted checkpoint (model_type '{config.get('model_type')}')")
     partition = Partition.load(folder / PARTITION)
@@ -57,6 +76,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "allocation": config.get("emoe_allocation", "uniform"),
         "shared_experts": config.get("emoe_shared_experts", 0),
         "neurons_per_expert": len(next(iter(partition.labels.values()))) // partition.num_experts,
+        "groups": config.get("emoe_groups"),
         "parameters": _count_parameters(config),
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],

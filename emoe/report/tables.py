@@ -62,6 +62,9 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     """What `emoe inspect` shows; `brief` leaves the report out."""
     console = Console(markup=False)  # names come from files that others wrote
     provenance = found["provenance"]
+    if found["model_type"] == "moduleformer":
+        console.print(_moduleformer_table(found))
+        return
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -85,11 +88,73 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "seed": str(provenance["seed"]),
         "made by": f"emoe {provenance['emoe_version']}",
     }
+    if found["groups"]:
+        rows["experts by layer"] = ", ".join(" + ".join(map(str, group)) for group in found["groups"])
+    for number, step in enumerate(provenance.get("history", []), 1):
+        rows[f"history {number}"] = history_line(step)
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
     if found["report"] and not brief:
         print_report(found["report"])
+
+
+def _moduleformer_table(found: dict[str, Any]) -> Table:
+    """Modules by layer and history of a ModuleFormer."""
+    facts = Table(title=found["folder"], show_header=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("model type", f"moduleformer, {found['num_layers']} layers, gate {found['gate']}")
+    for kind, part in found["modules"].items():
+        groups = ", ".join(" + ".join(map(str, group)) for group in part["groups"])
+        facts.add_row(f"{kind} experts", f"{groups}; {part['a token']} a token")
+    facts.add_row("weights", format_bytes(found["bytes"]))
+    for number, step in enumerate(found["provenance"].get("history", []), 1):
+        facts.add_row(f"history {number}", history_line(step))
+    return facts
+
+
+def history_line(step: dict[str, Any]) -> str:
+    """One entry of a checkpoint's history: what, when, from what."""
+    said = [str(step.get("verb"))]
+    if step.get("added"):
+        said.append(", ".join(f"{number} {kind} experts a layer" for kind, number in step["added"].items()))
+    if step.get("settings"):
+        told = ("method", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
+        said.append(
+            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) is not None)
+        )
+    if step.get("steps"):
+        said.append(f"{step['steps']} steps")
+    if step.get("when"):
+        said.append(f"{step['when']}, from {step['from_digest'][:16]}")
+    return "; ".join(part for part in said if part)
+
+
+def print_surgery(report: dict[str, Any]) -> None:
+    """What pruning or extending changed."""
+    console = Console(markup=False)  # names come from files that others wrote
+    table = Table(title=f"{report['verb']} {report['model']}")
+    for heading in ("", "before", "after", "share"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in ("modules", "parameters", "bytes"):
+        if name in report:
+            before, after = report[name]["before"], report[name]["after"]
+            show = format_bytes if name == "bytes" else "{:,}".format
+            table.add_row(name, show(before), show(after), f"{after / before:.3f}")
+    console.print(table)
+
+
+def print_tuning(report: dict[str, Any]) -> None:
+    """Perplexity before and after, a row a domain."""
+    console = Console(markup=False)  # names come from files that others wrote
+    title = f"{report['model']}: {report['steps']} steps in {report['minutes']:.1f} min"
+    table = Table(title=f"{title}, {report['trained']:,} of {report['parameters']:,} parameters trained")
+    for heading in ("domain", "perplexity before", "after"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, found in report["perplexity"].items():
+        table.add_row(domain, f"{found['before']:.4g}", f"{found['after']:.4g}")
+    console.print(table)
 
 
 def print_recovery(report: dict[str, Any]) -> None:
@@ -104,4 +169,21 @@ def print_recovery(report: dict[str, Any]) -> None:
             cells = (f"{before:.4g}", f"{after:.4g}", f"{before / dense:.3f}", f"{after / dense:.3f}")
             budget = f"{row['top_k']} of {report['num_experts']}"
             table.add_row(domain, budget, f"{100 * row['active']:.0f}%", *cells)
+    console.print(table)
+
+
+def print_pretraining(report: dict[str, Any]) -> None:
+    """Perplexity and, where there are gates, the mean entropies of their choices, a row a domain."""
+    console = Console(markup=False)
+    total, active = (report["parameters"][key] / 1e6 for key in ("total", "active"))
+    table = Table(
+        title=f"{report['model_type']}, {total:.1f} M parameters, {active:.1f} M active: {report['steps']} steps, "
+        f"{report['tokens'] / 1e6:.2f} M tokens in {report['minutes']:.1f} min"
+    )
+    for heading in ("domain", "perplexity", "H(m)", "H(m|x)"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, perplexity in report["perplexity"].items():
+        gates = report["gates"].get(domain, [])
+        mean = lambda key, gates=gates: f"{sum(g[key] for g in gates) / len(gates):.3f}" if gates else ""  # noqa: E731
+        table.add_row(domain, f"{perplexity:.2f}", mean("marginal"), mean("conditional"))
     console.print(table)

@@ -132,9 +132,9 @@ inline void pack_rows(const BFloat16* const* rows, int64_t count, int64_t padded
   }
 }
 
-// src (rows, cols) fp32 with leading dimension ld -> dst (cols, rows) of T: element (r, c) goes to dst[c * dst_ld + r].
-template <typename T>
-void store_transposed(const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t dst_ld) {
+// src (rows, cols) with leading dimension ld -> dst (cols, rows) of T: element (r, c) goes to dst[c * dst_ld + r].
+template <typename From, typename T>
+void store_transposed(const From* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t dst_ld) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t live = std::min(kLanes, rows - r);
     for (int64_t c = 0; c < cols; c += kLanes) {

@@ -23,15 +23,22 @@ _ACTIVATIONS = {name: index for index, name in enumerate(ACTIVATIONS)}
 _CAN_MULTIPLY = {dtype: _ops.can_multiply(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    """Why the C++ kernels cannot compute in it here, or None."""
+    can = _CAN_MULTIPLY.get(dtype)
+    if can:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if can is None:
+        return f"the C++ kernels compute in float32 and bfloat16, not {name}"
+    return f"oneDNN has no {name} kernels for this processor (bfloat16 wants avx512_bf16 or AMX)"
+
+
 def supports(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | None) -> str | None:
     """None if `expert_ffn` takes these tensors, otherwise the reason."""
     dtype = x_ND.dtype
-    can = _CAN_MULTIPLY.get(dtype)
-    if not can:
-        name = str(dtype).removeprefix("torch.")
-        if can is None:
-            return f"the C++ kernels compute in float32 and bfloat16, not {name}"
-        return f"oneDNN has no {name} kernels for this processor (bfloat16 wants avx512_bf16 or AMX)"
+    if reason := refuses_dtype(dtype):
+        return reason
     S, D = up_ESD.shape[1:]
     if S == 0 or D == 0:
         return "there is nothing to compute: a width is 0"

@@ -1,0 +1,217 @@
+"""`emoe analyze`: which modules a model uses on which domain, and what happens without them.
+
+Text streams through the model block by block; sums are kept beside the output, so that an interrupted analysis goes on
+where it was. Legend: B blocks, T tokens of a block, C domains, E modules of a set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from emoe.analysis.collect import DomainUse
+from emoe.analysis.findings import describe_domains, findings
+from emoe.checkpoint.writer import save_tensors
+from emoe.config import AnalyzeConfig
+from emoe.errors import UserError
+from emoe.runtime import atomic_directory, write_text
+from emoe.surgery.modules import Anatomy, anatomy_of
+from emoe.surgery.usage import Progress, load_model, read_blocks, set_budget
+
+Write = Callable[[dict[str, Any], Path], None]
+"""(report, folder) → files for people."""
+
+REPORT = "usage.json"
+
+
+def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str, Any]:
+    """Measure, and write ``config.output``. Returns the report that also lies there as usage.json.
+
+    Raises:
+        UserError: domains that are not named or too short, a model without experts, an output in the way.
+    """
+    if not config.model:
+        raise UserError("--model: missing; give the folder of a checkpoint with experts")
+    folder, domains = Path(config.model), domain_sources(config.domains)
+    anatomy = anatomy_of(folder)
+    state = _State(config)
+    run = _Analysis(config, anatomy, domains, state, progress)
+    for name in domains:
+        run.domain(name)
+    report = run.report()
+    report["knock_out"] = run.knock_out(report["specialised"])
+    state.publish(report, write)
+    progress("done", 1, 1)
+    return report
+
+
+def domain_sources(given: list[str]) -> dict[str, str]:
+    """``["fiction=a.txt"]`` → ``{"fiction": "a.txt"}``.
+
+    Raises:
+        UserError: none, one without a name, or a name twice.
+    """
+    if not given:
+        raise UserError("--domains: missing; name at least one text, such as fiction=a.txt")
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, source = item.partition("=")
+        if not (name and equals and source):
+            raise UserError(f"--domains: '{item}' is not NAME=TEXT, such as fiction=a.txt")
+        if name in found:
+            raise UserError(f"--domains: the name '{name}' is given twice")
+        found[name] = source
+    return found
+
+
+class _State:
+    """A hidden folder beside the output that --resume starts from; it goes when the output is complete."""
+
+    def __init__(self, config: AnalyzeConfig) -> None:
+        if not config.output:
+            raise UserError("--output: missing; name the folder to write")
+        self.config, self.output = config, Path(config.output).absolute()
+        self.folder = self.output.with_name(f".{self.output.name}.emoe-analysis")
+        if self.output.exists() and any(self.output.iterdir()):
+            if not config.overwrite and not config.resume:
+                raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
+            if not (self.output / REPORT).is_file():
+                raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
+        settings = json.dumps(config.fingerprint())
+        kept = self.folder / "settings.json"
+        if config.resume and kept.is_file():
+            if kept.read_text(encoding="utf-8") != settings:
+                raise UserError("--resume: the unfinished analysis had other settings; use the same or --overwrite")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_text(kept, settings)
+
+    def load(self, number: int) -> dict[str, torch.Tensor] | None:
+        """Sums of domain ``number``, if there are any yet."""
+        path = self.folder / f"{number}.safetensors"
+        return load_file(path) if path.is_file() else None
+
+    def save(self, number: int, use: DomainUse) -> None:
+        """Replace the sums of domain ``number``."""
+        save_tensors(self.folder / f"{number}.safetensors", use.tensors())
+
+    def publish(self, report: dict[str, Any], write: Write) -> None:
+        """The output, complete or not at all."""
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        with atomic_directory(self.output) as folder:
+            write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+            write(report, folder)
+        shutil.rmtree(self.folder)
+
+
+class _Analysis:
+    """The model at work on the domains."""
+
+    def __init__(
+        self, config: AnalyzeConfig, anatomy: Anatomy, domains: dict[str, str], state: _State, progress: Progress
+    ) -> None:
+        self.config, self.anatomy, self.state, self.progress = config, anatomy, state, progress
+        self.sets = anatomy.sets()
+        self.blocks = {
+            name: read_blocks(
+                anatomy.folder,
+                [source],
+                length=config.sequence_length,
+                tokens=config.tokens,
+                seed=config.seed,
+                flag="--domains",
+            )
+            for name, source in domains.items()
+        }
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(anatomy.folder)
+        self.model = load_model(anatomy.folder, head=True)
+        set_budget(self.model, config.top_k)
+        self.use: dict[str, DomainUse] = {}
+        self.total = sum(map(len, self.blocks.values()))
+
+    @torch.no_grad()
+    def domain(self, name: str) -> None:
+        """Let the domain's blocks through, from where an interrupted analysis was."""
+        number, config = list(self.blocks).index(name), self.config
+        use = self.use[name] = DomainUse(self.sets, config.examples)
+        kept = self.state.load(number)
+        if kept:
+            use.restore(kept)
+        before, last = sum(len(self.blocks[n]) for n in list(self.blocks)[:number]), time.monotonic()
+        with self.anatomy.watch(self.model, use.add, energies=config.energies):
+            while use.blocks < len(self.blocks[name]):
+                part_BT = self.blocks[name][use.blocks :][: config.batch_sequences]
+                self.progress(name, before + use.blocks, self.total)
+                use.nats += self._nats(part_BT)
+                use.scored += part_BT[:, 1:].numel()
+                use.blocks += len(part_BT)
+                if time.monotonic() - last >= config.checkpoint_seconds:
+                    self.state.save(number, use)
+                    last = time.monotonic()
+        self.state.save(number, use)
+
+    def _nats(self, part_BT: torch.Tensor) -> float:
+        """Sum of next-token losses."""
+        logits_BTV = self.model(part_BT, use_cache=False).logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), part_BT[:, 1:].flatten(), reduction="sum"
+        ).item()
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the knock-out."""
+        return {
+            "model": self.config.model,
+            "settings": self.config.fingerprint(),
+            "domains": describe_domains(self.use),
+            **findings(self.sets, self.use, self._example),
+        }
+
+    def _example(self, domain: str, place: int) -> dict[str, str]:
+        """A token with what stands before and behind it."""
+        blocks_BT = self.blocks[domain]
+        block, at = divmod(place, blocks_BT.shape[1])
+        say = lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
+        row_T = blocks_BT[block]
+        return {
+            "domain": domain,
+            "before": say(row_T[max(0, at - 12) : at]),
+            "token": say(row_T[at : at + 1]),
+            "behind": say(row_T[at + 1 : at + 7]),
+        }
+
+    @torch.no_grad()
+    def knock_out(self, ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What each domain loses without each of the most specialised modules, in nats a token."""
+        config, found = self.config, []
+        few = {name: b[: max(1, config.knock_out_tokens // b.shape[1])] for name, b in self.blocks.items()}
+        kept = self.state.folder / "knock_out.json"
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        tried = [None, *ranked[: config.knock_out]] if config.knock_out else []
+        for done, row in enumerate(tried):
+            self.progress("knock-out", done, len(tried))
+            key = "none" if row is None else f"{row['set']}/{row['expert']}"
+            if key not in known:
+                out = nullcontext() if row is None else self.anatomy.without(self.model, row["set"], row["expert"])
+                with out:
+                    known[key] = {name: self._mean_loss(blocks_BT) for name, blocks_BT in few.items()}
+                write_text(kept, json.dumps(known))
+            if row is not None:
+                change = {name: loss - known["none"][name] for name, loss in known[key].items()}
+                found.append({"set": row["set"], "expert": row["expert"], "domain": row["domain"], "change": change})
+        return found
+
+    def _mean_loss(self, blocks_BT: torch.Tensor) -> float:
+        nats = math.fsum(self._nats(part_BT) for part_BT in blocks_BT.split(self.config.batch_sequences))
+        return nats / blocks_BT[:, 1:].numel()

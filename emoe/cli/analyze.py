@@ -1,0 +1,39 @@
+"""`emoe analyze`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
+from emoe.config import AnalyzeConfig, merge_settings
+
+
+@with_settings(settings=AnalyzeConfig)
+def analyze(
+    flags: dict[str, Any],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[NAME=TEXT]...", help="Further --domains.")] = None,
+    config: ConfigFile = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look inside a model: which experts it uses on which text, and what happens without them."""
+    if more:
+        flags["domains"] = [*flags.get("domains", []), *more]
+    settings = merge_settings(AnalyzeConfig, flags, config)
+
+    from emoe.cli.progress import progress_bar, silence_libraries
+
+    silence_libraries()
+    from emoe.analysis.analyze import analyze as run
+    from emoe.report.usage import print_usage, write_usage
+
+    with progress_bar(quiet, unit="steps") as show:
+        report = run(settings, show, write_usage)
+    if json_output:
+        print(json.dumps(report, indent=2))
+    elif not quiet:
+        print_usage(report)
+        print(f"written: {settings.output}/index.html, usage.json and plots")

@@ -1,0 +1,118 @@
+"""What our uses of transformers' Trainer have in common: data, states to resume from, the watch, the settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from emoe.errors import UserError
+from emoe.finetune.states import states
+from emoe.runtime import multiplies_bfloat16_fast, write_text
+
+Progress = Callable[[str, int, int], None]
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Token blocks as the Trainer wants them."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index]}
+
+
+class Watch(TrainerCallback):
+    """Progress, the time limit, and a stop before a loss that is no number does harm."""
+
+    def __init__(self, config: Any, progress: Progress) -> None:
+        self.config, self.progress, self.start = config, progress, time.perf_counter()
+        self.shown = "training"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
+                )
+            self.shown = f"loss {loss:.3f}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(self.shown, state.global_step, self.config.steps)
+        if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
+            control.should_training_stop = True
+
+
+def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
+    """The settings with sequences that the model has positions for, and what to tell the user about it."""
+    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    if longest is None or config.sequence_length <= longest:
+        return config, []
+    note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
+    return config.model_copy(update={"sequence_length": longest}), [note]
+
+
+def arguments(config: Any, work: Path) -> TrainingArguments:
+    """The Trainer's settings. No weight decay: what gets no gradient must stay as it is."""
+    per_step = max(1, config.tokens_per_step // config.sequence_length)
+    batch = min(config.batch_sequences, per_step)
+    on_cpu = not torch.cuda.is_available()
+    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=config.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=-(-per_step // batch),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 20),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=half,
+        use_cpu=on_cpu,
+        logging_steps=5,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+
+
+def run(trainer: Trainer, work: Path) -> int:
+    """Train, from the last state if there is one, and write log.jsonl. Returns the optimizer steps that were made."""
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    found = states(work)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    return trainer.state.global_step
+
+
+@torch.no_grad()
+def perplexities(model: torch.nn.Module, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of the next token, by domain."""
+    model.eval()
+    found = {}
+    for domain, tokens in held_out.items():
+        nats = 0.0
+        for sequence in tokens.to(model.device):
+            logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
+            nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
+        found[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
+    return found

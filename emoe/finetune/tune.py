@@ -1,0 +1,199 @@
+"""Train a model further on plain text, whole or in part: what `emoe extend` added, its gates, or LoRA's matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import emoe
+from emoe.calibration.text import load_blocks
+from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.config import TuneConfig
+from emoe.conversion.workspace import Workspace
+from emoe.distributed import Group
+from emoe.errors import UserError
+from emoe.finetune.loop import (
+    Progress,
+    Sequences,
+    Watch,
+    arguments,
+    fit_sequences,
+    perplexities,
+    run,
+)
+from emoe.finetune.states import same_settings, states
+from emoe.runtime import write_text
+from emoe.surgery.history import entry
+from emoe.surgery.modules import Anatomy, anatomy_of
+from emoe.surgery.training import Frozen, RouterLosses, parse_losses, train_only, trained_entries
+from emoe.surgery.usage import load_model, set_budget
+
+
+def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
+    """Train ``config.model`` and write ``config.output``. Returns the report that also lies there.
+
+    Raises:
+        UserError: no causal language model, nothing of the kind to train, too little text, an output in the way.
+    """
+    if not config.model:
+        raise UserError("--model: missing; give the folder of a causal language model")
+    if not config.output:
+        raise UserError("--output: missing; name the folder to write")
+    parse_losses(config.loss)
+    folder = Path(config.model)
+    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
+    training = workspace.state_folder / "training"
+    with workspace.open(Group()):
+        try:
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what="training")
+            report = _tune(config, folder, workspace.folder, training, progress)
+            workspace.publish()
+            return report
+        except UserError:
+            if not states(training):  # nothing is lost
+                workspace.abandon()
+            raise
+
+
+def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
+    transformers.set_seed(config.seed)
+    config, notes = fit_sequences(config, folder)
+    blocks = load_blocks(
+        config.text,
+        transformers.AutoTokenizer.from_pretrained(folder),
+        length=config.sequence_length,
+        calibration_tokens=config.steps * config.tokens_per_step,
+        held_out_tokens=config.held_out_tokens,
+        held_out=config.held_out,
+        seed=config.seed,
+        flag="--text",
+    )
+    progress("loading", 0, config.steps)
+    model = load_model(folder, head=True)
+    own_k = getattr(model.config, "num_experts_per_tok", None)
+    set_budget(model, config.top_k)
+    anatomy = _anatomy(folder, config)
+    before = perplexities(model, blocks.held_out)
+    model, frozen = _prepare(model, anatomy, config)
+    trained = trained_entries(model, frozen)
+    losses = RouterLosses(model, anatomy, parse_losses(config.loss), _what(config)) if config.loss else None
+    start = time.perf_counter()
+    trainer = _Tuner(
+        model=model,
+        args=arguments(config, training),
+        train_dataset=Sequences(blocks.calibration),
+        callbacks=[Watch(config, progress), _Curve(config.evaluate_steps, blocks.held_out)],
+        losses=losses,
+    )
+    steps = run(trainer, training)
+    minutes = (time.perf_counter() - start) / 60
+    if losses:
+        losses.close()
+    frozen.check(model)
+    if config.train == "lora":
+        model = model.merge_and_unload()
+    after = perplexities(model, blocks.held_out)
+    report = {
+        "verb": "tune",
+        "model": config.model,
+        "steps": steps,
+        "minutes": round(minutes, 2),
+        "tokens": steps * config.tokens_per_step,
+        "trained": trained,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
+        "curve": [row for row in trainer.state.log_history if "perplexity" in row],
+        "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
+        "notes": notes,
+        "emoe": emoe.__version__,
+        "torch": torch.__version__,
+    }
+    progress("writing", config.steps, config.steps)
+    if config.top_k is not None:
+        set_budget(model, own_k)
+    _write(model, anatomy, folder, target, report)
+    progress("done", config.steps, config.steps)
+    return report
+
+
+def _what(config: TuneConfig) -> str:
+    return "all" if config.train == "lora" else config.train
+
+
+def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:
+    """None for a model without modules, which can be trained whole or by LoRA, without losses on routers."""
+    try:
+        return anatomy_of(folder)
+    except UserError:
+        if config.train in ("router", "new-modules") or config.loss:
+            raise
+        return None
+
+
+def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> tuple[nn.Module, Frozen]:
+    if config.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+        return get_peft_model(model, settings), Frozen({}, {})
+    return model, train_only(model, anatomy, config.train) if anatomy else Frozen({}, {})
+
+
+class _Tuner(Trainer):
+    """Next-token loss plus those on routers."""
+
+    def __init__(self, *args: Any, losses: RouterLosses | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses = losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # The model's own loss would add its balancing loss, which is not what is asked for here.
+        ids_BT = inputs["input_ids"]
+        found = model(input_ids=ids_BT, use_cache=False)
+        logits_NV = found.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits_NV, ids_BT[:, 1:].flatten())
+        if self.losses:
+            loss = loss + self.losses.take()
+        return (loss, found) if return_outputs else loss
+
+
+class _Curve(TrainerCallback):
+    """Perplexities on the way, kept among the Trainer's log, so that a resumed run has them too."""
+
+    def __init__(self, interval: int | None, held_out: dict[str, torch.Tensor]) -> None:
+        self.interval, self.held_out = interval, held_out
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.interval and state.global_step % self.interval == 0:
+            state.log_history.append({"step": state.global_step, "perplexity": perplexities(model, self.held_out)})
+            model.train()
+
+
+def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path, report: dict[str, Any]) -> None:
+    """The trained checkpoint, into a folder that is not yet the output."""
+    if anatomy:
+        for ffn in model.sparse_ffns().values() if hasattr(model, "sparse_ffns") else ():
+            ffn.router.learn(False)
+        step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
+        facts = anatomy.with_history({}, [*anatomy.history, step])["emoe_provenance"]
+        model.config.emoe_provenance = {**(anatomy.config.get("emoe_provenance") or {}), **facts}
+    model.config._name_or_path = str(folder)
+    model.save_pretrained(target)
+    copy_companions(folder, target)
+    if (folder / PARTITION).is_file():
+        shutil.copyfile(folder / PARTITION, target / PARTITION)
+    write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
+    for file in target.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())

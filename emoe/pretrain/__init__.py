@@ -1,0 +1,1 @@
+"""Training a new language model from scratch: text, tokenizer, loop, evaluation."""

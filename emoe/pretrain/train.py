@@ -1,0 +1,269 @@
+"""`emoe pretrain`: a new causal language model from plain text, by transformers' Trainer.
+
+ModuleFormers, their baselines and any other architecture of transformers go the same way; what is ours is the text, the
+log of the gates and the evaluation by domain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import emoe
+from emoe.config import PretrainConfig
+from emoe.conversion.workspace import PRETRAINED, Workspace
+from emoe.distributed import Group
+from emoe.errors import UserError, nearest
+from emoe.finetune.states import same_settings, states
+from emoe.moduleformer.sizes import count_parameters
+from emoe.moduleformer.usage import GateUsage
+from emoe.pretrain.evaluate import evaluate
+from emoe.pretrain.text import Domain, load_domain, mixed, parse_domains
+from emoe.pretrain.tokenizer import load_tokenizer
+from emoe.runtime import multiplies_bfloat16_fast, write_text
+
+LOG = "log.jsonl"
+
+Progress = Callable[[str, int, int], None]
+
+
+def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
+    """Train ``config.architecture`` on ``config.corpus`` and write ``config.output``. Returns the report.
+
+    Raises:
+        UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges.
+    """
+    if not config.output:
+        raise UserError("--output: missing; name the folder to write")
+    domains, group = parse_domains(config.corpus), Group()
+    new_model_config(config.architecture)
+    if config.tokens_per_step < config.sequence_length * group.size:
+        raise UserError(
+            f"--tokens-per-step: {config.tokens_per_step} is less than a sequence of {config.sequence_length} tokens "
+            f"for each of {group.size} processes; raise it or lower --sequence-length"
+        )
+    workspace = Workspace(Path(config.output), None, resume=config.resume, overwrite=config.overwrite, rank=group.rank)
+    training = workspace.state_folder / "training"
+    with workspace.open(group):
+        try:
+            exclude = {"resume", "overwrite", "output", "minutes", "checkpoint_steps"}
+            settings = config.model_dump(exclude=exclude)
+            group.first_then_all(lambda: same_settings(settings, training, resume=config.resume, what="training"))
+            report = _pretrain(config, domains, workspace.folder, training, group, progress)
+            group.first_then_all(workspace.publish)
+            return report
+        except UserError:
+            if not states(training):  # nothing is lost
+                workspace.abandon()
+            raise
+
+
+def _pretrain(
+    config: PretrainConfig, domains: list[Domain], target: Path, training: Path, group: Group, progress: Progress
+) -> dict[str, Any]:
+    transformers.set_seed(config.seed)
+    progress("tokenizer", 0, config.steps)
+    group.first_then_all(lambda: load_tokenizer(config, domains, training / "tokenizer") and None)
+    tokenizer = load_tokenizer(config, domains, training / "tokenizer")
+    progress("reading text", 0, config.steps)
+    common = {"length": config.sequence_length, "share": config.held_out_share}
+    parts = [load_domain(d, tokenizer, held_out=False, most=config.corpus_tokens, **common) for d in domains]
+    held_out = {
+        d.name: load_domain(d, tokenizer, held_out=True, most=config.held_out_tokens, **common) for d in domains
+    }
+    tokens = {name: part.with_format("torch")["input_ids"][:].long() for name, part in held_out.items()}
+    architecture = dict(config.architecture)
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        architecture.setdefault(field, getattr(tokenizer, field))
+    model_config = new_model_config({"vocab_size": len(tokenizer), **architecture})
+    if model_config.vocab_size < len(tokenizer):
+        raise UserError(f"architecture: vocab_size={model_config.vocab_size}, the tokenizer has {len(tokenizer)}")
+    model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = _trainer(config, model, mixed(parts, config.mix, config.seed), tokens, training, target, group, progress)
+    kept = states(training)
+    start, first = time.perf_counter(), int(kept[-1].name.split("-")[1]) if kept else 0
+    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    seconds, steps = time.perf_counter() - start, trainer.state.global_step
+    results = trainer.measure()
+    counts = count_parameters(model)
+    report = {
+        "model_type": model_config.model_type,
+        "parameters": counts._asdict(),
+        "steps": steps,
+        "tokens": steps * trainer.tokens_per_step,
+        "minutes": round(seconds / 60, 2),
+        "tokens_per_second": round((steps - first) * trainer.tokens_per_step / max(seconds, 1e-9)),
+        "corpus_tokens": {d.name: len(p) * config.sequence_length for d, p in zip(domains, parts, strict=True)},
+        "perplexity": {name: round(result["perplexity"], 4) for name, result in results.items()},
+        "gates": {name: result["gates"] for name, result in results.items() if result["gates"]},
+        "settings": config.model_dump(exclude={"output", "resume", "overwrite"}),
+        "emoe": emoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    progress("writing", steps, config.steps)
+    group.first_then_all(lambda: _write(model, tokenizer, target, report))
+    progress("done", steps, config.steps)
+    return report
+
+
+def new_model_config(architecture: dict[str, Any]) -> Any:
+    """The transformers configuration of an ``architecture`` mapping.
+
+    Raises:
+        UserError: no or an unknown model_type, a field it does not have, or values that it refuses.
+    """
+    fields = dict(architecture)
+    model_type = fields.pop("model_type", None)
+    known = transformers.CONFIG_MAPPING
+    if not model_type or model_type not in known:
+        hint = nearest(str(model_type), known.keys()) if model_type else ""
+        raise UserError(
+            f"architecture: model_type {model_type!r} is unknown{hint}; "
+            "write e.g. 'model_type: moduleformer' into the file of --config"
+        )
+    kind = known[model_type]
+    names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    for field in fields:
+        if field not in names:
+            raise UserError(f"architecture: {model_type} has no field '{field}'{nearest(field, names)}")
+    try:
+        return kind(**fields)
+    except Exception as error:  # transformers' strict dataclasses raise their own kinds
+        raise UserError(f"architecture: {' '.join(str(error).split())}") from None
+
+
+class _Pretrainer(Trainer):
+    """Trainer that logs what the gates do, and measures by domain."""
+
+    def __init__(self, *args: Any, tokens_per_step: int, log_file: Path, group: Group, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_step, self.log_file, self.group = tokens_per_step, log_file, group
+        self.usage = GateUsage(self.model, training=True)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """A line of the log: loss, learning rate, gradient norm, tokens, and the gates since the last line."""
+        if "loss" in logs:
+            logs = {**logs, "tokens": self.state.global_step * self.tokens_per_step}
+            gates = self.usage.take(self.group.total)
+            if gates:
+                logs["gates"] = gates
+        super().log(logs, *args, **kwargs)
+        if self.group.first:
+            write_text(self.log_file, "".join(json.dumps(entry) + "\n" for entry in self.state.log_history))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What the Trainer calls now and then: a line of the log with the perplexity of each domain."""
+        found = {name: round(result["perplexity"], 4) for name, result in self.measure().items()}
+        self.log({"perplexity": found})
+        metrics = {f"eval_perplexity_{name}": value for name, value in found.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        """`evaluate` of the model as it is."""
+        autocast = torch.bfloat16 if self.args.bf16 else None
+        return evaluate(
+            self.accelerator.unwrap_model(self.model),
+            self.eval_dataset,
+            batch_sequences=self.args.per_device_train_batch_size,
+            autocast=autocast,
+        )
+
+
+class _Watch(TrainerCallback):
+    """Progress, the time limit, and a stop before a loss that is no number does harm."""
+
+    def __init__(self, config: PretrainConfig, progress: Progress) -> None:
+        self.config, self.progress, self.start = config, progress, time.perf_counter()
+        self.shown = "training"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
+                )
+            self.shown = f"loss {loss:.3f}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(self.shown, state.global_step, self.config.steps)
+        if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
+            control.should_training_stop = True
+
+
+def _trainer(config, model, train_set, domains, work: Path, target: Path, group: Group, progress) -> _Pretrainer:
+    per_step = config.tokens_per_step // config.sequence_length // group.size
+    batch = min(config.batch_sequences, per_step)
+    accumulated = per_step // batch
+    on_cpu = not torch.cuda.is_available()
+    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=config.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 20),
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=half,
+        use_cpu=on_cpu,
+        eval_strategy="steps",
+        eval_steps=config.evaluate_steps,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=True if group.size > 1 else None,  # an expert may have no token of this process
+    )
+    trainer = _Pretrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        data_collator=_collate,
+        callbacks=[_Watch(config, progress)],
+        eval_dataset=domains,
+        tokens_per_step=batch * accumulated * config.sequence_length * group.size,
+        log_file=target / LOG,
+        group=group,
+    )
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    ids_BT = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
+    return {"input_ids": ids_BT, "labels": ids_BT}
+
+
+def _write(model: Any, tokenizer: Any, target: Path, report: dict[str, Any]) -> None:
+    """The model and what it was made with, into a folder that is not yet the output."""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    write_text(target / PRETRAINED, json.dumps(report, indent=2) + "\n")
+    for file in target.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())

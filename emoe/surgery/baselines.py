@@ -1,0 +1,159 @@
+"""What pruning of modules is compared with: dropping layers, and structured pruning of neurons by magnitude.
+
+Legend: N tokens, F neurons, L layers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.checkpoint.companions import source_config
+from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.config import PruneConfig
+from emoe.errors import UserError
+from emoe.families.neurons import neuron_axis
+from emoe.surgery.converted import Converted
+from emoe.surgery.history import entry
+from emoe.surgery.modules import Anatomy, Seen
+from emoe.surgery.rewrite import Progress, rewrite
+from emoe.surgery.selection import TIE, normalised
+from emoe.surgery.usage import load_model, read_blocks
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+"""Names of the number of layers in config.json."""
+
+
+def layers_kept(total: int, keep: float, method: str) -> list[int]:
+    """Numbers of the layers that stay: evenly spaced with the first and the last among them, or the first ones."""
+    number = max(1, round(keep * total))
+    if method == "layers-top":
+        return list(range(number))
+    return torch.linspace(0, total - 1, number).round().int().tolist() if number > 1 else [0]
+
+
+def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
+    """Whole layers go; the rest are numbered anew."""
+    if not isinstance(anatomy, Converted):
+        raise UserError(f"--method: {config.method} works on converted models only")
+    raw, reader = dict(anatomy.config), anatomy.reader
+    if raw.get("attention_types"):
+        raise UserError(f"--method: {config.method} cannot renumber attention_types of this family; use another method")
+    kept = layers_kept(reader.num_layers, config.keep, config.method)
+    places = {old: new for new, old in enumerate(kept)}
+    if not any(layer in places for layer in raw["emoe_layers"]):
+        raise UserError(f"--keep: {config.keep} leaves no converted layer; keep more")
+    for key, value in raw.items():
+        if key in LAYER_COUNTS:
+            raw[key] = len(kept)
+        elif isinstance(value, list) and len(value) == reader.num_layers and key == "layer_types":
+            raw[key] = [value[layer] for layer in kept]
+    here = [place for place, layer in enumerate(raw["emoe_layers"]) if layer in places]
+    if raw.get("emoe_groups"):
+        raw["emoe_groups"] = [raw["emoe_groups"][place] for place in here]
+    raw["emoe_layers"] = [places[raw["emoe_layers"][place]] for place in here]
+    start = f"{reader.prefix}{reader.spec.layers}."
+    pattern = re.compile(rf"{re.escape(start)}(\d+)\.(.*)")
+
+    def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        found = pattern.fullmatch(name)
+        if not found:
+            return name, tensor
+        layer = int(found[1])
+        return (f"{start}{places[layer]}.{found[2]}", tensor) if layer in places else None
+
+    def companions(target: Path) -> None:
+        anatomy.write_companions(target, {})
+        partition = anatomy.partition
+        partition.labels = {places[i]: labels for i, labels in partition.labels.items() if i in places}
+        partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}
+        partition.save(target / PARTITION)
+
+    facts = config.model_dump(include={"method", "keep"})
+    history = [*anatomy.history, entry("prune", anatomy.folder, settings=facts, kept=kept)]
+    report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": []}
+    report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": _modules_in(anatomy, places)}
+    final = anatomy.with_history(raw, history)
+    return rewrite(
+        anatomy.folder,
+        config.output,
+        edit,
+        final,
+        companions,
+        report,
+        overwrite=config.overwrite,
+        progress=progress,
+    )
+
+
+def _modules_in(anatomy: Anatomy, layers: dict[int, int]) -> int:
+    return sum(found.count for found in anatomy.sets() if found.layer in layers)
+
+
+def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
+    """Neurons of least ‖w_down‖·mean|h| go, the same number from each layer; what is left is a stock dense model.
+
+    Source: the norm of weights times activations as in Wanda (Sun et al. 2023, arXiv 2306.11695), summed over a neuron.
+    """
+    if not isinstance(anatomy, Converted):
+        raise UserError("--method: magnitude works on converted models only")
+    reader, raw = anatomy.reader, source_config(anatomy.config)
+    if len(anatomy.config["emoe_layers"]) != reader.num_layers:
+        raise UserError("--method: magnitude needs a model with all layers converted: a dense one has a single width")
+    if config.threshold is not None:
+        raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
+    score = _magnitudes(anatomy, config, progress)
+    widths = {len(score_F) for score_F in score.values()}
+    number = max(1, round(config.keep * min(widths)))
+    kept = {
+        layer: (normalised(score_F, "max") / TIE).round().argsort(descending=True, stable=True)[:number].sort().values
+        for layer, score_F in score.items()
+    }
+    roles = {name: (layer, *role) for layer in kept for name, role in reader.ffn_tensors(layer).items()}
+
+    def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        if ".router." in name:
+            return None
+        axis = neuron_axis(reader.spec, *roles[name][1:]) if name in roles else None
+        if axis is None:
+            return name, tensor
+        index = kept[roles[name][0]]
+        if reader.spec.fused and roles[name][1] == "up":
+            index = torch.cat([index, index + tensor.shape[axis] // 2])
+        return name, tensor.index_select(axis, index)
+
+    facts = config.model_dump(include={"method", "keep", "text", "tokens", "seed"})
+    raw[reader.spec.width_key(raw)] = number
+    return rewrite(
+        anatomy.folder,
+        config.output,
+        edit,
+        raw,
+        lambda target: None,
+        {"verb": "prune", "model": config.model, "settings": facts, "neurons": number, "notes": ["a dense model"]},
+        overwrite=config.overwrite,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def _magnitudes(anatomy: Converted, config: PruneConfig, progress: Progress) -> dict[int, torch.Tensor]:
+    """‖w_down‖·Σ|h| of each neuron in the converted order, (F,) fp64, by layer; all experts on."""
+    source = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed, "flag": "--text"}
+    blocks_BT = read_blocks(anatomy.folder, config.text, **source)
+    model = load_model(anatomy.folder, head=False)
+    model.set_top_k(model.config.num_experts)
+    sums: dict[str, torch.Tensor] = {}
+
+    def see(name: str, seen: Seen) -> None:
+        sums[name] = sums.get(name, 0) + seen.hidden_NF.abs().sum(0).double()
+
+    with anatomy.watch(model, see, energies=True):
+        for done, part_BT in enumerate(blocks_BT.split(config.batch_sequences)):
+            progress("counting", done * config.batch_sequences, len(blocks_BT))
+            model(part_BT)
+    down = {layer: ffn.weight_views().down_DF for layer, ffn in model.sparse_ffns().items()}
+    return {layer: sums[f"{layer}.ffn"] * matrix_DF.float().norm(dim=0) for layer, matrix_DF in down.items()}

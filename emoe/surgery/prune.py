@@ -1,0 +1,162 @@
+"""`emoe prune`: take modules out of a checkpoint, with the rows of the weights, of the gate and of the partition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.config import PruneConfig
+from emoe.errors import UserError
+from emoe.surgery import baselines
+from emoe.surgery.history import entry
+from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
+from emoe.surgery.rewrite import Progress, rewrite
+from emoe.surgery.selection import select
+from emoe.surgery.usage import count_use, load_model, read_blocks
+
+
+def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
+    """Write ``config.output`` with fewer modules than ``config.model``. Returns the report that also lies there.
+
+    Raises:
+        UserError: nothing to do, nothing left, too little text, an output in the way.
+    """
+    _check(config)
+    folder = Path(config.model)
+    anatomy = anatomy_of(folder)
+    if config.method.startswith("layers"):
+        return baselines.drop_layers(anatomy, config, progress)
+    if config.method == "magnitude":
+        return baselines.prune_neurons(anatomy, config, progress)
+    sets = anatomy.sets()
+    kept = _taken_back(sets, config.remove) if config.remove else _selected(anatomy, config, progress)
+    extensions = {None: None, "last": -1, "added": 1}[config.remove]
+    groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
+    rebuilt = anatomy.rebuilt(groups)
+    notes = _budget(anatomy, config, rebuilt, groups)
+    facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
+    history = [*anatomy.history, entry("prune", folder, settings=facts, kept={n: len(k) for n, k in kept.items()})]
+    return rewrite(
+        folder,
+        config.output,
+        _editor(anatomy, kept, rebuilt),
+        anatomy.with_history(rebuilt, history),
+        lambda target: anatomy.write_companions(target, kept),
+        {
+            "verb": "prune",
+            "model": config.model,
+            "settings": facts,
+            "modules": {"before": sum(s.count for s in sets), "after": sum(map(len, kept.values()))},
+            "kept": kept,
+            "notes": notes,
+        },
+        overwrite=config.overwrite,
+        progress=progress,
+    )
+
+
+def _check(config: PruneConfig) -> None:
+    if not config.model:
+        raise UserError("--model: missing; give the folder of a checkpoint with experts")
+    ways = [config.keep is not None, config.threshold is not None, config.remove is not None]
+    if sum(ways) != 1:
+        raise UserError("--keep: give exactly one of --keep, --threshold and --remove")
+    if config.remove:
+        return
+    counts = config.method in ("use", "magnitude")
+    if counts and not (config.text or config.task):
+        raise UserError("--text: missing; name the text (or --task) on which use is counted")
+    if not counts and config.threshold is not None:
+        raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
+
+
+def task_text(config: PruneConfig) -> list[str]:
+    """Sources of text to count on."""
+    if config.task:
+        raise UserError(f"--task: unknown task '{config.task}'; give --text")
+    return config.text
+
+
+def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, list[int]]:
+    sets = anatomy.sets()
+    if config.method == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        use = {found.name: torch.rand(found.count, generator=generator) for found in sets}
+    elif config.keep == 1.0:
+        return {found.name: list(range(found.count)) for found in sets}
+    else:
+        use = _counted(anatomy, config, progress)
+    return select(
+        sets,
+        use,
+        by=config.normalise,
+        keep=config.keep,
+        threshold=config.threshold,
+        scope=config.scope,
+        floor=config.floor,
+    )
+
+
+def _counted(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, torch.Tensor]:
+    raw = anatomy.config
+    if config.count == "energy" and any(found.kind == "attention" for found in anatomy.sets()):
+        raise UserError("--count: attention experts have no energy of their own; give --count probability or hard")
+    if config.count == "hard" and raw.get("num_experts_per_tok") == raw.get("num_experts", -1):
+        raise UserError("--count: every token uses every expert of this model; give --count probability or energy")
+    blocks_BT = read_blocks(
+        anatomy.folder,
+        task_text(config),
+        length=config.sequence_length,
+        tokens=config.tokens,
+        seed=config.seed,
+        flag="--text",
+    )
+    model = load_model(anatomy.folder, head=False)
+    return count_use(anatomy, model, blocks_BT, kind=config.count, batch=config.batch_sequences, progress=progress)
+
+
+def _taken_back(sets: list[ModuleSet], which: str) -> dict[str, list[int]]:
+    """All but the modules that extensions added."""
+    if all(len(found.groups) == 1 for found in sets):
+        raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
+    first = {found.name: sum(found.groups[: 1 if which == "added" else -1]) for found in sets}
+    return {name: list(range(number)) for name, number in first.items()}
+
+
+def _budget(anatomy: Anatomy, config: PruneConfig, rebuilt: dict[str, Any], groups: dict) -> list[str]:
+    """Set K of the result; what there is to say about it."""
+    notes = []
+    for key, kind in anatomy.budgets().items():
+        left = [group[0] for name, group in groups.items() if name.endswith(kind)]
+        before = anatomy.config[key]
+        if config.top_k is not None:
+            if config.top_k > max(left):
+                raise UserError(f"--top-k: {config.top_k} is more than the {max(left)} experts that remain")
+            rebuilt[key] = config.top_k
+        elif rebuilt[key] < before:
+            notes.append(f"{key} clipped from {before} to {rebuilt[key]}: no layer has more {kind} experts left")
+        short = [
+            name.split(".")[0] for name, group in groups.items() if name.endswith(kind) and group[0] < rebuilt[key]
+        ]
+        if short:
+            notes.append(f"{key} {rebuilt[key]} is clipped to what is left in layers {', '.join(short)}")
+    return notes
+
+
+def _editor(anatomy: Anatomy, kept: dict[str, list[int]], rebuilt: dict[str, Any]):
+    """Takes the rows of what goes out of a tensor."""
+    rows = {slot.name: (slot, found) for found in anatomy.sets() for slot in found.slots}
+    tables = anatomy.budget_tables()
+
+    def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if name in rows:
+            slot, found = rows[name]
+            if len(kept[found.name]) < found.count:
+                tensor = take(tensor, slot, kept[found.name], found.count, found.size)
+        elif name in tables:
+            tensor = tensor[: rebuilt["num_experts"]]
+        return name, tensor
+
+    return edit

@@ -1,0 +1,109 @@
+"""Write a changed copy of a checkpoint, one weight file in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.reader import shard_map
+from emoe.checkpoint.writer import ShardWriter
+from emoe.conversion.workspace import Workspace
+from emoe.distributed import Group
+from emoe.errors import UserError
+from emoe.runtime import require_space, write_text
+
+Progress = Callable[[str, int, int], None]
+Edit = Callable[[str, torch.Tensor], "tuple[str, torch.Tensor] | None"]
+"""(name, tensor) → its new name and content, or None to leave it out."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a checkpoint weighs."""
+
+    parameters: int
+    """Entries of all tensors but gate tables."""
+    bytes: int
+    """Of the weight files."""
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """From the files' headers alone."""
+    shards = shard_map(folder)
+    count = 0
+    for path in sorted(set(shards.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if ".router." not in name:
+                    count += torch.Size(file.get_slice(name).get_shape()).numel()
+    return Sizes(count, sum(path.stat().st_size for path in set(shards.values())))
+
+
+def rewrite(
+    source: Path,
+    output: str,
+    edit: Edit,
+    config: dict[str, Any],
+    companions: Callable[[Path], None],
+    report: dict[str, Any],
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write ``output`` from ``source``: every tensor edited, this config.json, further files by ``companions(folder)``.
+
+    Returns:
+        ``report`` with the sizes before and after; it lies in the output as ``emoe_{report["verb"]}.json``.
+
+    Raises:
+        UserError: no output named, or something in its way.
+    """
+    if not output:
+        raise UserError("--output: missing; name the folder to write")
+    workspace = Workspace(Path(output), source, resume=False, overwrite=overwrite)
+    before = sizes_of(source)
+    with workspace.open(Group()):
+        try:
+            require_space(workspace.output.parent, before.bytes, "--output")
+            _write_weights(source, workspace.folder, edit, progress)
+            _write_files(source, workspace.folder, config, companions)
+            after = sizes_of(workspace.folder)
+            report = report | {
+                "parameters": {"before": before.parameters, "after": after.parameters},
+                "bytes": {"before": before.bytes, "after": after.bytes},
+            }
+            write_text(workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2) + "\n")
+            workspace.publish()
+        except OSError as error:
+            workspace.abandon()
+            raise UserError(f"--output: cannot write {output} ({error.strerror or error}); make room") from None
+        except BaseException:
+            workspace.abandon()
+            raise
+    return report
+
+
+def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -> None:
+    shards = shard_map(source)
+    files = sorted(set(shards.values()))
+    writer = ShardWriter(target, len(files))
+    for number, path in enumerate(files):
+        progress("writing", number, len(files))
+        with safe_open(path, framework="pt") as file:
+            edited = (edit(name, file.get_tensor(name)) for name in sorted(file.keys()) if shards.get(name) == path)
+            writer.write(number, dict(item for item in edited if item is not None))
+    writer.finish()
+    progress("done", len(files), len(files))
+
+
+def _write_files(source: Path, target: Path, config: dict[str, Any], companions: Callable[[Path], None]) -> None:
+    copy_companions(source, target)
+    companions(target)
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,101 @@
+"""How much each module is used on text.
+
+Legend: N tokens, F neurons, E modules of a set, K modules chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from emoe.calibration.text import load_blocks
+from emoe.errors import UserError
+from emoe.surgery.modules import Anatomy, Seen
+
+Progress = Callable[[str, int, int], None]
+Count = Literal["probability", "hard", "energy"]
+
+
+def load_model(folder: Path, *, head: bool) -> nn.Module:
+    """The model in fp32 and evaluation; with its language head, or without any.
+
+    Raises:
+        UserError: it has no causal language head, but one is wanted.
+    """
+    auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    try:
+        return auto.from_pretrained(folder, dtype=torch.float32).eval()
+    except ValueError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"--model: {folder} is no causal language model ({first_line})") from None
+
+
+def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, seed: int, flag: str) -> torch.Tensor:
+    """Token blocks (blocks, T) for a model, no longer than its positions.
+
+    Raises:
+        UserError: too little text.
+    """
+    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    length = min(length, longest or length)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = load_blocks(
+        sources, tokenizer, length=length, calibration_tokens=tokens, held_out_tokens=0, seed=seed, flag=flag
+    )
+    return found.calibration
+
+
+def set_budget(model: nn.Module, top_k: int | None, flag: str = "--top-k") -> None:
+    """Make the model use so many modules a token; None leaves it."""
+    if top_k is not None and not hasattr(model, "set_top_k"):
+        raise UserError(f"{flag}: only converted models have a budget that can be set; leave it out")
+    if top_k is not None:
+        try:
+            model.set_top_k(top_k)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+
+class Use:
+    """Sums over tokens of what a set's modules did."""
+
+    def __init__(self, count: int) -> None:
+        zeros = lambda: torch.zeros(count, dtype=torch.float64)  # noqa: E731
+        self.hard_E, self.probability_E, self.energy_E = zeros(), zeros(), zeros()
+        self.tokens = 0
+
+    def add(self, seen: Seen) -> None:
+        """Count N tokens. Probabilities are the softmax over all modules, of those that were chosen."""
+        chosen_NE = seen.mask()
+        self.hard_E += chosen_NE.sum(0).double().cpu()
+        self.probability_E += (chosen_NE * seen.logits_NE.softmax(-1)).sum(0).double().cpu()
+        if seen.energy_NE is not None:
+            energy_NE = seen.energy_NE / seen.energy_NE.sum(1, keepdim=True).clamp_min(1e-30)
+            self.energy_E += energy_NE.sum(0).double().cpu()
+        self.tokens += len(chosen_NE)
+
+    def of(self, kind: Count) -> torch.Tensor:
+        """One of the sums, (E,) fp64. Energy is each token's share, whether chosen or not."""
+        return {"probability": self.probability_E, "hard": self.hard_E, "energy": self.energy_E}[kind]
+
+
+@torch.no_grad()
+def count_use(
+    anatomy: Anatomy, model: nn.Module, blocks_BT: torch.Tensor, *, kind: Count, batch: int, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """Use of each module, (E,) fp64, by name of its set."""
+    use = {found.name: Use(found.count) for found in anatomy.sets()}
+    with anatomy.watch(model, lambda name, seen: use[name].add(seen), energies=kind == "energy"):
+        for done, part_BT in enumerate(blocks_BT.split(batch)):
+            progress("counting", done * batch, len(blocks_BT))
+            model(part_BT.to(next(model.parameters()).device), **_no_cache(model))
+    return {name: found.of(kind) for name, found in use.items()}
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}

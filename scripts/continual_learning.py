@@ -1,0 +1,185 @@
+"""Learning German, then French, without forgetting English: new modules against full fine-tuning and LoRA.
+
+Every arm sees the same tokens in the same order. LoRA's rank is the one whose matrices have as many entries as the new
+modules; full fine-tuning trains everything. Each arm runs at several learning rates, since one that fits all would
+decide the comparison. The plot has forgetting (rise of the English log perplexity) over learning (fall of the new one).
+
+    python scripts/continual_learning.py --model smollm2-135m --steps 150 --output docs/results/continual_smollm2.json
+    python scripts/continual_learning.py --model runs/moduleformer --attention 1 --output docs/results/continual_mf.json
+    python scripts/continual_learning.py --steps 2 --tokens-per-step 128 --held-out-tokens 256 --limit 1 …   # a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from stages import Stages, figure, footer, load, measured, origin, parameters, save
+
+from emoe.runtime import write_text
+
+RATES = {"new-modules": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "all": (3e-5, 1e-4)}
+"""Arm → peaks of the learning rate that are tried."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="dense alias or folder, or a folder with experts")
+    parser.add_argument("--old", nargs="+", default=["english=corpus:essays", "definitions=corpus:definitions"])
+    parser.add_argument("--tasks", nargs="+", default=["german=corpus:german", "french=corpus:french"])
+    parser.add_argument("--also", nargs="+", default=["german quotes=corpus:quotes"], help="measured, not trained on")
+    parser.add_argument("--experts", type=int, default=4, help="new FFN experts a layer and task")
+    parser.add_argument("--attention", type=int, default=0, help="new attention experts a layer and task")
+    parser.add_argument("--split", type=int, default=64, help="experts that a dense model is cut into, all on")
+    parser.add_argument("--penalty", type=float, default=0.01, help="factor of the penalty on new gate rows")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each domain")
+    parser.add_argument("--points", type=int, default=5, help="measurements on the way")
+    parser.add_argument("--limit", type=int, help="at most so many learning rates an arm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/emoe-continual"), help="for checkpoints; goes on there")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/continual_smollm2.json"))
+    arguments = parser.parse_args()
+
+    stages = Stages(arguments.work)
+    base = stages.converted(arguments.model, experts=arguments.split, top_k=arguments.split)
+    named = lambda items: dict(item.split("=", 1) for item in items)  # noqa: E731
+    domains = named([*arguments.old, *arguments.tasks, *arguments.also])
+    texts = stages.texts(domains)
+    start = stages.figures("base", lambda: _measure(stages, base, domains, arguments))
+    rows = []
+    for seed in arguments.seeds:
+        for arm, rates in RATES.items():
+            for rate in rates[: arguments.limit]:
+                rows += _sequence(
+                    stages,
+                    base,
+                    arm,
+                    rate,
+                    seed,
+                    {t: texts[t] for t in named(arguments.tasks)},
+                    list(domains),
+                    arguments,
+                )
+    result = {**origin(), "model": arguments.model, "base": start, "old": list(named(arguments.old)), "rows": rows}
+    result |= {"settings": {k: v for k, v in vars(arguments).items() if k not in ("work", "output")}}
+    write_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
+    write_text(arguments.output.with_suffix(".md"), markdown(result))
+    plot(result, arguments.output.with_suffix(".png"))
+    print(markdown(result))
+
+
+def _measure(stages: Stages, folder: Path, names, arguments: argparse.Namespace) -> dict[str, float]:
+    return measured(folder, stages.held(list(names)), arguments.held_out_tokens, arguments.sequence_length)
+
+
+def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, arguments) -> list[dict[str, Any]]:
+    """One arm through all tasks, each on top of the one before."""
+    model, rows = base, []
+    for task, text in tasks.items():
+        name = f"{arm} {rate} {seed} {task}"
+        settings = _settings(arguments, text, rate, seed, stages.held(names))
+        if arm != "all":
+            bigger = stages.extended(f"bigger {name}", model, experts=arguments.experts, attention=arguments.attention)
+        if arm == "new-modules":
+            loss = [f"router={arguments.penalty}"] if _has_tables(bigger) and arguments.penalty else []
+            done = stages.tuned(name, bigger, train=arm, loss=loss, **settings)
+        elif arm == "lora":
+            wanted = parameters(bigger) - parameters(model)
+            done = stages.tuned(name, model, train=arm, lora_rank=_rank(model, wanted), **settings)
+        else:
+            done = stages.tuned(name, model, train=arm, **settings)
+        report = json.loads((done / "emoe_tune.json").read_text(encoding="utf-8"))
+        after = stages.figures(f"after {name}", lambda done=done: _measure(stages, done, names, arguments))
+        rows.append(
+            {"arm": arm, "rate": rate, "seed": seed, "task": task, "trained": report["trained"]}
+            | {"curve": [point["perplexity"] for point in report["curve"]]}
+            | {"minutes": report["minutes"], "tokens": report["tokens"], "after": after}
+        )
+        model = done
+    return rows
+
+
+def _settings(arguments, text: Path, rate: float, seed: int, held: list[str]) -> dict[str, Any]:
+    return {
+        "text": [str(text)],
+        "learning_rate": rate,
+        "seed": seed,
+        "steps": arguments.steps,
+        "tokens_per_step": arguments.tokens_per_step,
+        "sequence_length": arguments.sequence_length,
+        "held_out_tokens": arguments.held_out_tokens,
+        "held_out": held,
+        "evaluate_steps": max(1, arguments.steps // arguments.points),
+    }
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether the gate is trained by itself: an average-key gate follows the neurons."""
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return facts.get("emoe_gate") != "average-key"
+
+
+def _rank(folder: Path, wanted: int) -> int:
+    """LoRA's rank on every linear for about `wanted` entries."""
+    import torch
+
+    model = load(folder)
+    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    return max(1, round(wanted / sum(sum(linear.weight.shape) for linear in linears)))
+
+
+def _change(after: dict[str, float], before: dict[str, float], names: list[str]) -> float:
+    """Mean rise of the log perplexity, nats a token."""
+    return sum(math.log(after[name] / before[name]) for name in names) / len(names)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row an arm, learning rate and task."""
+    domains = list(result["base"])
+    lines = [
+        f"Perplexity on {result['settings']['held_out_tokens']} held-out tokens of each domain; forgetting is the mean "
+        f"rise of the log perplexity on {', '.join(result['old'])}, nats a token, against the model at the start.",
+        "",
+        "| after | arm | rate | seed | trained | minutes | " + " | ".join(domains) + " | forgetting |",
+        "|---|---|---:|---:|---:|---:" + "|---:" * len(domains) + "|---:|",
+        "| start | | | | | | " + " | ".join(f"{result['base'][d]:.2f}" for d in domains) + " | 0 |",
+    ]
+    for row in result["rows"]:
+        values = " | ".join(f"{row['after'][d]:.2f}" for d in domains)
+        forgotten = _change(row["after"], result["base"], result["old"])
+        facts = (row["task"], row["arm"], f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
+        facts += (f"{row['minutes']:.1f}", values, f"{forgotten:+.4f}")
+        lines.append(f"| {' | '.join(facts)} |")
+    return "\n".join([*lines, footer(result)])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """One panel a task: forgetting over learning, a line an arm and learning rate through the measurements."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    made = figure(6 * len(tasks), 4.5)
+    colours = {"new-modules": "#1a7f37", "lora": "#bf8700", "all": "#cf222e"}
+    for place, task in enumerate(tasks):
+        axes = made.add_subplot(1, len(tasks), place + 1)
+        for row in (row for row in result["rows"] if row["task"] == task):
+            points = [*row["curve"], row["after"]]
+            learnt = [-_change(point, result["base"], [task]) for point in points]
+            forgotten = [_change(point, result["base"], result["old"]) for point in points]
+            label = f"{row['arm']}, {row['rate']:g}"
+            axes.plot(learnt, forgotten, marker="o", markersize=4, color=colours[row["arm"]], alpha=0.7, label=label)
+        axes.axhline(0, color="#57606a", linewidth=1)
+        axes.set_xlabel(f"learning: fall of the log perplexity on {task}")
+        axes.set_ylabel("forgetting: rise on the old domains")
+        axes.set_title(f"after {task}", fontsize=10)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    save(made, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The look inside counts what the model does, goes on where it was, and writes a page that runs nobody's code."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
+from emoe.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """Two texts that differ: words in order, and single letters."""
+    folder = tmp_path_factory.mktemp("domains")
+    (folder / "words.txt").write_text("which neurons fire together and what never meets we keep apart " * 300)
+    (folder / "letters.txt").write_text("a b c d <script>alert(1)</script> e f g h i " * 500)
+    return [f"words={folder / 'words.txt'}", f"letters={folder / 'letters.txt'}"]
+
+
+@pytest.fixture
+def flags(converted_llama, domains, tmp_path):
+    return [
+        *("analyze", "--model", str(converted_llama), "--domains", *domains, "--output", str(tmp_path / "report")),
+        *("--tokens", "2048", "--sequence-length", "64", "--knock-out", "2", "--knock-out-tokens", "128", "--quiet"),
+    ]
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "usage.json").read_text())
+
+
+def count(total_E, router, arguments, routing) -> None:
+    total_E += torch.bincount(routing.experts_NK.flatten() + 1, minlength=9)[1:]
+
+
+def test_what_it_says_is_what_the_model_does(flags, converted_llama, domains, tmp_path):
+    assert main(flags) == 0
+    report = report_of(tmp_path / "report")
+    from emoe.surgery.usage import read_blocks
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(converted_llama).eval()
+    for item in domains:
+        name, _, path = item.partition("=")
+        tokens = read_blocks(converted_llama, [path], length=64, tokens=2048, seed=0, flag="--domains")
+        counts = {layer: torch.zeros(8) for layer in model.sparse_ffns()}
+        hooks = [
+            ffn.router.register_forward_hook(partial(count, counts[layer]))
+            for layer, ffn in model.sparse_ffns().items()
+        ]
+        with torch.no_grad():
+            loss = sum(model(row[None], labels=row[None]).loss.item() for row in tokens) / len(tokens)
+        for hook in hooks:
+            hook.remove()
+        assert report["domains"][name]["tokens"] == tokens.numel()
+        assert report["domains"][name]["loss"] == pytest.approx(loss, rel=1e-5)
+        for row in report["sets"]:
+            found = torch.tensor(row["frequency"][name])
+            torch.testing.assert_close(found, counts[row["layer"]] / tokens.numel(), rtol=1e-3, atol=2e-3)
+            assert sum(row["energy"][name]) == pytest.approx(1.0, rel=1e-4)
+    for row in report["knock_out"]:
+        assert all(abs(change) < 5 for change in row["change"].values())
+    assert any(change != 0 for row in report["knock_out"] for change in row["change"].values())
+    assert 0 <= report["neurons"]["layers"][0]["kept"] <= 1
+
+
+def test_the_page_is_one_file_and_escaped(flags, tmp_path):
+    assert main(flags) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<script" not in page
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert page.count("data:image/png;base64,") == 2
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        *("index.html", "usage.json", "frequencies.csv", "divergence-ffn.png", "usage-ffn.png")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
+    assert main(flags) == 0
+    undisturbed = report_of(tmp_path / "report")
+    from emoe.analysis import analyze
+
+    nats, count = analyze._Analysis._nats, [0]
+
+    def crash(self, part_BT):
+        count[0] += 1
+        if count[0] == 12:
+            raise RuntimeError("power cut")
+        return nats(self, part_BT)
+
+    monkeypatch.setattr(analyze._Analysis, "_nats", crash)
+    again = [flag if flag != str(tmp_path / "report") else str(tmp_path / "again") for flag in flags]
+    with pytest.raises(RuntimeError, match="power cut"):
+        main([*again, "--checkpoint-seconds", "0"])
+    monkeypatch.undo()
+    assert not (tmp_path / "again").exists()
+    assert main([*again, "--resume", "--checkpoint-seconds", "0"]) == 0
+    assert report_of(tmp_path / "again") == undisturbed
+    assert main([*again, "--resume", "--seed", "1", "--overwrite"]) == 0
+
+
+def test_divergences():
+    p_CE = distributions(torch.tensor([[8, 0, 0, 8], [8, 0, 0, 8], [0, 8, 8, 0]]))
+    kl, js = kullback_leibler(p_CE), jensen_shannon(p_CE)
+    assert kl[0, 1].abs() < 1e-12
+    assert kl[0, 2] == pytest.approx((p_CE[0] * (p_CE[0] / p_CE[2]).log()).sum().item())
+    torch.testing.assert_close(js, js.T)
+    assert 0 < js[0, 2] < torch.tensor(2.0).log()
+    told_E, information_E = specialisation(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64))
+    torch.testing.assert_close(told_E, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) * torch.tensor(2.0).log())
+    assert information_E.sum() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (["--domains", "words"], "'words' is not NAME=TEXT"),
+        (["--domains", "letters=builtin"], "the name 'letters' is given twice"),
+        (["--top-k", "9"], "--top-k: top_k=9 must lie between 1 and num_experts=8"),
+    ],
+)
+def test_bad_input(change, complaint, flags, capsys):
+    assert main([*flags, *change]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_too_little_text(flags, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a few words")
+    assert main([*flags, "--domains", f"short={tmp_path / 'short.txt'}"]) == 2
+    assert "short.txt is empty or shorter than one block" in capsys.readouterr().err

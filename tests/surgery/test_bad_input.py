@@ -1,0 +1,92 @@
+"""What cannot be done is refused in one line that names the flag, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import emoe
+from emoe.cli.main import main
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    def run(verb: str, model, *flags) -> str:
+        output = tmp_path / "out"
+        assert main([verb, "--model", str(model), "--output", str(output), *map(str, flags)]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("emoe: ")]
+        assert len(lines) == 1
+        assert not output.exists()
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--keep", 0], "--keep: Input should be greater than 0"),
+        (["--keep", 1.5], "--keep: Input should be less than or equal to 1"),
+        ([], "--keep: give exactly one of --keep, --threshold and --remove"),
+        (["--keep", 0.5, "--threshold", 0.1], "--keep: give exactly one of"),
+        (["--threshold", 1.5], "--threshold: 1.5 removes all; the most used module has 1"),
+        (["--threshold", 1, "--floor", 0, "--normalise", "sum"], "--threshold: 1.0 removes all"),
+        (["--keep", 0.25, "--scope", "layer", "--top-k", 3], "--top-k: 3 is more than the 2 experts that remain"),
+        (["--remove", "last"], "--remove: nothing was ever added to this model"),
+        (["--keep", 0.5, "--method", "layer"], "--method"),
+        (["--task", "no-such-task", "--keep", 0.5], "--task: unknown task 'no-such-task'"),
+        (["--threshold", 0.5, "--method", "random"], "--threshold: --method random counts nothing; give --keep"),
+    ],
+)
+def test_prune(flags, complaint, refused, converted_llama, text):
+    assert complaint in refused("prune", converted_llama, *text, *flags)
+
+
+def test_a_layer_left_without_experts(refused, converted_llama, text, run):
+    line = refused("prune", converted_llama, *text, "--keep", 0.04, "--floor", 0)
+    assert "is left without ffn experts; give --floor 1" in line
+    few = run("prune", converted_llama, "few", *text, "--keep", 0.04)
+    assert json.loads((few / "config.json").read_text())["emoe_groups"] == [[1]] * 4
+
+
+def test_k_is_clipped_and_reported(converted_llama, text, run, capsys):
+    folder = run("prune", converted_llama, "small", *text, "--keep", 0.25, "--scope", "layer")
+    report = json.loads((folder / "emoe_prune.json").read_text())
+    assert report["notes"] == ["num_experts_per_tok clipped from 3 to 2: no layer has more ffn experts left"]
+    assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 2
+
+
+def test_too_little_text(refused, converted_llama, tmp_path):
+    (tmp_path / "short.txt").write_text("few words")
+    line = refused("prune", converted_llama, "--text", tmp_path / "short.txt", "--keep", 0.5)
+    assert "--text: " in line
+    assert "is empty or shorter than one block" in line
+
+
+def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, converted_llama):
+    assert "has no experts (model_type 'llama'); convert it first" in refused("prune", tiny_llama, *text, "--keep", 0.5)
+    assert "has no experts" in refused("extend", tiny_llama, "--experts", 1)
+    assert "--attention: this model has no attention experts" in refused("extend", converted_llama, "--attention", 1)
+    assert "--experts: nothing to add" in refused("extend", converted_llama)
+    assert "--text: missing" in refused("prune", tiny_moduleformer, "--keep", 0.5)
+    flags = ("--keep", 0.5, "--count", "energy", *text)
+    assert "attention experts have no energy" in refused("prune", tiny_moduleformer, *flags)
+
+
+def test_all_on_cannot_be_counted_hard(refused, tiny_llama, settings, text, tmp_path):
+    emoe.convert(str(tiny_llama), output=tmp_path / "all", **settings | {"top_k": 8})
+    line = refused("prune", tmp_path / "all", *text, "--keep", 0.5, "--count", "hard")
+    assert "every token uses every expert" in line
+
+
+def test_an_output_in_the_way_stays(converted_llama, text, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for more in ((), ("--overwrite",)):
+        flags = ["extend", "--model", str(converted_llama), "--experts", "1", "--output", str(tmp_path / "mine"), *more]
+        assert main(flags) == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert Path(converted_llama).is_dir()

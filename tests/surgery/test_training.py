@@ -1,0 +1,135 @@
+"""What trains after surgery trains, and nothing else changes by a bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.surgery.modules import anatomy_of
+from emoe.surgery.training import RouterLosses, parse_losses, train_only
+
+TRAIN = (
+    *("--steps", 12, "--tokens-per-step", 256, "--sequence-length", 64, "--held-out-tokens", 256),
+    *("--learning-rate", 1e-2, "--precision", "float32"),
+)
+
+
+@pytest.fixture(params=["converted_llama", "tiny_moduleformer"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "emoe_tune.json").read_text())
+
+
+def test_old_modules_stay_bit_for_bit(model, run, text_file):
+    """Two tasks in sequence: after each, taking the newest modules out gives the model before."""
+    flags = ("--text", text_file, *TRAIN, "--train", "new-modules", "--loss", "router=0.001")
+    previous = model
+    for number in range(2):
+        extended = run("extend", previous, f"extended {number}", "--experts", 2)
+        trained = run("tune", extended, f"trained {number}", *flags)
+        back = run("prune", trained, f"back {number}", "--remove", "last")
+        before, after = weights(previous), weights(back)
+        assert before.keys() == after.keys()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        found, start = report_of(trained)["perplexity"]["calibration domain"], weights(extended)
+        assert found["after"] < 0.97 * found["before"]
+        assert any(not torch.equal(start[name], new) for name, new in weights(trained).items())
+        previous = trained
+    config = json.loads((previous / "config.json").read_text())
+    assert [step["verb"] for step in config["emoe_provenance"]["history"]] == ["extend", "tune"] * 2
+
+
+def test_gates_alone(model, run, text_file):
+    trained = run("tune", model, "trained", "--text", text_file, *TRAIN, "--train", "router")
+    before, after = weights(model), weights(trained)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".router." in name or ".gate." in name for name in changed)
+
+
+def test_lora_is_merged(converted_llama, run, text_file):
+    trained = run("tune", converted_llama, "lora", "--text", text_file, *TRAIN, "--train", "lora", "--lora-rank", 2)
+    found = report_of(trained)
+    assert found["perplexity"]["calibration domain"]["after"] < found["perplexity"]["calibration domain"]["before"]
+    assert 0 < found["trained"] < 0.3 * found["parameters"]
+    assert weights(trained).keys() == weights(converted_llama).keys()
+
+
+def entropy(folder) -> float:
+    """Mean over gates of H(m), the entropy of the mean probabilities."""
+    anatomy, sums = anatomy_of(folder), {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.randint(5, 96, (4, 64), generator=torch.Generator().manual_seed(0))
+    see = lambda name, seen: sums.update({name: seen.logits_NE.softmax(-1).mean(0)})  # noqa: E731
+    with torch.no_grad(), anatomy.watch(model, see, energies=False):
+        model(tokens)
+    return sum(-(p * p.clamp_min(1e-30).log()).sum().item() for p in sums.values()) / len(sums)
+
+
+def test_concentration_gathers_the_load(model, run, text_file):
+    flags = ("--text", text_file, *TRAIN)
+    plain = run("tune", model, "plain", *flags)
+    gathered = run("tune", model, "gathered", *flags, "--loss", "concentration=1.0")
+    assert entropy(gathered) < entropy(plain) - 0.1
+
+
+def test_only_new_rows_get_a_gradient(model, run):
+    folder = run("extend", model, "big", "--experts", 2)
+    anatomy, loaded = anatomy_of(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    frozen = train_only(loaded, anatomy, "new-modules")
+    losses = RouterLosses(loaded, anatomy, parse_losses(["concentration=0.1", "router=0.1"]), "new-modules")
+    loaded.train()
+    tokens = torch.randint(5, 96, (2, 32), generator=torch.Generator().manual_seed(0))
+    (loaded(tokens, labels=tokens).loss + losses.take()).backward()
+    losses.close()
+    touched = moved = 0
+    for name, parameter in loaded.named_parameters():
+        if parameter.grad is not None:
+            touched += 1
+            assert (parameter.grad * (1 - frozen.masks[name])).abs().max() == 0
+            moved += parameter.grad.abs().max() > 0
+    assert touched >= 9
+    assert moved >= touched // 3  # behind an output matrix of zeros nothing moves in the first step
+    with torch.no_grad():
+        next(iter(loaded.parameters())).add_(1.0)
+    with pytest.raises(RuntimeError, match="was to stay as it is"):
+        frozen.check(loaded)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("concentrate=0.1", "unknown loss 'concentrate' (did you mean 'concentration'?)"),
+        ("concentration", "'concentration' is not concentration=FACTOR"),
+        ("concentration=-1", "is not concentration=FACTOR with a factor above 0"),
+        ("router=much", "is not router=FACTOR"),
+    ],
+)
+def test_losses_are_checked(given, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_losses([given])
+    assert complaint in str(caught.value)
+
+
+def test_bad_input(converted_llama, tiny_llama, text_file, tmp_path, capsys):
+    def refused(model, *flags) -> str:
+        arguments = ["tune", "--model", model, "--output", tmp_path / "out", "--text", text_file, *TRAIN, *flags]
+        assert main([str(a) for a in arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "no new modules; add some with `emoe extend`" in refused(converted_llama, "--train", "new-modules")
+    assert "has no experts" in refused(tiny_llama, "--train", "router")
+    assert "--train: " in refused(converted_llama, "--train", "expert")
