@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     bm: int
     """Queries."""
     bn: int
-    """Keys. Of one kind of arithmetic all kernels have the same: carries are by block."""
+    """Keys. All kernels of an arithmetic have the same: carries are by block."""
     width: int
     """Most columns of A."""
     warps: int
@@ -37,24 +37,24 @@ class Tile(NamedTuple):
 
 # Nobody has timed these on a GPU. They come from the resources they take (triton_report.py): no spilled register, and
 # shared memory within 99 KiB, so that sm86 and sm89 can use them.
-TILES: dict[str, dict[str, Tile]] = {
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "half": {
-        "forward": Tile(64, 32, 128, 8, 2),
-        "grad_query": Tile(32, 32, 128, 8, 2),
-        "grad_key": Tile(32, 32, 128, 8, 1),
+        "forward": (Tile(64, 32, 128, 8, 2),),
+        "grad_query": (Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 8, 2)),
+        "grad_key": (Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 8, 1)),
     },
     "tf32": {
-        "forward": Tile(64, 32, 64, 4, 2),
-        "grad_query": Tile(32, 32, 64, 4, 2),
-        "grad_key": Tile(32, 32, 64, 8, 2),
+        "forward": (Tile(64, 32, 64, 4, 2),),
+        "grad_query": (Tile(32, 32, 64, 4, 2),),
+        "grad_key": (Tile(32, 32, 64, 8, 2),),
     },
     "ieee": {
-        "forward": Tile(32, 32, 32, 4, 2),
-        "grad_query": Tile(32, 32, 32, 4, 2),
-        "grad_key": Tile(32, 32, 32, 4, 2),
+        "forward": (Tile(32, 32, 32, 4, 2),),
+        "grad_query": (Tile(32, 32, 32, 4, 2),),
+        "grad_key": (Tile(32, 32, 32, 4, 2),),
     },
 }
-"""Arithmetic (`experts.triton_configs.arithmetic`) to kernel to tile."""
+"""Arithmetic (`experts.triton_configs.arithmetic`) to kernel to tiles, the narrowest that holds A before wider ones."""
 
 _PRECISION = {"half": None, "tf32": "tf32", "ieee": "ieee"}
 
@@ -101,9 +101,13 @@ class _Call(NamedTuple):
     def kind(self) -> str:
         return triton_configs.arithmetic(self.q.dtype)
 
+    def tile(self, name: str) -> Tile:
+        tiles, A = TILES[self.kind][name], self.q.shape[3]
+        return next((tile for tile in tiles if tile.width >= A), tiles[-1])
+
     def launch(self, name: str, kernel, heads: int, blocks: int, pointers: tuple, g0: int, key_heads: int, **more):
         """`heads` heads of `blocks` tiles, in as many pieces as A has."""
-        (_, H, T, A), (_, G, L, _), tile = self.q.shape, self.k.shape, TILES[self.kind][name]
+        (_, H, T, A), (_, G, L, _), tile = self.q.shape, self.k.shape, self.tile(name)
         width = min(tile.width, max(16, triton.next_power_of_2(A)))
         pieces = more.pop("pieces", triton.cdiv(A, width))
         strides = (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3])
@@ -121,7 +125,7 @@ def forward(
     call = _Call.of(q, k, v, key_mask, current, scale)
     y, remainder = q.new_empty(q.shape), q.new_empty(q.shape[:3])
     (B, H, T, _), G = q.shape, k.shape[1]
-    tiles = triton.cdiv(T, TILES[call.kind]["forward"].bm)
+    tiles = triton.cdiv(T, call.tile("forward").bm)
     pointers = (call.q, call.k, call.v, call.mask, y, remainder, None)
     call.launch("forward", forward_kernel, B * H, tiles, pointers, 0, G)
     return y, remainder
@@ -151,19 +155,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): carries from the right, then dq from the left, which leaves what dk and dv need."""
     whole = _Call.of(q, k, v, key_mask, current, scale)
-    (B, H, T), (G, L), tile = q.shape[:3], k.shape[1:3], TILES[whole.kind]
+    (B, H, T), (G, L) = q.shape[:3], k.shape[1:3]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dy, dremainder = dy.contiguous(), dremainder.contiguous()
-    blocks, S = triton.cdiv(L, tile["forward"].bn), H // G
+    blocks, S = triton.cdiv(L, whole.tile("forward").bn), H // G
     for b, g0, key_heads in _turns(B, G, 8 * S * blocks * T):
         call = whole.part(b)
         n = call.q.shape[0]
         carry, before = q.new_empty(2, n * S * key_heads, blocks, T, dtype=torch.float32).unbind()
         inputs = (call.q, call.k, call.v, call.mask)
-        heads, tiles = n * S * key_heads, triton.cdiv(T, tile["forward"].bm)
+        heads, tiles = n * S * key_heads, triton.cdiv(T, call.tile("forward").bm)
         call.launch("forward", forward_kernel, heads, tiles, (*inputs, None, None, carry), g0, key_heads, pieces=1)
         pointers = (dy[b], dremainder[b], *inputs, carry, before, dq[b])
-        tiles = triton.cdiv(T, tile["grad_query"].bm)
+        tiles = triton.cdiv(T, call.tile("grad_query").bm)
         call.launch("grad_query", grad_query_kernel, heads, tiles, pointers, g0, key_heads, FACTOR=scale)
         pointers = (dy[b], *inputs, carry, before, dk[b], dv[b])
         call.launch("grad_key", grad_key_kernel, n * key_heads, blocks, pointers, g0, key_heads, FACTOR=scale)
