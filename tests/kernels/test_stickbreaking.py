@@ -30,7 +30,7 @@ torch_only = pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Trit
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan(monkeypatch):
     """And strips of a few queries, so that there are several."""
-    monkeypatch.setattr(portable, "_STRIP_ELEMENTS", 4096)
+    monkeypatch.setattr(portable, "_STRIP_ELEMENTS", 1 << 14)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
