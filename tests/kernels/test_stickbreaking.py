@@ -187,7 +187,7 @@ def test_weights_can_be_differentiated():
 
 @FAST
 def test_left_padding_changes_nothing(implementation):
-    args = make(1, 2, 1, 10, 40, 16)
+    args = make(1, 2, 1, 10, 40, 16, sticks="long")  # a short stick's remainder of 1e-11 is less exact in log space
     plain = with_gradients(implementation, args)
     shift = 7
     padded = {

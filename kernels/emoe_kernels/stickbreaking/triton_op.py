@@ -45,7 +45,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "tf32": {
         "forward": (Tile(64, 32, 64, 4, 2),),
-        "grad_query": (Tile(32, 32, 64, 4, 2),),
+        "grad_query": (Tile(32, 32, 64, 8, 2),),
         "grad_key": (Tile(32, 32, 64, 4, 1),),
     },
     "ieee": {
