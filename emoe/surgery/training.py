@@ -95,7 +95,7 @@ def newest(found: ModuleSet) -> range:
 def _digest(parameter: nn.Parameter, mask: torch.Tensor | None) -> str:
     """Hex sha256 of a parameter; where the mask is not 0, of zeros instead."""
     kept = parameter.detach() if mask is None else parameter.detach().masked_fill(mask.to(parameter.device) != 0, 0)
-    return hashlib.sha256(kept.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass
