@@ -29,4 +29,8 @@ def export(
         print(json.dumps(result))
     elif not quiet:
         same = f"{result['identical']} of {result['layers']}"
-        print(f"written: {output}; {same} converted layers equal the source bit for bit")
+        if "width" in result:
+            padding = f", {result['padded']:,} of them padding" if result["padded"] else ""
+            print(f"written: {output}; FFNs of {result['width']:,} neurons{padding}")
+        else:
+            print(f"written: {output}; {same} converted layers equal the source bit for bit")

@@ -30,8 +30,8 @@ def export_dense(model: Path, output: Path, progress: Callable[[str, int, int], 
         pad: where layers differ in width, which no stock config can say, add neurons of zeros to the narrower ones.
 
     Returns:
-        ``{"layers": converted layers, "identical": how many of them have the source's weights bit for bit, "width": F,
-        "padded": neurons of zeros}``; layers that are not identical have been trained or pruned since.
+        ``{"layers": converted layers, "identical": how many of them have the source's weights bit for bit}``; the rest
+        have been trained since. After surgery also ``{"width": F, "padded": neurons of zeros}``.
 
     Raises:
         UserError: not a converted checkpoint, a damaged one, or layers of different widths without `pad`.
@@ -72,8 +72,10 @@ def export_dense(model: Path, output: Path, progress: Callable[[str, int, int], 
         write_text(folder / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
         copy_companions(model, folder)
     progress("done", reader.num_layers, reader.num_layers)
-    padded = sum(width - own for own in widths.values())
-    return {"layers": len(partition.labels), "identical": identical, "width": width, "padded": padded}
+    result = {"layers": len(partition.labels), "identical": identical}
+    if set(widths.values()) == {reader.spec.hidden_width(reader.config)}:
+        return result
+    return result | {"width": width, "padded": sum(width - own for own in widths.values())}
 
 
 def _widths(reader: CheckpointReader, config: dict[str, Any], partition: Partition, model: Path) -> dict[int, int]:

@@ -15,6 +15,7 @@ Legend: N tokens, D model width, E modules of a set.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -91,24 +92,25 @@ def newest(found: ModuleSet) -> range:
     return range(found.count - found.groups[-1], found.count) if len(found.groups) > 1 else range(0)
 
 
+def _digest(parameter: nn.Parameter, mask: torch.Tensor | None) -> str:
+    """Hex sha256 of a parameter; where the mask is not 0, of zeros instead."""
+    kept = parameter.detach() if mask is None else parameter.detach().masked_fill(mask.to(parameter.device) != 0, 0)
+    return hashlib.sha256(kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
 @dataclass
 class Frozen:
     """What must not change, as it was."""
 
-    before: dict[str, torch.Tensor]
+    digests: dict[str, str]
+    """sha256 of each parameter, or of its part that does not train, by name."""
     masks: dict[str, torch.Tensor]
     """Of partly trained parameters, by name: 1 where they train."""
 
     def check(self, model: nn.Module) -> None:
         """Raise `RuntimeError` when anything frozen has changed by a bit."""
         for name, parameter in model.named_parameters():
-            if name not in self.before:
-                continue
-            now, before = parameter.detach(), self.before[name].to(parameter.device)
-            same = now == before
-            if name in self.masks:
-                same = same | (self.masks[name] != 0)
-            if not same.all():
+            if name in self.digests and _digest(parameter, self.masks.get(name)) != self.digests[name]:
                 raise RuntimeError(f"{name} was to stay as it is and has changed: is there weight decay?")
 
 
@@ -139,11 +141,9 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train) -> Frozen:
         rows.parameter.register_hook(lambda gradient, mask=rows.mask: gradient * mask.to(gradient.device))
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("--train: the gate of this model follows the weights and cannot be trained by itself")
-    named = {n: p for n, p in model.named_parameters() if not p.requires_grad or id(p) in masks}
-    return Frozen(
-        {name: parameter.detach().clone() for name, parameter in named.items()},
-        {name: masks[id(parameter)] for name, parameter in named.items() if id(parameter) in masks},
-    )
+    named = {n: (p, masks.get(id(p))) for n, p in model.named_parameters() if not p.requires_grad or id(p) in masks}
+    digests = {name: _digest(parameter, mask) for name, (parameter, mask) in named.items()}
+    return Frozen(digests, {name: mask for name, (_, mask) in named.items() if mask is not None})
 
 
 def trained_entries(model: nn.Module, frozen: Frozen) -> int:
