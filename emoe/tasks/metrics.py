@@ -1,4 +1,4 @@
-"""Scores of predictions, in percent of their maximum, by name: GLUE's and balanced accuracy."""
+"""Scores of predictions by name, 1 the best: GLUE's and balanced accuracy."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ METRICS = {
 
 
 def compute(names: Sequence[str], labels: Sequence, predictions: Sequence) -> dict[str, float]:
-    """The named metrics, times 100.
+    """The named metrics.
 
     Raises:
         ValueError: no example.
@@ -93,4 +93,4 @@ def compute(names: Sequence[str], labels: Sequence, predictions: Sequence) -> di
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if not len(labels):
         raise ValueError("no example to score")
-    return {name: 100 * METRICS[name](labels, predictions) for name in names}
+    return {name: METRICS[name](labels, predictions) for name in names}
