@@ -202,6 +202,21 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
     )
 
 
+def scorer(model: torch.nn.Module, texts: Classification, batch_size: int, half: bool, folder: Path) -> Tuner:
+    """A Trainer that only predicts."""
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=batch_size,
+        bf16=half,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return Tuner(model=model, args=settings, data_collator=texts.collate, texts=texts, losses={}, probe=None)
+
+
 def make_tuner(
     config: FinetuneConfig,
     model: torch.nn.Module,

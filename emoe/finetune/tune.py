@@ -174,6 +174,7 @@ class Run:
         record = self._record(tuner, watch, started, readings)
         if not self.config.discard_model:
             tuner.save_model(str(self.folder / "model"))
+            (self.folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in run.json
         if self.group.first:
             write_predictions(self.folder / "predictions", predictions)
             if not self.config.discard_model:
