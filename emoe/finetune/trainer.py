@@ -77,7 +77,8 @@ class Tuner(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self._stop_unless_finite("gradient's norm", torch.as_tensor(norm).detach())
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP gives a DTensor
+        self._stop_unless_finite("gradient's norm", whole.detach())
         return norm
 
     def _stop_unless_finite(self, name: str, value: torch.Tensor) -> None:

@@ -7,9 +7,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.labelled import sentences, write_csv, write_task
+from support.scripts import script
+from support.tiny import tiny_checkpoint
 
+import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.finetune.evaluate import evaluate
@@ -187,10 +191,17 @@ def test_instructions_train_on_answers(settings, tmp_path, tiny_llama):
         ({"mi_weight": 0.1}, "--mi-weight: method 'emoe' has no trained gate"),
         ({"experts": 16}, "--experts: the model is cut into experts already"),
         ({"learning_rate": 1e30, "max_grad_norm": 0}, "lower --learning-rate"),
+        (
+            {"model": "DENSE", "gate": "discriminant"},
+            "--gate discriminant, --split weights: the training texts are too few",
+        ),
         ({"output": ""}, "--output: missing"),
+        ({"task": "x.json", "tuning": "head"}, "--tuning head: a language model has no head"),
     ],
 )
-def test_bad_input(changes, complaint, settings, capsys):
+def test_bad_input(changes, complaint, settings, tiny_llama, capsys):
+    changes = {k: str(tiny_llama) if v == "DENSE" else v for k, v in changes.items()}
+    changes |= {"experts": 8} if changes.get("model") == str(tiny_llama) else {}
     values = settings(**changes).model_dump(exclude_defaults=True)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     assert main(["finetune", "--quiet", *flags]) == 2
@@ -248,3 +259,77 @@ def test_settings_know_their_seeds():
     for bad in ("", "1,1", "-1", "a:b", "5:2"):
         with pytest.raises(UserError):
             FinetuneConfig(seeds=bad).seed_list()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"tuning": "full", "gate": "discriminant"}),  # an encoder; a gate fitted on the training texts
+        ("gpt2", {"tuning": "lora", "lora_target": "attention+ffn"}),  # transposed weights, no padding token of its own
+    ],
+)
+def test_other_families_from_a_dense_model(family, changes, settings, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    cut = {"model": str(dense), "experts": 8, "top_k": 4, "layers": "2:4"}
+    task = str(write_task(tmp_path / "task", train=400))
+    (record,) = finetune(settings(**cut, **changes, task=task, max_steps=4))
+    assert (record["num_experts"], record["top_k"], record["emoe_layers"]) == (8, 4, [2, 3])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["seed-0"]
+    report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), read_as="dense", domains="far"))
+    assert report["sets"]["far"] == record["readings"]["dense"]["far"]
+
+
+def test_benchmarks_get_the_loaded_model(settings, tmp_path, monkeypatch):
+    """The package is played: its real benchmarks need the hub."""
+    for name, code in {
+        "__init__": "def simple_evaluate(model, tasks, limit):\n"
+        "    assert tasks == ['mmlu', 'arc_easy'] and limit == 3\n"
+        "    return {'results': {'mmlu': {'acc,none': float(model.pretrained.config.num_experts_per_tok)}}}\n",
+        "models/__init__": "",
+        "models/huggingface": "class HFLM:\n    def __init__(self, pretrained, tokenizer, batch_size):\n"
+        "        self.pretrained = pretrained\n",
+    }.items():
+        path = tmp_path / "packages" / "lm_eval" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    given = {"lm_eval": "mmlu, arc_easy", "limit": 3}
+    report = evaluate(EvalConfig(model=settings().model, read_as="dense", **given))
+    assert report["lm_eval"] == {"mmlu": {"acc,none": 8.0}}
+
+
+def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
+    for name, count in (("train", 60), ("validation", 12)):
+        file = write_csv(tmp_path / f"{name}.csv", [(t, str(int(y == "yes"))) for t, y in sentences(count, count)])
+        target = tmp_path / "data" / "sst2" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.read_text().replace("text,label", "sentence,label"))
+    flags = ["--model", str(tiny_llama), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "glue")]
+    flags += ["--max-steps", "2", "--seeds", "0,1", "--experts", "8", "--layers", "2:4"]
+    monkeypatch.setattr("sys.argv", ["finetune_glue", *flags])
+    assert script("finetune_glue").main() == 0
+    found = capsys.readouterr()
+    assert [line.split()[:2] for line in found.out.splitlines()] == [
+        [method, name] for method in ("vanilla", "emoe") for name in ("sst2-validation", "sst2")
+    ]
+    assert "domain imdb is left out" in found.err
+
+
+def test_a_tuned_model_exported_as_dense_is_its_dense_reading(settings, task_file, tmp_path):
+    (record,) = finetune(settings(max_steps=8, learning_rate=3e-3))
+    assert emoe.export(tmp_path / "out" / "seed-0" / "model", tmp_path / "dense") == {"layers": 2, "identical": 0}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert type(model) is transformers.LlamaForSequenceClassification
+    given = {"model": str(tmp_path / "dense"), "task": str(task_file), "domains": "own,far"}
+    report = evaluate(EvalConfig(**given, output=str(tmp_path / "scores")))
+    for name, facts in report["sets"].items():
+        assert facts == record["readings"]["dense"][name]
+        ours = lines(tmp_path / "out" / "seed-0" / "predictions" / "dense" / f"{name}.jsonl")
+        theirs = lines(tmp_path / "scores" / "predictions" / "as-trained" / f"{name}.jsonl")
+        assert [r["id"] for r in ours] == [r["id"] for r in theirs]
+        torch.testing.assert_close(*(torch.tensor([r["scores"] for r in rows]) for rows in (ours, theirs)))
+    with pytest.raises(UserError, match="only as-trained fits"):
+        evaluate(EvalConfig(**given, read_as="dense"))
+    finetune(settings(method="gmoe", max_steps=2, eval_steps=2, output=str(tmp_path / "copies")))
+    with pytest.raises(UserError, match="copies of whole FFNs"):
+        emoe.export(tmp_path / "copies" / "seed-0" / "model", tmp_path / "no")
