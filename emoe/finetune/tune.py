@@ -63,16 +63,18 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         data = group.first_then_all(lambda: _data(config, task, where))
         for note in data.notes:
             say(note)
-        group.first_then_all(lambda: [_prepare(config, output / f"seed-{seed}") for seed in todo])
         work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
         try:
             group.first_then_all(lambda: _fresh(work))
             texts = [example.text for example in data.train]
             base = converted_folder(config, work, texts, group, progress)
             for seed in todo:
-                Run(config, arm, data, base, seed, group, progress).finish()
+                run = Run(config, arm, data, base, seed, group, progress)
+                group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
+                run.finish()
         finally:
-            group.first_then_all(lambda: shutil.rmtree(work, ignore_errors=True))
+            if group.first:  # without waiting for the others: one of them may have failed alone
+                shutil.rmtree(work, ignore_errors=True)
     return [json.loads((output / f"seed-{seed}" / RECORD).read_text(encoding="utf-8")) for seed in seeds]
 
 

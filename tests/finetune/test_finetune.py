@@ -79,6 +79,35 @@ def test_a_saved_model_scores_as_it_did(method, tuning, settings, tmp_path):
             assert facts == sets[name], (reading, name)
 
 
+def test_bfloat16_is_scored_in_bfloat16(settings, tmp_path):
+    (record,) = finetune(settings(precision="bfloat16", max_steps=4))
+    assert record["precision"] == "bfloat16"
+    finetune(settings(max_steps=4, output=str(tmp_path / "whole")))
+    folders = [tmp_path / name / "seed-0" for name in ("out", "whole")]
+    half, whole = ([r["scores"] for r in lines(f / "predictions/as-trained/far.jsonl")] for f in folders)
+    assert half != whole
+    evaluate(EvalConfig(model=str(folders[0]), domains="far", output=str(tmp_path / "again")))
+    again = [r["scores"] for r in lines(tmp_path / "again" / "predictions" / "as-trained" / "far.jsonl")]
+    again, half = torch.tensor(again), torch.tensor(half)
+    assert torch.equal(again, again.bfloat16().float())
+    torch.testing.assert_close(again, half, rtol=2e-2, atol=2e-2)  # in larger batches sums are rounded otherwise
+    assert all(weight.dtype == torch.float32 for weight in weights(folders[0]).values())
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(settings, tmp_path, experts):
+    finetune(settings(max_steps=2, eval_steps=2))
+    before = (tmp_path / "out" / "seed-0" / "run.json").read_text()
+    with pytest.raises(UserError, match="--top-k: 9"):
+        finetune(settings(overwrite=True, top_k=9))
+    assert (tmp_path / "out" / "seed-0" / "run.json").read_text() == before
+    (record,) = finetune(settings(overwrite=True, max_steps=4))
+    assert record["steps"] == 4
+    (tmp_path / "cat" / "seed-0").mkdir(parents=True)
+    (tmp_path / "cat" / "seed-0" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(UserError, match="is not a run of ours"):
+        finetune(settings(overwrite=True, output=str(tmp_path / "cat")))
+
+
 def test_lora_trains_its_matrices_and_the_head_only(settings, tmp_path):
     for target, matrices in (("attention", 2 * 4 * 4), ("attention+ffn", 2 * 7 * 4)):
         finetune(settings(tuning="lora", lora_target=target, lora_r=4, output=str(tmp_path / target)))
