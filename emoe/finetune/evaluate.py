@@ -18,12 +18,12 @@ from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetune import arms
-from emoe.finetune.model import Start, build, converted_folder, load_tokenizer
+from emoe.finetune.model import build, converted_folder, load_tokenizer
 from emoe.finetune.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
 from emoe.finetune.settings import EvalConfig, FinetuneConfig
 from emoe.finetune.texts import texts_of
 from emoe.finetune.trainer import scorer
-from emoe.finetune.tune import RECORD
+from emoe.finetune.tune import RECORD, read_data
 from emoe.finetune.tuning import choose_parameters
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
     task = tasks.get(config.task or record["settings"]["task"]) if config.task or record else None
     with tempfile.TemporaryDirectory() as work:
         data = None if task is None else _data(config, task, record, say)
-        loaded = _load(folder, record, task, data, Path(work), progress)
+        loaded = _load(folder, record, task, Path(work), progress)
         _read_as(config, loaded)
         report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}}
         if config.lm_eval:
@@ -113,37 +113,43 @@ def _load(
     folder: Path,
     record: dict[str, Any] | None,
     task: Task | None,
-    data: TaskData | None,
     work: Path,
     progress: Progress,
 ) -> Loaded:
     if (folder / ADAPTER).is_file():
-        if record is None or data is None:
+        if record is None:
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
-        return _with_adapter(folder, record, data, work, progress)
+        return _with_adapter(folder, record, task, work, progress)
     facts = transformers.AutoConfig.from_pretrained(folder)
     if task is None or task.kind == "instructions":
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        labels = len(task.labels or ("score",))
         if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
-        if facts.num_labels != labels:
-            raise UserError(
-                f"--task: '{task.name}' has {labels} labels, the model's head has {facts.num_labels}; they do not match"
-            )
+        _check_labels(task, facts.num_labels)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return Loaded(model, load_tokenizer(folder), record)
 
 
-def _with_adapter(folder: Path, record: dict[str, Any], data: TaskData, work: Path, progress: Progress) -> Loaded:
+def _check_labels(task: Task, outputs: int) -> None:
+    labels = len(task.labels or ("score",))
+    if labels != outputs:
+        raise UserError(f"--task: '{task.name}' has {labels} labels, the model's head has {outputs}; they do not match")
+
+
+def _with_adapter(folder: Path, record: dict[str, Any], task: Task | None, work: Path, progress: Progress) -> Loaded:
     """The run's start, made again from its settings, and the adapter on it."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     settings, arm = FinetuneConfig(**record["settings"]), arms.get(record["method"])
-    base = converted_folder(settings, work, [e.text for e in data.train], Group(), progress)
+    # Its training texts, which gates may be fitted on: what this evaluation scores has no say in them.
+    own = tasks.get(settings.task)
+    if task is not None:
+        _check_labels(task, len(own.labels or ("score",)))
+    trained_on = read_data(settings, own, Where(Path(settings.data_dir) if settings.data_dir else None)).train
+    base = converted_folder(settings, work, [example.text for example in trained_on], Group(), progress)
     tokenizer = load_tokenizer(base)
-    start: Start = build(settings, arm, base, data.task, tokenizer.pad_token_id, record["seed"])
+    start = build(settings, arm, base, own, tokenizer.pad_token_id, record["seed"])
     model = choose_parameters(settings, arm, start, record["seed"])
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     return Loaded(model, tokenizer, record)

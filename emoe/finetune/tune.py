@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     todo = [seed for seed in seeds if not (output / f"seed-{seed}" / RECORD).is_file() or config.overwrite]
     if todo:
         where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
-        data = group.first_then_all(lambda: _data(config, task, where))
+        data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
             say(note)
         work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
@@ -84,7 +84,8 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
+def read_data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
+    """The examples that runs of these settings train and are scored on."""
     wanted = [d.strip() for d in config.domains.split(",") if d.strip()] if config.domains is not None else None
     limits = {"train_limit": config.train_limit, "test_limit": config.test_limit}
     return load_task(task, domains=wanted, where=where, **limits)

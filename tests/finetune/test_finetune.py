@@ -277,9 +277,10 @@ def test_eval_refuses_what_does_not_fit(settings, tmp_path, tiny_llama, monkeypa
             evaluate(EvalConfig(**given))
         assert complaint in str(caught.value)
     shutil.rmtree(run)
-    finetune(settings(max_steps=2, eval_steps=2))
-    with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
-        evaluate(EvalConfig(model=str(run), task=str(three)))
+    for tuning in ("full", "lora"):
+        finetune(settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
+        with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
+            evaluate(EvalConfig(model=str(run), task=str(three)))
 
 
 def test_settings_know_their_seeds():
