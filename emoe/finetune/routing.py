@@ -32,17 +32,17 @@ def watched(model: nn.Module) -> Iterator[list[Routing]]:
 def auxiliary_loss(weights: dict[str, float], routings: list[Routing], mask_BT: torch.Tensor) -> torch.Tensor:
     """Weighted sum of losses on gates, mean over layers; padding is left out, several processes count as one batch."""
     mask_N = mask_BT.flatten().bool()
-    terms = []
-    for routing in routings:
-        p_NE = routing.logits_NE.softmax(-1)
-        values = {
-            "mi": lambda r, p_NE=p_NE: losses.mutual_information(p_NE, mask_N),
-            "switch": lambda r, p_NE=p_NE: losses.switch(p_NE, r.experts_NK, mask_N),
-            "concentration": lambda r, p_NE=p_NE: losses.load_concentration(p_NE, mask_N),
-            "z": lambda r: losses.z_loss(r.logits_NE, mask_N),
-        }
-        terms += [weight * values[name](routing) for name, weight in weights.items()]
+    terms = [weight * _loss(name, r, mask_N) for r in routings for name, weight in weights.items()]
     return torch.stack(terms).sum() / len(routings)
+
+
+def _loss(name: str, routing: Routing, mask_N: torch.Tensor) -> torch.Tensor:
+    if name == "z":
+        return losses.z_loss(routing.logits_NE, mask_N)
+    p_NE = routing.logits_NE.softmax(-1)
+    if name == "switch":
+        return losses.switch(p_NE, routing.experts_NK, mask_N)
+    return {"mi": losses.mutual_information, "concentration": losses.load_concentration}[name](p_NE, mask_N)
 
 
 class Probe:

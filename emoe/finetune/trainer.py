@@ -75,8 +75,8 @@ class Tuner(Trainer):
         self._stop_unless_finite("loss", loss.detach())
         return (loss, outputs) if return_outputs else loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP gives a DTensor
         self._stop_unless_finite("gradient's norm", whole.detach())
         return norm
