@@ -21,6 +21,7 @@ FLOORS = {
     "calibration": 4,
     **dict.fromkeys(("conversion", "exporting"), 5),
     "finetune": 6,
+    **dict.fromkeys(("evaluation", "analysis"), 6),
     "report": 6,
     "cli": 7,
 }
