@@ -8,7 +8,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import compare, convert, doctor, estimate, export, frontier, inspect, models, recover
+from emoe.cli import compare, convert, doctor, estimate, export, frontier, inspect, models, recover, sweep
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -30,6 +30,7 @@ app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("recover")(recover.recover)
 app.command("compare")(compare.compare)
+app.command("sweep")(sweep.sweep)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)
@@ -52,8 +53,8 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
-        return 0
+        status = typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
+        return status if isinstance(status, int) else 0  # a command that failed in part exits with 1
     except UserError as error:
         message = str(error)
     except click.NoArgsIsHelpError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from emoe.errors import UserError
 from emoe.evaluation.runs import VALIDATION, Run
 
-PLACES = {"output", "seed", "seeds", "resume", "overwrite", "method", "experts_seed"}
+NOT_CONFOUNDS = {"output", "seed", "seeds", "resume", "overwrite", "method", "discard_model", "tensorboard"}
 """Settings that do not make runs differ, or that name the arm."""
 
 
@@ -132,7 +132,7 @@ def _differences(baseline: Run, run: Run) -> list[str]:
 
 def _facts(run: Run) -> dict[str, Any]:
     record = run.first
-    facts = {key: value for key, value in record.settings.items() if key not in PLACES}
+    facts = {key: value for key, value in record.settings.items() if key not in NOT_CONFOUNDS}
     return facts | {
         "model": record.model,
         "tuning": record.tuning,

@@ -191,22 +191,26 @@ def read_runs(arguments: list[str], reading: str = AS_TRAINED) -> list[Run]:
     Raises:
         UserError: as for `read_run`; the same folder and reading twice.
     """
-    places = []
+    places: list[tuple[Path, str, str | None]] = []
     for argument in arguments:
         path, at, own = argument.rpartition("@")
         folder, own = (Path(argument), reading) if not at or Path(argument).exists() else (Path(path), own)
         chosen = folder / "sweep.json"
         if chosen.is_file():
-            places += [(folder / name, own) for name in read_json(chosen, "compare")["chosen"].values()]
+            places += [(folder / run, own, arm) for arm, run in read_json(chosen, "compare")["chosen"].items()]
         else:
-            places.append((folder, own))
-    resolved = [(folder.resolve(), own) for folder, own in places]
-    for place in resolved:
-        if resolved.count(place) > 1:
-            raise UserError(f"compare: {place[0]} was given twice")
-    names = _unique_names([folder for folder, _ in resolved])
-    labels = [n if own == reading else f"{n} read as {own}" for n, (_, own) in zip(names, resolved, strict=True)]
-    return [read_run(folder, own, label) for (folder, own), label in zip(places, labels, strict=True)]
+            places.append((folder, own, None))
+    keys = [(folder.resolve(), own) for folder, own, _ in places]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"compare: {key[0]} was given twice")
+    names = _unique_names([folder for folder, _ in keys])
+    if len(arguments) == 1:  # one sweep, whose arms have names
+        names = [arm or name for name, (_, _, arm) in zip(names, places, strict=True)]
+    runs = []
+    for name, (folder, own, _) in zip(names, places, strict=True):
+        runs.append(read_run(folder, own, name if own == reading else f"{name} read as {own}"))
+    return runs
 
 
 def _unique_names(folders: list[Path]) -> list[str]:
