@@ -36,13 +36,15 @@ def sweep(
         return
     silence_libraries()
     from emoe.evaluation.sweep import sweep as run
+    from emoe.report.analysis import write_analyses
     from emoe.report.sweep import print_sweep, write_summary
 
     with progress_bar(quiet, unit="runs") as show:
         result = run(settings, folder, show, lambda line: print(line, file=sys.stderr, flush=True))
     with progress_bar(quiet, unit="domains") as show:
         found = write_summary(folder, resamples, show)
+        tables = write_analyses(settings, folder, resamples, show) if found else []
     if not quiet:
-        print_sweep(result, found, folder)
+        print_sweep(result, found, folder, tables)
     if result.failed:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +28,19 @@ from emoe.errors import UserError, nearest
 
 OWN = {"output", "seeds", "resume", "overwrite"}
 """Settings of `emoe finetune` that a sweep gives by itself."""
+
+
+class Analysis(BaseModel):
+    """A table and a plot to draw from the finished runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["gains", "routing"]
+    """gains: differences from the baseline arm by what is crossed; routing: experts chosen over training."""
+    x: str = "arm"
+    """For gains: the crossed setting, or 'arm'."""
+    lines: str | None = None
+    """For gains: a second crossed setting, one line for each of its values."""
 
 
 class SweepConfig(BaseModel):
@@ -43,8 +56,7 @@ class SweepConfig(BaseModel):
     seeds: str = "0:5"
     seconds_per_run: float | None = None
     """Measured seconds of one seed of one arm, for the estimate of `--dry-run` while nothing has finished."""
-    analysis: list[dict[str, Any]] = Field(default_factory=list)
-    """What to draw from the runs; see `emoe.analysis`."""
+    analysis: list[Analysis] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def svg(figure) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """An empty figure, inches; outside of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,7 +54,7 @@ def _figure(width: float, height: float):
 def differences_figure(found: Comparison):
     """A panel a domain: each run's difference from the baseline with its interval; filled if significant."""
     rows, columns = found.rows[1:], found.columns
-    figure = _figure(1.2 + 2.4 * len(columns), 1.2 + 0.35 * len(rows))
+    figure = new_figure(1.2 + 2.4 * len(columns), 1.2 + 0.35 * len(rows))
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
         axes.axvline(0.0, color=BASELINE_GREY, linestyle="--", linewidth=1)
@@ -74,7 +75,7 @@ def differences_figure(found: Comparison):
 def seeds_figure(found: Comparison):
     """A panel a domain: every seed of every run as a dot, a line through the mean; a seed's dots joined."""
     columns = found.columns
-    figure = _figure(1.2 + 2.4 * len(columns), 3.2)
+    figure = new_figure(1.2 + 2.4 * len(columns), 3.2)
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         scores = [row.scores[column] for row in found.rows]
         for of_seed in zip(*(s.by_seed for s in scores), strict=True):

@@ -45,7 +45,7 @@ def _summary(facts: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_sweep(result: SweepResult, found: Comparison | None, output: Path) -> None:
+def print_sweep(result: SweepResult, found: Comparison | None, output: Path, tables: list[Path]) -> None:
     """On the terminal."""
     if found is not None:
         print_comparison(found)
@@ -53,6 +53,8 @@ def print_sweep(result: SweepResult, found: Comparison | None, output: Path) -> 
     for arm, scores in result.selection.items():
         shown = ", ".join(f"{name} {points(score)}" for name, score in scores.items())
         console.print(f"{arm}: {result.chosen[arm]} was chosen on ID validation ({shown})")
+    for path in tables:
+        console.print(f"analysis: {path}")
     console.print(f"{result.ran} runs in {duration(result.seconds)}, {len(result.failed)} failed; written: {output}")
 
 

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.stats
 from sklearn import metrics as sk
 
 from emoe.errors import UserError
 from emoe.evaluation.vectorised import METRICS, metric
+from emoe.tasks.metrics import METRICS as PLAIN
 
 N, SEEDS, RESAMPLES = 40, 3, 5
 
 
-def recall(labels, said):
-    return np.mean([np.mean(said[labels == c] == c) for c in np.unique(labels)])
-
-
-def f1(labels, said):
-    kind = "binary" if max(labels.max(), said.max()) < 2 else "macro"
-    return sk.f1_score(labels, said, average=kind, zero_division=0)
-
-
-def spearman(labels, said):
-    return scipy.stats.spearmanr(labels, said).statistic
-
-
-def pearson(labels, said):
-    return scipy.stats.pearsonr(labels, said).statistic
-
-
-PLAIN = {
-    "accuracy": sk.accuracy_score,
-    "balanced_accuracy": recall,
-    "f1": f1,
-    "matthews": sk.matthews_corrcoef,
-    "pearson": pearson,
-    "spearman": spearman,
-    "accuracy_f1": lambda y, p: (sk.accuracy_score(y, p) + f1(y, p)) / 2,
-    "pearson_spearman": lambda y, p: (pearson(y, p) + spearman(y, p)) / 2,
-    "token_accuracy": lambda y, p: p.sum() / y.sum(),
-}
 CASES = [
     *((name, 2) for name in ("accuracy", "balanced_accuracy", "f1", "matthews", "accuracy_f1")),
     *((name, 4) for name in ("accuracy", "balanced_accuracy", "f1", "matthews")),  # more classes: macro, R_K
