@@ -182,9 +182,7 @@ def _extract(archive: Path, members: Mapping[str, str | None], folder: Path, lab
                     raise UserError(f"{label}: checksum mismatch of {name}: expected sha256 {expected}, got {found}")
 
 
-def _expand(
-    members: Mapping[str, str | None], names: list[str], label: str, archive: Path
-) -> dict[str, str | None]:
+def _expand(members: Mapping[str, str | None], names: list[str], label: str, archive: Path) -> dict[str, str | None]:
     """Members with their patterns replaced by the names of the archive that fit, folder by folder."""
     expanded: dict[str, str | None] = {}
     for name, expected in members.items():

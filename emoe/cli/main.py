@@ -8,7 +8,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import compare, convert, doctor, estimate, export, frontier, inspect, models, recover, sweep
+from emoe.cli import compare, convert, doctor, estimate, export, finetune, frontier, inspect, models, recover, sweep
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
+app.command("finetune")(finetune.finetune)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("recover")(recover.recover)
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         message = error.format_message()
     except (KeyboardInterrupt, typer.Abort):
-        print("emoe: interrupted; --resume goes on with an unfinished conversion", file=sys.stderr)
+        print("emoe: interrupted; --resume goes on with unfinished work", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141

@@ -21,8 +21,8 @@ class Arm:
     """Trains with K of E experts; otherwise with all of them, which is the dense model."""
     gate: str | None = None
     """Gate to put in place of the converted model's; None keeps that."""
-    routing: str = "top-k"
-    """Value of ``config.emoe_routing``."""
+    routing: str | None = None
+    """Value of ``config.emoe_routing`` to put in place of the converted model's; None keeps that."""
     dropout: bool = False
     """Neurons of the same layers are dropped at random in training, as many as K of E experts leave out."""
     copied: bool = False
@@ -40,8 +40,14 @@ ARMS: dict[str, Arm] = {
         Arm("vanilla", "dense fine-tuning", sparse=False),
         Arm("dropout", "dense, with dropout on the neurons of the same layers (control)", sparse=False, dropout=True),
         Arm("emoe", "the experts of largest logit; the gate follows the weights"),
-        Arm("emoe-learn", "a trained cosine gate over the same experts", gate="cosine"),
-        Arm("gmoe", "a trained cosine gate over copies of the whole FFN; adds parameters", gate="cosine", copied=True),
+        Arm("emoe-learn", "a trained cosine gate over the same experts", gate="cosine", routing="top-k"),
+        Arm(
+            "gmoe",
+            "a trained cosine gate over copies of the whole FFN; adds parameters",
+            gate="cosine",
+            routing="top-k",
+            copied=True,
+        ),
         Arm("random", "experts drawn by a hash of the token's logits (ablation)", routing="random"),
         Arm("bottom-k", "the experts of smallest logit (ablation)", routing="bottom-k"),
     )

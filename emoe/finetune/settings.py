@@ -15,9 +15,13 @@ SEED_LIMIT = 1000
 class FinetuneConfig(Settings):
     """Settings of a fine-tuning: one arm, some seeds."""
 
-    model: str = setting("", "Dense model (alias, folder, .gguf, hub id), cut into experts first; or a converted folder.")
+    model: str = setting(
+        "", "Dense model (alias, folder, .gguf, hub id), cut into experts first; or a converted folder."
+    )
     output: str = setting("", "Folder to write: OUTPUT/seed-S for each seed.")
-    task: str = setting("", "Name of a task, a .yaml file of your own, or a .json/.jsonl file of instructions (Alpaca).")
+    task: str = setting(
+        "", "Name of a task, a .yaml file of your own, or a .json/.jsonl file of instructions (Alpaca)."
+    )
     method: str = setting(
         "emoe", "Arm: vanilla, dropout, emoe, emoe-learn, gmoe, random or bottom-k (docs/finetuning.md)."
     )
@@ -115,5 +119,7 @@ class EvalConfig(Settings):
     )
     max_length: int = setting(128, "Tokens of an example. [default: the run's own]", ge=4)
     batch_size: int = setting(64, "Examples a forward call.", ge=1)
-    lm_eval: str | None = setting(None, "Benchmarks of the lm-eval package, by commas, instead of a task (mmlu,arc_easy).")
+    lm_eval: str | None = setting(
+        None, "Benchmarks of the lm-eval package, by commas, instead of a task (mmlu,arc_easy)."
+    )
     output: str = setting("", "Folder for the scores and raw predictions; must not exist.")

@@ -7,9 +7,10 @@ Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons p
 The weights stay where the source has them (``mlp.gate_proj.weight`` and so on), reordered so that expert e is the block
 of neurons e*S … (e+1)*S. Nothing trainable is added: a gate is derived from the weights, or is a table in a buffer.
 ``EMoELlamaForCausalLM`` is ``LlamaForCausalLM`` with sparse FFNs; likewise for every other stock class. The classes are
-made on first use, by name, so that one file serves every family. Two gates are exceptions: "cosine" is trained, and with
-``emoe_copies`` an expert is a copy of the whole FFN (GMoE). This file is copied beside each converted checkpoint
-and needs nothing but torch and transformers; with ``emoe_kernels`` installed it runs on those kernels.
+made on first use, by name, so that one file serves every family. Two exceptions serve as baselines in fine-tuning: the
+gate "cosine" is trained, and with ``emoe_copies`` an expert is a copy of the whole FFN (GMoE). This file is copied
+beside each converted checkpoint and needs nothing but torch and transformers; with ``emoe_kernels`` installed it runs
+on those kernels.
 """
 
 import shutil
@@ -141,7 +142,9 @@ class Router(nn.Module):
         elif self.gate == "cosine":
             self.cosine = CosineGate(width, self.num_experts)
         elif self.gate != "average-key":
-            raise ValueError(f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant, cosine")
+            raise ValueError(
+                f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant, cosine"
+            )
         if self.rule in ("threshold", "energy-share") or config.emoe_allocation != "uniform":
             every_E2 = torch.arange(1, self.num_experts + 1)[:, None].repeat(1, 2)
             self.register_buffer("bounds", every_E2)

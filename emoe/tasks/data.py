@@ -115,23 +115,13 @@ def _split(domain: Domain, where: Where) -> dict[str, list[Example]]:
     except NotThere as reason:
         raise UserError(f"--task: the domain to train on, {domain.name}: {reason}") from None
     pool = parts.pop("all", None)
-    bounds = {"validation": HELD_OUT}
     if pool is None:
         pool = parts.pop("train")
-    if "test" not in parts:
-        bounds["test"] = HELD_OUT
-    if "validation" in parts:
-        del bounds["validation"]
-    split: dict[str, list[Example]] = {"train": [], **{part: [] for part in bounds}}
+    held_out = [part for part in ("validation", "test") if part not in parts]
+    split: dict[str, list[Example]] = {"train": [], **{part: [] for part in held_out}}
     for example in pool:
-        place = place_of(key_of(example))
-        for part, share in bounds.items():
-            place -= share
-            if place < 0:
-                break
-        else:
-            part = "train"
-        split[part].append(example)
+        part = int(place_of(key_of(example)) / HELD_OUT)
+        split[held_out[part] if part < len(held_out) else "train"].append(example)
     return split | parts
 
 

@@ -58,7 +58,10 @@ TASKS = (
             _own("sst2", _SENTENCE),
             _ood("imdb", Hub("imdb", "test", _TEXT, "stanfordnlp/imdb")),
             _ood("yelp", Hub("yelp", "test", _TEXT, "fancyzhx/yelp_polarity")),
-            _ood("amazon", Hub("amazon", "test", Columns("content", "label", classes=_BINARY), "fancyzhx/amazon_polarity")),
+            _ood(
+                "amazon",
+                Hub("amazon", "test", Columns("content", "label", classes=_BINARY), "fancyzhx/amazon_polarity"),
+            ),
             _ood("flipkart", Hub("flipkart", "test", _TEXT)),
         ),
     ),

@@ -15,7 +15,9 @@ from emoe.tasks.metrics import METRICS
 from emoe.tasks.sources import Columns, File, read_table
 from emoe.tasks.spec import Domain, Example, Source, Task, Where
 
-_PROMPT = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+_PROMPT = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+)
 """The wording of Alpaca (Taori et al. 2023), which published instruction models were tuned with."""
 
 
