@@ -3,7 +3,7 @@
 Both arms were trained from the same seeds and scored on the same examples, so a table of differences has seeds as rows
 and examples as columns: a crossed design. New training runs and new texts are separate sources of chance, and a draw
 takes rows and columns independently: the multi-bootstrap of MultiBERTs (Sellam et al. 2022, arXiv 2106.16163), which is
-Owen's pigeonhole bootstrap (2007, arXiv 0705.3854) with paired seeds.
+Owen's pigeonhole bootstrap (Annals of Applied Statistics 2007) with paired seeds.
 
 Every draw depends on the seed given and on the domain's name, and on nothing else in the table: a further run or domain
 changes no figure of the others.

@@ -197,7 +197,7 @@ def read_runs(arguments: list[str], reading: str = AS_TRAINED) -> list[Run]:
         folder, own = (Path(argument), reading) if not at or Path(argument).exists() else (Path(path), own)
         chosen = folder / "sweep.json"
         if chosen.is_file():
-            places += [(folder / run, own, arm) for arm, run in read_json(chosen, "compare")["chosen"].items()]
+            places += [(folder / run, own, arm) for arm, run in _chosen(chosen).items()]
         else:
             places.append((folder, own, None))
     keys = [(folder.resolve(), own) for folder, own, _ in places]
@@ -211,6 +211,18 @@ def read_runs(arguments: list[str], reading: str = AS_TRAINED) -> list[Run]:
     for name, (folder, own, _) in zip(names, places, strict=True):
         runs.append(read_run(folder, own, name if own == reading else f"{name} read as {own}"))
     return runs
+
+
+def _chosen(path: Path) -> dict[str, str]:
+    """Arm → run folder of a sweep's only group."""
+    facts = read_json(path, "compare")
+    if len(facts["groups"]) > 1:
+        groups = "; ".join(facts["groups"])
+        raise UserError(
+            f"compare: {path.parent} crosses all arms with other settings ({groups}), which are not to be mixed; give "
+            "the run folders of one of them, or read the sweep's own comparisons"
+        )
+    return facts["chosen"]
 
 
 def _unique_names(folders: list[Path]) -> list[str]:

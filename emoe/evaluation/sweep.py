@@ -263,10 +263,19 @@ def _write(config: SweepConfig, rows: list[Variant], result: SweepResult, output
     facts = {
         "emoe": emoe.__version__,
         "config": config.model_dump(),
-        "baseline": next((row.name for row in rows if row.name in finished), None),
         "chosen": finished,
+        "groups": _groups(rows, finished),
         "selection": result.selection,
         "failed": result.failed,
         "seconds": result.seconds,
     }
     write_text(output / "sweep.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _groups(rows: list[Variant], finished: dict[str, str]) -> dict[str, list[str]]:
+    """Variants that are to be compared with one another: those at the same values of what all arms are crossed with."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row.name in finished:
+            groups.setdefault(", ".join(f"{k} {v}" for k, v in row.shared_point.items()), []).append(row.name)
+    return groups

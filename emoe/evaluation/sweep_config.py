@@ -139,7 +139,7 @@ def _variant(config: SweepConfig, arm: str, own: dict, shared: dict, point: dict
     whole = {**shared, **point}
     name = ", ".join([arm, *(f"{key} {value}" for key, value in whole.items())])
     candidates = tuple(
-        Candidate(_slug([arm, *_words(whole), *_words(chosen)]), {**config.base, **own, **whole, **chosen})
+        Candidate(slug("__".join([arm, *_words(whole), *_words(chosen)])), {**config.base, **own, **whole, **chosen})
         for chosen in _combinations(config.select)
     )
     return Variant(name, arm, whole, shared, candidates)
@@ -163,8 +163,9 @@ def _words(values: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _slug(words: list[str]) -> str:
-    return re.sub(r"[^\w.,=:+-]+", "-", "__".join(words))
+def slug(text: str) -> str:
+    """As part of a file's name."""
+    return re.sub(r"[^\w.=+-]+", "-", text)
 
 
 def seed_list(text: str, key: str) -> list[int]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from emoe.analysis.gains import Gain, Gains, gains
 from emoe.analysis.routing import LayerHistory, histories
-from emoe.evaluation.runs import read_runs
+from emoe.checkpoint.reader import read_json
+from emoe.evaluation.runs import read_run
 from emoe.evaluation.sweep_config import Analysis, SweepConfig
 from emoe.report.comparison import interval, p_value, signed
 from emoe.report.comparison_html import new_figure
@@ -102,7 +103,8 @@ def gains_figure(found: Gains):
 
 def _routing(output: Path) -> Path:
     """Expert selection over training of every arm that has routers."""
-    found = {run.name: histories(run) for run in read_runs([str(output)])}
+    chosen = read_json(output / "sweep.json")["chosen"]
+    found = {name: histories(read_run(output / folder)) for name, folder in chosen.items()}
     routed = {name: by_seed for name, by_seed in found.items() if any(by_seed.values())}
     write_text(output / "routing.md", routing_markdown(routed))
     for number, (name, by_seed) in enumerate(routed.items()):

@@ -9,26 +9,35 @@ from rich.console import Console
 
 from emoe.checkpoint.reader import read_json
 from emoe.evaluation.compare import Comparison, compare
-from emoe.evaluation.runs import read_runs
+from emoe.evaluation.runs import read_run
 from emoe.evaluation.sweep import Estimate, SweepResult
+from emoe.evaluation.sweep_config import slug
 from emoe.report.comparison import as_json, as_markdown, points, print_comparison
 from emoe.report.comparison_html import as_html
 from emoe.runtime import write_text
 
 
-def write_summary(output: Path, resamples: int, progress: Callable[[str, int, int], None]) -> Comparison | None:
-    """comparison.md, .json and .html, summary.md; the comparison is None if fewer than two arms finished."""
+def write_summary(output: Path, resamples: int, progress: Callable[[str, int, int], None]) -> list[Comparison]:
+    """comparison.md, .json and .html for each group of runs that are to be compared, and summary.md.
+
+    Groups differ in what the sweep crosses with all arms; of a group with fewer than two finished arms there is none.
+    """
     facts = read_json(output / "sweep.json")
-    found = None
-    if len(facts["chosen"]) > 1:
-        found = compare(read_runs([str(output)]), facts["baseline"], resamples, progress=progress)
+    found, pages = [], {}
+    for group, names in facts["groups"].items():
+        if len(names) < 2:
+            continue
+        runs = [read_run(output / facts["chosen"][name], name=name) for name in names]
+        found.append(compare(runs, resamples=resamples, progress=progress))
+        stem = "-".join(["comparison", *([slug(group)] if group else [])])
         for suffix, write in {"md": as_markdown, "json": as_json, "html": as_html}.items():
-            write_text(output / f"comparison.{suffix}", write(found))
-    write_text(output / "summary.md", _summary(facts))
+            write_text(output / f"{stem}.{suffix}", write(found[-1]))
+        pages[group or "all runs"] = f"{stem}.md"
+    write_text(output / "summary.md", _summary(facts, pages))
     return found
 
 
-def _summary(facts: dict) -> str:
+def _summary(facts: dict, pages: dict[str, str]) -> str:
     lines = []
     if facts["selection"]:
         lines += ["Chosen on ID validation alone (mean score, points):", ""]
@@ -41,14 +50,14 @@ def _summary(facts: dict) -> str:
         lines.append("")
     if facts["failed"]:
         lines += ["Failed:", "", *(f"- {cell}: {why}" for cell, why in facts["failed"].items()), ""]
-    lines.append("[Comparison](comparison.md)" if len(facts["chosen"]) > 1 else "Nothing to compare yet.")
+    lines += [f"- [Comparison of {group}]({page})" for group, page in pages.items()] or ["Nothing to compare yet."]
     return "\n".join(lines) + "\n"
 
 
-def print_sweep(result: SweepResult, found: Comparison | None, output: Path, tables: list[Path]) -> None:
+def print_sweep(result: SweepResult, found: list[Comparison], output: Path, tables: list[Path]) -> None:
     """On the terminal."""
-    if found is not None:
-        print_comparison(found)
+    for comparison in found:
+        print_comparison(comparison)
     console = Console(markup=False, highlight=False)
     for arm, scores in result.selection.items():
         shown = ", ".join(f"{name} {points(score)}" for name, score in scores.items())

@@ -12,8 +12,8 @@ from support.trainer import FakeTrainer
 from emoe.analysis.gains import gains
 from emoe.analysis.routing import routing_history
 from emoe.errors import UserError
-from emoe.evaluation.runs import read_run
 from emoe.evaluation.compare import compare
+from emoe.evaluation.runs import read_run
 from emoe.evaluation.sweep import sweep
 from emoe.evaluation.sweep_config import SweepConfig
 from emoe.report.analysis import gains_figure, gains_markdown, routing_figure, routing_markdown, write_analyses

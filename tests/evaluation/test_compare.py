@@ -92,9 +92,13 @@ def test_readings(runs):
 
 
 def test_one_sweep_stands_for_what_it_chose(runs):
-    (runs / "sweep.json").write_text(json.dumps({"chosen": {"plain": "vanilla", "ours": "better"}}))
+    chosen = {"plain": "vanilla", "ours": "better"}
+    (runs / "sweep.json").write_text(json.dumps({"chosen": chosen, "groups": {"": list(chosen)}}))
     try:
         assert [run.name for run in read_runs([str(runs)])] == ["plain", "ours"]
+        (runs / "sweep.json").write_text(json.dumps({"chosen": chosen, "groups": {"a 1": ["plain"], "a 2": ["ours"]}}))
+        with pytest.raises(UserError, match="not to be mixed"):
+            read_runs([str(runs)])
     finally:
         (runs / "sweep.json").unlink()
 
