@@ -274,12 +274,12 @@ def _row(
 
 def _check_recorded(paired: Paired, scores: dict[str, dict[str, Scores]]) -> None:
     """run.json and the predictions are two witnesses; say where they disagree on the same examples."""
-    for domain in paired.domains:
-        for run in paired.runs:
+    for run in paired.runs:
+        for domain in paired.domains:
             for seed, found in zip(paired.seeds, scores[run.name][domain.name].by_seed, strict=True):
-                recorded = run.scores(seed)[domain.name]
-                if recorded.examples == len(domain.labels_N) and abs(recorded.score - found) > 1e-3:
+                score = run.scores(seed)[domain.name]
+                if score.examples == len(domain.labels_N) and abs(100 * score.score - found) > 1e-3:
                     paired.notes.append(
-                        f"{run.name}, seed {seed}, {domain.name}: run.json says {recorded.score:.3f}, its predictions "
+                        f"{run.name}, seed {seed}, {domain.name}: run.json says {100 * score.score:.3f}, its predictions "
                         f"{found:.3f}; the predictions count"
                     )

@@ -30,7 +30,7 @@ OOD, ID_TEST, VALIDATION = "ood", "id-test", "id-validation"
 
 
 class Score(BaseModel):
-    """How one reading did on one domain; scores in percent of the metric's maximum."""
+    """How one reading did on one domain; scores as the metric has them, 1 is the best."""
 
     role: Literal["id-validation", "id-test", "ood"]
     metric: str

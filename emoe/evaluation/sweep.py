@@ -229,7 +229,7 @@ def validation_score(seed_folder: Path) -> float:
     found = [score.score for score in scores if score.role == VALIDATION]
     if not found:
         raise UserError(f"sweep: {seed_folder} has no ID-validation score to choose by")
-    return fmean(found)
+    return 100 * fmean(found)
 
 
 def _selection(row: Variant, output: Path, seeds: list[int]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def statements(found: Comparison) -> list[str]:
     """What must be known to read the tables: conditions first, then what was left out or differs."""
     seeds = ", ".join(map(str, found.seeds))
     lines = [
-        f"Task {found.task}; {len(found.seeds)} paired seeds ({seeds}); baseline {found.baseline}; figures in points.",
+        f"Task {found.task}; {_seeds(len(found.seeds))} in pairs ({seeds}); baseline {found.baseline}; figures in points.",
         "Intervals (95%) and p are for new seeds and new examples together, from "
         f"{found.resamples} resamples; Holm adjusts p over the {len(found.domains)} domains, not over runs.",
         _power(found),
@@ -59,10 +59,14 @@ def _power(found: Comparison) -> str:
     seeds, least = len(found.seeds), p_value(found.smallest_p)
     if found.smallest_p > LEVEL:
         return (
-            f"With {seeds} seed{'s' * (seeds > 1)} no exchange of arms can give a p below {least}: nothing in this "
+            f"With {_seeds(seeds)} no exchange of arms can give a p below {least}: nothing in this "
             "table can be significant at 0.05, whatever the difference; 6 seeds are the least, 8 to 10 are sensible."
         )
-    return f"With {seeds} seeds the smallest p that exchanging arms can give is {least}."
+    return f"With {_seeds(seeds)} the smallest p that exchanging arms can give is {least}."
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def points(value: float) -> str:
@@ -114,7 +118,7 @@ def _scores(found: Comparison) -> Grid:
         body.append(cells + ([f"{row.ood_rank:.2f}"] if ranked else []))
     metrics = ", ".join(dict.fromkeys(domain.metric.replace("_", " ") for domain in found.domains))
     head = ["run", *_headings(found), "rank", *(["OOD rank"] if ranked else [])]
-    return Grid(f"{metrics}, mean ± std over {len(found.seeds)} seeds", head, body, frozenset(strong))
+    return Grid(f"{metrics}, mean ± std over {_seeds(len(found.seeds))}", head, body, frozenset(strong))
 
 
 def _differences(found: Comparison) -> Grid:

@@ -45,7 +45,8 @@ def of(*folders, **options):
 def test_scores_are_those_of_the_raw_predictions(found):
     for domain in DOMAINS:
         labels, _ = truth(domain, 200)
-        expected = [balanced_accuracy(labels, answers(domain, 200, seed, 1, 0.5, 0.05)) for seed in range(8)]
+        said = [answers(domain, 200, seed, 1, 0.5, 0.05) for seed in range(8)]
+        expected = [100 * balanced_accuracy(labels, of_seed) for of_seed in said]
         scores = found.rows[1].scores[domain]
         assert scores.by_seed == pytest.approx(expected, abs=1e-4)
         assert scores.mean == pytest.approx(np.mean(expected), abs=1e-4)
@@ -58,6 +59,7 @@ def test_a_better_arm_is_found_and_an_equal_one_is_not(found):
     assert better.differences[OOD_MEAN].low > 0
     assert not any(d.significant for d in equal.differences.values())
     assert better.ood_rank == 1.0
+    assert found.notes == []  # run.json and predictions agree
     for row in found.rows[1:]:
         for column, d in row.differences.items():
             assert d.difference == pytest.approx(row.scores[column].mean - found.rows[0].scores[column].mean, abs=1e-6)
@@ -128,7 +130,7 @@ def test_a_missing_domain_is_left_out_and_said(runs, tmp_path):
 
 def test_the_validation_set_is_not_compared(tmp_path):
     for arm in range(2):
-        write_run(tmp_path / f"arm{arm}", arm, validation=80.0)
+        write_run(tmp_path / f"arm{arm}", arm, validation=0.8)
     assert "movies-validation" not in of(tmp_path / "arm0", tmp_path / "arm1").columns
 
 
@@ -141,7 +143,7 @@ def test_examples_are_intersected_and_said(runs, tmp_path):
         write_predictions(path, labels[:50], answers("amazon", 200, seed, 1, 0.5, 0.05)[:50])
     found = of(runs / "vanilla", tmp_path / "limited")
     assert "domain amazon: 50 examples of up to 200 were scored in every run; those count" in found.notes
-    expected = balanced_accuracy(labels[:50], answers("amazon", 200, 0, 0, 0.0, 0.05)[:50])
+    expected = 100 * balanced_accuracy(labels[:50], answers("amazon", 200, 0, 0, 0.0, 0.05)[:50])
     assert found.rows[0].scores["amazon"].by_seed[0] == pytest.approx(expected, abs=1e-4)
 
 
@@ -313,7 +315,7 @@ def test_the_command(runs, tmp_path, capsys):
     assert main(["compare", *folders, "--resamples", "200", "--per-seed"]) == 0
     shown = capsys.readouterr().out
     assert "OOD mean" in shown
-    assert "8 paired seeds" in shown
+    assert "8 seeds in pairs" in shown
     assert "every seed" in shown
     for suffix in ("md", "csv", "json", "html", "tex"):
         target = tmp_path / f"table.{suffix}"

@@ -53,7 +53,7 @@ def test_validation_alone_chooses(tmp_path):
     result = run(SELECT, tmp_path, trainer)
     assert result.chosen == {"vanilla": "vanilla__learning_rate=5e-05", "emoe": "emoe__learning_rate=2e-05"}
     assert result.selection["emoe"] == pytest.approx(
-        {"emoe__learning_rate=2e-05": 90.005, "emoe__learning_rate=5e-05": 80.005}
+        {"emoe__learning_rate=2e-05": 90.05, "emoe__learning_rate=5e-05": 80.05}
     )
     assert len(trainer.asked) == 2 * 2 * 2 + 2  # both rates on two seeds, the chosen ones on the third
     assert ("emoe__learning_rate=5e-05", 2) not in trainer.asked
@@ -181,7 +181,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "vanilla__learning_rate=5e-05 was chosen on ID validation" in shown
-    assert "3 paired seeds" in shown
+    assert "3 seeds in pairs" in shown
     written = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
     assert written == {
         *("sweep.json", "summary.md", "comparison.md", "comparison.json", "comparison.html"),
@@ -199,7 +199,7 @@ def test_the_command_says_that_something_failed(tmp_path, monkeypatch, capsys):
     assert main(["sweep", str(path), "--output", str(tmp_path / "out"), "--resamples", "200"]) == 1
     printed = capsys.readouterr()
     assert "failed: emoe, seed 1: the loss is nan in step 3" in printed.err
-    assert "2 paired seeds (0, 2)" in printed.out
+    assert "2 seeds in pairs (0, 2)" in printed.out
     assert "emoe, seed 1: the loss is nan in step 3" in (tmp_path / "out" / "summary.md").read_text()
 
 

@@ -38,8 +38,8 @@ def answers(domain: str, examples: int, seed: int, arm: int, effect: float, seed
 
 
 def balanced_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """In percent, the obvious way."""
-    return 100 * float(np.mean([np.mean(predictions[labels == c] == c) for c in np.unique(labels)]))
+    """The obvious way."""
+    return float(np.mean([np.mean(predictions[labels == c] == c) for c in np.unique(labels)]))
 
 
 def write_run(
@@ -59,7 +59,7 @@ def write_run(
     for seed in seeds:
         scores = {}
         if validation is not None:
-            scores["movies-validation"] = _score("id-validation", 100, validation + 0.01 * seed)
+            scores["movies-validation"] = _score("id-validation", 100, validation + 0.001 * seed)
         for domain, role in domains.items():
             labels, _ = truth(domain, examples)
             said = answers(domain, examples, seed, arm, effect, seed_spread)

@@ -32,7 +32,7 @@ class FakeTrainer:
             arm=ARMS.index(config.method),
             effect=EFFECT.get(config.method, 0.0) + (0.0 if best else 0.5),
             seeds=[seed],
-            validation=90.0 if best else 80.0,
+            validation=0.9 if best else 0.8,
             method=config.method,
             settings=config.model_dump(mode="json", exclude={"output", "resume", "overwrite"}),
             train_examples=config.train_limit or 9000,
