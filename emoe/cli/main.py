@@ -8,7 +8,20 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import compare, convert, doctor, estimate, export, finetune, frontier, inspect, models, recover, sweep
+from emoe.cli import (
+    compare,
+    convert,
+    doctor,
+    estimate,
+    evaluate,
+    export,
+    finetune,
+    frontier,
+    inspect,
+    models,
+    recover,
+    sweep,
+)
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -25,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert.convert)
+app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("finetune")(finetune.finetune)
 app.command("frontier")(frontier.frontier)

@@ -280,6 +280,6 @@ def _check_recorded(paired: Paired, scores: dict[str, dict[str, Scores]]) -> Non
                 score = run.scores(seed)[domain.name]
                 if score.examples == len(domain.labels_N) and abs(100 * score.score - found) > 1e-3:
                     paired.notes.append(
-                        f"{run.name}, seed {seed}, {domain.name}: run.json says {100 * score.score:.3f}, its predictions "
-                        f"{found:.3f}; the predictions count"
+                        f"{run.name}, seed {seed}, {domain.name}: run.json says {100 * score.score:.3f}, "
+                        f"its predictions {found:.3f}; the predictions count"
                     )

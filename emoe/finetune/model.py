@@ -9,7 +9,6 @@ Legend: E experts, K experts a token uses.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ class Start:
     top_k: int
     """K of the arm's partners: of a dense arm, too, what `emoe` readings use."""
     head: list[str]
-    """Names of the modules that are drawn afresh or lie outside the base model."""
+    """Names of the modules that are drawn afresh or lie outside the base model; none for instructions."""
 
 
 def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group: Group, progress: Progress) -> Path:
@@ -64,8 +63,17 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
         if str(facts.get("model_type", "")).startswith("emoe_"):
             _check_converted(config, facts)
             return given
-    target = work / "base"
-    group.first_then_all(lambda: _cut(config, target, texts, progress))
+    target, sample = work / "base", work / "texts.txt"
+    group.first_then_all(lambda: sample.write_text("\n".join(texts), encoding="utf-8"))
+    try:
+        _cut(config, target, sample, progress)  # all processes share this work
+    except UserError as error:
+        if str(error).startswith("--calibration"):
+            raise UserError(
+                f"--gate {config.gate}, --split {config.split}: the training texts are too few to fit them; give a "
+                "converted model, or average-key and weights, which need none"
+            ) from None
+        raise
     return target
 
 
@@ -80,12 +88,7 @@ def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
         raise UserError(f"{flags}: the model is cut into experts already; leave out, or give the dense model")
 
 
-def _cut(config: FinetuneConfig, target: Path, texts: list[str], progress: Progress) -> None:
-    if (target / "config.json").is_file():  # an interrupted run's
-        return
-    sample = target.with_name("texts.txt")
-    sample.parent.mkdir(parents=True, exist_ok=True)
-    sample.write_text("\n".join(texts), encoding="utf-8")
+def _cut(config: FinetuneConfig, target: Path, sample: Path, progress: Progress) -> None:
     emoe.convert(
         config.model,
         output=target,
@@ -101,10 +104,8 @@ def _cut(config: FinetuneConfig, target: Path, texts: list[str], progress: Progr
         allocation="uniform",
         calibration=[str(sample)],
         held_out_tokens=0,
-        overwrite=True,
         progress=lambda stage, done, total: progress(f"cutting: {stage}", done, total),
     )
-    sample.unlink()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -134,7 +135,7 @@ def build(config: FinetuneConfig, arm: Arm, folder: Path, task: Task, pad_token_
         facts.emoe_gate = arm.gate
     facts.num_experts_per_tok = top_k if arm.sparse and not arm.copied else facts.num_experts
     model, missing = _load(folder, facts, task)
-    head = _head(model, missing)
+    head = _head(model, missing) if task.kind != "instructions" else []
     if arm.copied:
         missing |= _copy(model, config)
         top_k = config.copies_top_k
@@ -215,12 +216,6 @@ def hide_neurons(model: nn.Module, rate: float) -> list[Any]:
 
     ffns = model.sparse_ffns().values()
     return [ffn.linear("down").register_forward_pre_hook(drop) for ffn in ffns]
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What the run's record says of the experts."""
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {key: facts[key] for key in ("num_experts", "num_experts_per_tok", "emoe_layers", "emoe_gate")}
 
 
 def attention_linears(model: EMoEModelMixin, ffn: bool) -> list[str]:

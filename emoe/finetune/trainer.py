@@ -77,7 +77,8 @@ class Tuner(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self._stop_unless_finite("gradient's norm", torch.as_tensor(norm).detach())
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP gives a DTensor
+        self._stop_unless_finite("gradient's norm", whole.detach())
         return norm
 
     def _stop_unless_finite(self, name: str, value: torch.Tensor) -> None:
@@ -200,6 +201,21 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
         dataloader_pin_memory=not on_cpu,
         **(fsdp if config.fsdp else {}),
     )
+
+
+def scorer(model: torch.nn.Module, texts: Classification, batch_size: int, half: bool, folder: Path) -> Tuner:
+    """A Trainer that only predicts."""
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=batch_size,
+        bf16=half,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return Tuner(model=model, args=settings, data_collator=texts.collate, texts=texts, losses={}, probe=None)
 
 
 def make_tuner(

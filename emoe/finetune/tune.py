@@ -53,7 +53,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     """
     progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
     arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
-    check_tuning(config, arm)
+    check_tuning(config, arm, task)
     group = Group()
     output = _output(config)
     group.first_then_all(lambda: _check_output(config, seeds))
@@ -64,8 +64,9 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         for note in data.notes:
             say(note)
         group.first_then_all(lambda: [_prepare(config, output / f"seed-{seed}") for seed in todo])
-        work = output / ".base"
+        work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
         try:
+            group.first_then_all(lambda: _fresh(work))
             texts = [example.text for example in data.train]
             base = converted_folder(config, work, texts, group, progress)
             for seed in todo:
@@ -73,6 +74,12 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         finally:
             group.first_then_all(lambda: shutil.rmtree(work, ignore_errors=True))
     return [json.loads((output / f"seed-{seed}" / RECORD).read_text(encoding="utf-8")) for seed in seeds]
+
+
+def _fresh(folder: Path) -> None:
+    """An empty folder, whatever a killed call left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
@@ -172,12 +179,14 @@ class Run:
             hook.remove()
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, started, readings)
+        self.start.model.config.use_cache = True  # training wants none, generation does
         if not self.config.discard_model:
             tuner.save_model(str(self.folder / "model"))
         if self.group.first:
             write_predictions(self.folder / "predictions", predictions)
             if not self.config.discard_model:
                 self.tokenizer.save_pretrained(self.folder / "model")
+                (self.folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has it all
             write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
             shutil.rmtree(self.folder / ".training")
         self.group.wait()
@@ -219,4 +228,9 @@ class Run:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -12,12 +12,15 @@ from emoe.errors import UserError
 from emoe.finetune.arms import Arm
 from emoe.finetune.model import Start, attention_linears
 from emoe.finetune.settings import FinetuneConfig
+from emoe.tasks.spec import Task
 
 
-def check_tuning(config: FinetuneConfig, arm: Arm) -> None:
+def check_tuning(config: FinetuneConfig, arm: Arm, task: Task) -> None:
     """Raise `UserError` for a combination that trains nothing sensible or needs a library that is not there."""
     if arm.copied and config.tuning != "full":
         raise UserError("--method gmoe: its copies of the FFN must be trained; use --tuning full")
+    if config.tuning == "head" and task.kind == "instructions":
+        raise UserError("--tuning head: a language model has no head of its own to train; use full or lora")
     if config.tuning == "lora" and importlib.util.find_spec("peft") is None:
         raise UserError("--tuning lora: needs the package peft; pip install peft")
     if config.losses() and not arm.learns_gate:
@@ -54,7 +57,7 @@ def choose_parameters(config: FinetuneConfig, arm: Arm, start: Start, seed: int)
             lora_dropout=config.lora_dropout,
             target_modules=targets,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
-            modules_to_save=[*start.head, *gates] if start.head != ["lm_head"] else gates or None,
+            modules_to_save=[*start.head, *gates] or None,
         ),
     )
 

@@ -42,7 +42,7 @@ def statements(found: Comparison) -> list[str]:
     """What must be known to read the tables: conditions first, then what was left out or differs."""
     seeds = ", ".join(map(str, found.seeds))
     lines = [
-        f"Task {found.task}; {_seeds(len(found.seeds))} in pairs ({seeds}); baseline {found.baseline}; figures in points.",
+        f"Task {found.task}; {_seeds(len(found.seeds))} in pairs ({seeds}); baseline {found.baseline}; in points.",
         "Intervals (95%) and p are for new seeds and new examples together, from "
         f"{found.resamples} resamples; Holm adjusts p over the {len(found.domains)} domains, not over runs.",
         _power(found),
