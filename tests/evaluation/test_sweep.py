@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import emoe_configs
 import pytest
 import yaml
 from support.trainer import FakeTrainer
@@ -203,13 +202,12 @@ def test_the_command_says_that_something_failed(tmp_path, monkeypatch, capsys):
     assert "emoe, seed 1: the loss is nan in step 3" in (tmp_path / "out" / "summary.md").read_text()
 
 
-CONFIGS = sorted(
-    p for kind in ("sweeps", "analysis") for p in (Path(emoe_configs.__file__).parent / kind).glob("*.yaml")
-)
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for kind in ("sweeps", "analysis") for path in (FOLDER / kind).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_installed_sweeps_are_sound(path):
+def test_our_sweeps_are_sound(path):
     """Every cell's settings are accepted; the baseline is vanilla; 5 seeds at the least."""
     config = read_sweep(path)
     rows = variants(config)
@@ -225,7 +223,7 @@ def test_installed_sweeps_are_sound(path):
         assert {analysis.x, analysis.lines or "arm"} <= crossed
 
 
-def test_sweeps_are_installed():
+def test_sweeps_are_there():
     assert {"sentiment_minilm", "sentiment_smollm2", "spam_minilm"} <= {path.stem for path in CONFIGS}
 
 
