@@ -19,8 +19,8 @@ FLOORS = {
     **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets", "tasks"), 2),
     **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
-    **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),
-    **dict.fromkeys(("finetune", "pretrain", "report"), 6),
+    **dict.fromkeys(("conversion", "exporting", "surgery"), 5),
+    **dict.fromkeys(("finetune", "pretrain", "evaluation", "analysis", "report"), 6),
     "cli": 7,
 }
 """A module imports from its own floor and those beneath; `conversion` calls `report` through lazy imports only."""

@@ -1,0 +1,1 @@
+"""The analyses of the paper: what gains depend on, and what the routers do in training."""

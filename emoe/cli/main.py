@@ -10,6 +10,7 @@ import typer
 import emoe
 from emoe.cli import (
     analyze,
+    compare,
     convert,
     doctor,
     estimate,
@@ -23,6 +24,7 @@ from emoe.cli import (
     pretrain,
     prune,
     recover,
+    sweep,
     tune,
 )
 from emoe.errors import UserError
@@ -52,6 +54,8 @@ app.command("tune")(tune.tune)
 app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
 app.command("extend")(extend.extend)
+app.command("compare")(compare.compare)
+app.command("sweep")(sweep.sweep)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)
@@ -74,8 +78,8 @@ def _root(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
-        return 0
+        status = typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
+        return status if isinstance(status, int) else 0  # a command that failed in part exits with 1
     except UserError as error:
         message = str(error)
     except click.NoArgsIsHelpError as error:

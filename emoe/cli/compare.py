@@ -1,0 +1,75 @@
+"""`emoe compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emoe.cli.options import Quiet
+from emoe.errors import UserError, nearest
+
+FORMATS = ("md", "csv", "json", "html", "latex")
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run folders, the baseline first; FOLDER@dense or FOLDER@emoe for another reading. A folder of "
+            "`emoe sweep` stands for the runs that it chose."
+        ),
+    ],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Run to compare with. [default: the first]")
+    ] = None,
+    reading: Annotated[
+        str, typer.Option("--reading", help="How the tuned weights were run: as-trained, dense or emoe.")
+    ] = "as-trained",
+    format: Annotated[
+        str | None, typer.Option("--format", help="md, csv, json, html or latex. [default: the suffix of --output]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="File to write; replaced if it exists.")] = None,
+    resamples: Annotated[int, typer.Option("--resamples", help="Draws of the bootstrap and the tests.")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of these draws.")] = 0,
+    per_seed: Annotated[bool, typer.Option("--per-seed", help="Show every seed on the terminal, too.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare fine-tuned runs with a baseline: mean and spread, paired differences, intervals, significance, cost."""
+    format = _format(format, output)
+
+    from emoe.cli.progress import progress_bar
+    from emoe.evaluation.compare import compare as compute
+    from emoe.evaluation.runs import read_runs
+    from emoe.report.comparison import formats, print_comparison
+    from emoe.runtime import write_text
+
+    with progress_bar(quiet, unit="domains") as show:
+        found = compute(read_runs(runs, reading), baseline, resamples, seed, show)
+    if format is None:
+        if not quiet:
+            print_comparison(found, per_seed)
+        return
+    text = formats()[format](found)
+    if output is None:
+        print(text, end="")
+        return
+    if not output.parent.is_dir():
+        raise UserError(f"--output: {output.parent} is not a folder; make it first")
+    write_text(output, text)
+    if not quiet:
+        print_comparison(found, per_seed)
+        print(f"written: {output}")
+
+
+def _format(given: str | None, output: Path | None) -> str | None:
+    """The format asked for, or that of the file's name."""
+    if given is not None and given not in FORMATS:
+        raise UserError(f"--format: unknown '{given}'{nearest(given, FORMATS)}. Known: {', '.join(FORMATS)}")
+    if given is None and output is not None:
+        suffix = {".tex": "latex", ".htm": "html", ".markdown": "md"}.get(output.suffix, output.suffix[1:])
+        if suffix not in FORMATS:
+            raise UserError(f"--format: '{output.name}' tells no format; give one of {', '.join(FORMATS)}")
+        return suffix
+    return given

@@ -1,0 +1,50 @@
+"""`emoe sweep`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emoe.cli.options import Quiet
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/sweeps/sentiment_minilm.yaml.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder; goes on if it exists. [default: runs/NAME-OF-THE-FILE]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and the time they need; run none.")
+    ] = False,
+    resamples: Annotated[int, typer.Option("--resamples", help="Draws for the comparison at the end.")] = 2000,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune many arms, seeds and settings from one file, and compare them. Run it again to go on."""
+    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.evaluation.sweep_config import read_sweep
+
+    settings = read_sweep(config)
+    folder = output or Path("runs") / config.stem
+    if dry_run:
+        from emoe.evaluation.sweep import estimate
+        from emoe.report.sweep import print_estimate
+
+        print_estimate(estimate(settings, folder), folder)
+        return
+    silence_libraries()
+    from emoe.evaluation.sweep import sweep as run
+    from emoe.report.analysis import write_analyses
+    from emoe.report.sweep import print_sweep, write_summary
+
+    with progress_bar(quiet, unit="runs") as show:
+        result = run(settings, folder, show, lambda line: print(line, file=sys.stderr, flush=True))
+    with progress_bar(quiet, unit="domains") as show:
+        found = write_summary(folder, resamples, show)
+        tables = write_analyses(settings, folder, resamples, show) if found else []
+    if not quiet:
+        print_sweep(result, found, folder, tables)
+    if result.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,144 @@
+"""What several runs have in common: seeds, domains and examples. What is left out is said, what cannot be is an error.
+
+Legend: N examples, S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from emoe.errors import UserError
+from emoe.evaluation.runs import VALIDATION, Run
+
+NOT_CONFOUNDS = {"output", "seed", "seeds", "resume", "overwrite", "method", "discard_model", "tensorboard"}
+"""Settings that do not make runs differ, or that name the arm."""
+
+
+@dataclass(frozen=True)
+class DomainTable:
+    """One domain: what every seed of every run answered to the same examples."""
+
+    name: str
+    role: str
+    metric: str
+    labels_N: np.ndarray
+    predictions: dict[str, np.ndarray]
+    """Run → (S, N)."""
+
+
+@dataclass
+class Paired:
+    """Runs side by side."""
+
+    runs: list[Run]
+    seeds: list[int]
+    domains: list[DomainTable] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def pair(runs: list[Run], progress: Callable[[str, int, int], None]) -> Paired:
+    """Read the predictions of all runs on what they have in common.
+
+    Raises:
+        UserError: different tasks, metrics or labels; no seed, test domain or example in common.
+    """
+    tasks = {run.first.task for run in runs}
+    if len(tasks) > 1:
+        raise UserError(f"compare: the runs are of different tasks ({', '.join(sorted(tasks))})")
+    paired = Paired(runs, _common_seeds(runs))
+    paired.notes += [note for run in runs for note in _seed_notes(run, paired.seeds)]
+    names = _common_domains(paired)
+    for number, name in enumerate(names):
+        progress(f"reading {name}", number, len(names))
+        paired.domains.append(_read_domain(paired, name))
+    paired.notes += [note for run in runs[1:] for note in _differences(runs[0], run)]
+    return paired
+
+
+def _common_seeds(runs: list[Run]) -> list[int]:
+    seeds = sorted(set.intersection(*(set(run.records) for run in runs)))
+    if not seeds:
+        have = "; ".join(f"{run.name}: {', '.join(map(str, run.records))}" for run in runs)
+        raise UserError(f"compare: the runs have no finished seed in common ({have}); run the same --seeds for all")
+    return seeds
+
+
+def _seed_notes(run: Run, seeds: list[int]) -> list[str]:
+    notes = []
+    if run.unfinished:
+        notes.append(f"{run.name}: seeds not finished and left out: {', '.join(map(str, run.unfinished))}")
+    alone = sorted(set(run.records) - set(seeds))
+    if alone:
+        notes.append(f"{run.name}: seeds left out because another run lacks them: {', '.join(map(str, alone))}")
+    return notes
+
+
+def _common_domains(paired: Paired) -> list[str]:
+    """Test domains that every seed of every run was scored on, in the order of the first run."""
+    scored = [run.scores(seed) for run in paired.runs for seed in paired.seeds]
+    seen = list(dict.fromkeys(name for scores in scored for name, s in scores.items() if s.role != VALIDATION))
+    common = [name for name in seen if all(name in scores for scores in scored)]
+    for name in seen:
+        if name not in common:
+            lacking = [run.name for run in paired.runs if any(name not in run.scores(s) for s in paired.seeds)]
+            paired.notes.append(f"domain {name} left out: not scored for {', '.join(lacking)}")
+    if not common:
+        raise UserError("compare: the runs were scored on no test domain in common; see `emoe eval --domains`")
+    return common
+
+
+def _read_domain(paired: Paired, name: str) -> DomainTable:
+    scores = {run.name: [run.scores(seed)[name] for seed in paired.seeds] for run in paired.runs}
+    kinds = {(score.role, score.metric) for of_run in scores.values() for score in of_run}
+    if len(kinds) > 1:
+        raise UserError(f"compare: domain {name} was scored differently: {sorted(kinds)}")
+    found = {run.name: [run.predictions(seed, name) for seed in paired.seeds] for run in paired.runs}
+    everyone = [predictions for of_run in found.values() for predictions in of_run]
+    ids = reduce(_intersect, (predictions.ids_N for predictions in everyone))
+    if len(ids) == 0:
+        raise UserError(f"compare: domain {name}: the runs have no example in common; score them on the same data")
+    most = max(len(predictions.ids_N) for predictions in everyone)
+    if len(ids) < most:
+        paired.notes.append(f"domain {name}: {len(ids)} examples of up to {most} were scored in every run; those count")
+    found = {run: [p if len(p.ids_N) == len(ids) else p.take(ids) for p in of_run] for run, of_run in found.items()}
+    labels_N = found[paired.runs[0].name][0].labels_N
+    for run, of_run in found.items():
+        if any(not np.array_equal(predictions.labels_N, labels_N) for predictions in of_run):
+            raise UserError(f"compare: domain {name}: {run} has other labels for the same examples; the data differ")
+    role, metric = kinds.pop()
+    table = {run: np.stack([p.predictions_N for p in of_run]) for run, of_run in found.items()}
+    return DomainTable(name, role, metric, labels_N, table)
+
+
+def _intersect(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left if np.array_equal(left, right) else np.intersect1d(left, right, assume_unique=True)
+
+
+def _differences(baseline: Run, run: Run) -> list[str]:
+    """What else than the method tells a run from the baseline: each item is a possible confound."""
+    first, other = _facts(baseline), _facts(run)
+    differing = [
+        f"{key} {other.get(key)} ({baseline.name}: {first.get(key)})"
+        for key in sorted({*first, *other})
+        if first.get(key) != other.get(key)
+    ]
+    return [f"{run.name} differs from {baseline.name} in {', '.join(differing)}"] if differing else []
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    record = run.first
+    facts = {key: value for key, value in record.settings.items() if key not in NOT_CONFOUNDS}
+    return facts | {
+        "model": record.model,
+        "tuning": record.tuning,
+        "training texts": record.train_examples,
+        "hardware": str(record.hardware),
+        "torch": record.torch,
+        "transformers": record.transformers,
+        "emoe": record.emoe,
+    }

@@ -1,0 +1,148 @@
+"""How sure a difference is: an interval and tests that know of two sources of chance, seeds and examples.
+
+docs/comparing.md explains the choices and measures their error rates.
+
+Legend: S seeds, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from emoe.evaluation.resampling import Resampled, entropy_of
+
+EXHAUSTIVE_SEEDS = 14
+"""Up to here all 2^S assignments of arms to runs are tried."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference from the baseline, in the metric's own unit (1 is 100 points).
+
+    Attributes:
+        difference: mean over paired seeds.
+        low, high: 95% interval for new seeds and new examples; for new examples alone if there is one seed.
+        p_seeds: these test examples, other training runs: arms exchanged within seeds.
+        p_examples: these training runs, other examples: arms exchanged within examples.
+        p: both at once; never below ``p_seeds``.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_seeds: float
+    p_examples: float
+    p: float
+
+
+def smallest_p(seeds: int) -> float:
+    """The smallest p that exchanging arms within seeds can reach: two of the 2^S assignments are as extreme."""
+    return 2.0 ** (1 - seeds)
+
+
+def effect(found: Resampled, seed: int) -> Effect:
+    """Interval and tests of one difference."""
+    difference = float(found.seeds_S.mean())
+    low, high = interval(found, seed)
+    signs_RS = _signs(len(found.swapped_R), len(found.seeds_S), seed)
+    seeds_R = (signs_RS * found.seeds_S).mean(-1)
+    p_seeds = seeds_test(found.seeds_S, seed)
+    return Effect(
+        difference=difference,
+        low=low,
+        high=high,
+        p_seeds=p_seeds,
+        p_examples=_extreme(found.swapped_R, difference),
+        p=max(p_seeds, _extreme(seeds_R + found.swapped_R, difference)),
+    )
+
+
+def interval(found: Resampled, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap standard error over seeds and examples, times Student's t with Satterthwaite's degrees of freedom.
+
+    Percentiles of the bootstrap alone are too narrow for a handful of seeds: its variance over S seeds is (S - 1)/S of
+    the unbiased one, and S of them make a t, not a normal (Hesterberg 2015, arXiv 1411.5279).
+    """
+    resamples, seeds = found.drawn_RS.shape
+    examples_R = found.drawn_RS.mean(-1)
+    of_examples = float(examples_R.var())
+    quantile, of_seeds = stats.norm.ppf((1 + level) / 2), 0.0
+    if seeds > 1:
+        index_RS = np.random.default_rng(entropy_of(seed, "seeds drawn")).integers(seeds, size=(resamples, seeds))
+        both_R = np.take_along_axis(found.drawn_RS, index_RS, axis=1).mean(-1)
+        of_seeds = max(0.0, float(both_R.var()) - of_examples) * seeds / (seeds - 1)
+    if of_seeds > 0:
+        freedom = (of_seeds + of_examples) ** 2 / (of_seeds**2 / (seeds - 1))
+        quantile = stats.t.ppf((1 + level) / 2, freedom)
+    half = float(quantile * np.sqrt(of_seeds + of_examples))
+    centre = float(found.seeds_S.mean())
+    return centre - half, centre + half
+
+
+def seeds_test(differences_S: np.ndarray, seed: int) -> float:
+    """Paired permutation test over seeds, two-sided: exact for up to `EXHAUSTIVE_SEEDS`."""
+    if len(differences_S) < 2:
+        return 1.0
+    found = stats.permutation_test(
+        (differences_S,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=2**EXHAUSTIVE_SEEDS,
+        rng=np.random.default_rng(entropy_of(seed, "seeds exchanged")),
+    )
+    return float(found.pvalue)
+
+
+def _signs(resamples: int, seeds: int, seed: int) -> np.ndarray:
+    """Which seeds exchange their arms: ±1, (R, S)."""
+    generator = np.random.default_rng(entropy_of(seed, "seeds exchanged with examples"))
+    return 1 - 2 * generator.integers(2, size=(resamples, seeds))
+
+
+def _extreme(permuted_R: np.ndarray, observed: float) -> float:
+    """Share of permutations as far from 0 as what was observed, which counts as one of them."""
+    far = np.abs(permuted_R) >= abs(observed) - 1e-9  # ties are ties in spite of rounding
+    return float((1 + far.sum()) / (1 + len(permuted_R)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979): the chance of any false alarm in the family stays below the level."""
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return adjusted.tolist()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Mean rank of each arm over domains (1 is best; ties share), and Friedman's test that all are alike.
+
+    ``p`` is None with fewer than three arms or two domains, where scipy has no test.
+    """
+
+    ranks: dict[str, float]
+    domains: list[str]
+    p: float | None
+
+
+def friedman(scores: dict[str, dict[str, float]]) -> Ranking:
+    """Ranks as in GLUE-X (Yang et al. 2023, arXiv 2211.08073): each domain ranks the arms by their mean score.
+
+    Args:
+        scores: arm → domain → mean score; the same domains for all.
+    """
+    domains = list(next(iter(scores.values())))
+    table = np.array([[of_arm[d] for d in domains] for of_arm in scores.values()])  # (arms, domains)
+    ranks = stats.rankdata(-table.round(12), axis=0).mean(axis=1) if domains else np.full(len(scores), np.nan)
+    p = None
+    if len(scores) >= 3 and len(domains) >= 2:
+        with np.errstate(invalid="ignore"):  # all arms equal everywhere
+            p = float(stats.friedmanchisquare(*table).pvalue)
+        p = 1.0 if np.isnan(p) else p
+    return Ranking(dict(zip(scores, ranks.tolist(), strict=True)), domains, p)

@@ -1,0 +1,236 @@
+"""`emoe sweep`: which cells run, what is chosen and by what, what a failure does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from support.trainer import FakeTrainer
+
+from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.evaluation.sweep import estimate, settings_of, sweep
+from emoe.evaluation.sweep_config import SweepConfig, read_sweep, seed_list, variants
+from emoe.finetune import arms as known_arms
+from emoe.report.sweep import write_summary
+
+QUIET = lambda stage, done, total: None  # noqa: E731
+PLAIN = {
+    "base": {"model": "m", "task": "sentiment"},
+    "arms": {"vanilla": {"method": "vanilla"}, "emoe": {"method": "emoe"}},
+    "seeds": "0:3",
+}
+SELECT = PLAIN | {"select": {"learning_rate": [2e-5, 5e-5]}, "select_seeds": "0,1"}
+
+
+def run(settings, folder, trainer=None, said=None):
+    said = [] if said is None else said
+    return sweep(SweepConfig(**settings), folder, QUIET, said.append, trainer or FakeTrainer())
+
+
+def test_seeds_are_outermost(tmp_path):
+    """A sweep stopped half-way holds all arms at fewer seeds."""
+    trainer = FakeTrainer()
+    run(PLAIN, tmp_path, trainer)
+    assert trainer.asked == [(arm, seed) for seed in range(3) for arm in ("vanilla", "emoe")]
+
+
+def test_it_goes_on_where_it_stopped(tmp_path):
+    run({**PLAIN, "seeds": "0:2"}, tmp_path)
+    trainer = FakeTrainer()
+    result = run(PLAIN, tmp_path, trainer)
+    assert trainer.asked == [("vanilla", 2), ("emoe", 2)]
+    assert result.ran == 2
+    assert run(PLAIN, tmp_path).ran == 0
+
+
+def test_validation_alone_chooses(tmp_path):
+    """The made-up test scores favour the rate that validation does not."""
+    trainer = FakeTrainer()
+    result = run(SELECT, tmp_path, trainer)
+    assert result.chosen == {"vanilla": "vanilla__learning_rate=5e-05", "emoe": "emoe__learning_rate=2e-05"}
+    assert result.selection["emoe"] == pytest.approx(
+        {"emoe__learning_rate=2e-05": 90.05, "emoe__learning_rate=5e-05": 80.05}
+    )
+    assert len(trainer.asked) == 2 * 2 * 2 + 2  # both rates on two seeds, the chosen ones on the third
+    assert ("emoe__learning_rate=5e-05", 2) not in trainer.asked
+    assert json.loads((tmp_path / "sweep.json").read_text())["chosen"] == result.chosen
+
+
+@pytest.mark.parametrize(("seed", "message"), [(1, "the loss is nan in step 3"), (2, "RuntimeError: out of memory")])
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, seed, message):
+    said, trainer = [], FakeTrainer(fail=("emoe", seed))
+    result = run(PLAIN, tmp_path, trainer, said)
+    assert len(trainer.asked) == 6
+    assert result.failed == {f"emoe, seed {seed}": message}
+    assert len(said) == 1
+    assert message in (tmp_path / "failed" / f"emoe-seed-{seed}.txt").read_text()
+    assert run(PLAIN, tmp_path).failed == {}  # the next call tries it again
+
+
+def test_a_candidate_that_failed_is_not_chosen(tmp_path):
+    class Diverges(FakeTrainer):
+        def __call__(self, config, progress):
+            if config.learning_rate == 2e-5 and config.method == "emoe":
+                raise UserError("the loss is nan")
+            super().__call__(config, progress)
+
+    assert run(SELECT, tmp_path, Diverges()).chosen["emoe"] == "emoe__learning_rate=5e-05"
+
+
+def test_an_arm_that_always_fails_is_not_compared(tmp_path):
+    class Broken(FakeTrainer):
+        def __call__(self, config, progress):
+            if config.method == "emoe":
+                raise UserError("no")
+            super().__call__(config, progress)
+
+    result = run(SELECT, tmp_path, Broken())
+    assert "emoe" not in result.chosen
+    assert len(result.failed) == 4
+
+
+def test_other_settings_are_not_mixed(tmp_path):
+    run(PLAIN, tmp_path)
+    changed = {**PLAIN, "base": {**PLAIN["base"], "max_length": 64}}
+    with pytest.raises(UserError, match=r"was run with max_length 128 \(now 64\); choose another --output"):
+        run(changed, tmp_path)
+
+
+def test_crossing(tmp_path):
+    """Settings crossed with one arm leave the baseline alone; those crossed with all have a baseline each."""
+    config = SweepConfig(
+        base=PLAIN["base"],
+        arms={"vanilla": {"method": "vanilla"}, "emoe": {"method": "emoe", "cross": {"experts": [16, 64]}}},
+        cross={"train_limit": [100, 200]},
+    )
+    rows = variants(config)
+    assert [row.name for row in rows] == [
+        *(f"vanilla, train_limit {n}" for n in (100, 200)),
+        *(f"emoe, train_limit {n}, experts {e}" for n in (100, 200) for e in (16, 64)),
+    ]
+    settings = rows[3].candidates[0].settings
+    assert (settings["train_limit"], settings["experts"], settings["method"]) == (100, 64, "emoe")
+
+
+def test_arms_are_compared_at_the_same_shared_values(tmp_path):
+    run({**PLAIN, "cross": {"train_limit": [100, 200]}}, tmp_path)
+    found = write_summary(tmp_path, 200, QUIET)
+    names = [[row.name for row in comparison.rows] for comparison in found]
+    assert names == [[f"{arm}, train_limit {n}" for arm in ("vanilla", "emoe")] for n in (100, 200)]
+    assert (tmp_path / "comparison-train_limit-200.md").is_file()
+    assert "(comparison-train_limit-100.md)" in (tmp_path / "summary.md").read_text()
+
+
+def test_estimate(tmp_path):
+    config = SweepConfig(**SELECT, seconds_per_run=30)
+    assert len(estimate(config, tmp_path).left) == 10
+    assert estimate(config, tmp_path).seconds == 300
+    run({**SELECT, "seeds": "0:2"}, tmp_path)
+    found = estimate(config, tmp_path)
+    assert len(found.done) == 8
+    assert found.left == ["vanilla__learning_rate=5e-05, seed 2", "emoe__learning_rate=2e-05, seed 2"]
+    assert found.seconds == pytest.approx(2 * 60.5)  # each arm's own mean
+    assert estimate(SweepConfig(**SELECT), tmp_path / "new").seconds is None
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"arm": {}}, "unknown key 'arm' (did you mean 'arms'?)"),
+        ({"arms": {}}, "has no arm"),
+        ({"base": {"modle": "x"}}, "unknown setting 'modle' (did you mean 'model'?)"),
+        ({"base": {"output": "x"}}, "'output' is not for arms; the sweep sets it"),
+        ({"select": {"learning_rate": []}}, "'learning_rate' must be a list of values"),
+        ({"cross": {"experts": 4}}, "cross.experts: Input should be a valid list"),
+        ({"base": {"learning_rate": "fast"}}, "--learning-rate: "),
+        ({"seeds": "a"}, "sweep: seeds: 'a' is no list"),
+        ({"select_seeds": "7", "select": {"learning_rate": [1e-5]}}, "select_seeds 7 must be among seeds 0:3"),
+        ({"arms": {"a b": {}, "a:b": {}}}, "would both be called 'a-b'"),
+        ({"analysis": [{"kind": "gain"}]}, "analysis.0.kind: "),
+    ],
+)
+def test_bad_files(change, complaint, tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, **change}))
+    assert main(["sweep", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["- 1", "{", ""])
+def test_files_that_are_no_sweep(text, tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    assert main(["sweep", str(path)]) == 2
+    assert "emoe: sweep: " in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SELECT | {"analysis": [{"kind": "gains"}]}))
+    monkeypatch.setattr("emoe.evaluation.sweep._finetune", lambda: FakeTrainer())
+    arguments = ["sweep", str(path), "--output", str(tmp_path / "out"), "--resamples", "200"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "10 to run, 0 done" in capsys.readouterr().out
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "vanilla__learning_rate=5e-05 was chosen on ID validation" in shown
+    assert "3 seeds in pairs" in shown
+    written = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
+    assert written == {
+        *("sweep.json", "summary.md", "comparison.md", "comparison.json", "comparison.html"),
+        *("gains-by-arm.md", "gains-by-arm.png"),
+    }
+    again = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert main(["compare", str(tmp_path / "out"), "--resamples", "200", "--format", "json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out) == again  # rebuilt from the raw predictions by one command
+
+
+def test_the_command_says_that_something_failed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(PLAIN))
+    monkeypatch.setattr("emoe.evaluation.sweep._finetune", lambda: FakeTrainer(fail=("emoe", 1)))
+    assert main(["sweep", str(path), "--output", str(tmp_path / "out"), "--resamples", "200"]) == 1
+    printed = capsys.readouterr()
+    assert "failed: emoe, seed 1: the loss is nan in step 3" in printed.err
+    assert "2 seeds in pairs (0, 2)" in printed.out
+    assert "emoe, seed 1: the loss is nan in step 3" in (tmp_path / "out" / "summary.md").read_text()
+
+
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for kind in ("sweeps", "analysis") for path in (FOLDER / kind).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_our_sweeps_are_sound(path):
+    """Every cell's settings are accepted; the baseline is vanilla; 5 seeds at the least."""
+    config = read_sweep(path)
+    rows = variants(config)
+    assert rows[0].candidates[0].settings["method"] == "vanilla"
+    assert len(seed_list(config.seeds, "seeds")) >= 5
+    for cell in estimate(config, path.parent / "nowhere").left:
+        assert cell
+    for row in rows:
+        method = row.candidates[0].settings["method"]
+        assert method in known_arms.ARMS
+    for analysis in config.analysis:
+        crossed = {"arm", *(key for row in rows for key in row.point)}
+        assert {analysis.x, analysis.lines or "arm"} <= crossed
+
+
+def test_sweeps_are_there():
+    assert {"sentiment_minilm", "sentiment_smollm2", "spam_minilm"} <= {path.stem for path in CONFIGS}
+
+
+def test_a_cell_has_settings_of_its_own(tmp_path):
+    from emoe.evaluation.sweep import Cell
+
+    row = variants(SweepConfig(**SELECT))[1]
+    config = settings_of(Cell(row.candidates[1], 2), tmp_path)
+    assert (config.method, config.learning_rate, config.seeds, config.resume) == ("emoe", 5e-5, "2", True)
+    assert config.output == str(tmp_path / "emoe__learning_rate=5e-05")

@@ -1,0 +1,87 @@
+"""The metrics of many resamples are the plain metrics of each resample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from emoe.errors import UserError
+from emoe.evaluation.vectorised import METRICS, metric
+from emoe.tasks.metrics import METRICS as PLAIN
+
+N, SEEDS, RESAMPLES = 40, 3, 5
+
+
+CASES = [
+    *((name, 2) for name in ("accuracy", "balanced_accuracy", "f1", "matthews", "accuracy_f1")),
+    *((name, 4) for name in ("accuracy", "balanced_accuracy", "f1", "matthews")),  # more classes: macro, R_K
+    *((name, 0) for name in ("pearson", "spearman", "pearson_spearman", "token_accuracy")),  # numbers, with ties
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request):
+    """Metric, plain function, labels, two arms' predictions."""
+    name, classes = request.param
+    generator = np.random.default_rng(1)
+    if classes:
+        labels, *arms = (generator.integers(classes, size=s) for s in (N, (SEEDS, N), (SEEDS, N)))
+    else:
+        labels = generator.integers(1, 9, size=N) / 2
+        arms = [np.minimum(labels, labels * generator.random((SEEDS, N)).round(1)) for _ in range(2)]
+    return metric(name), PLAIN[name], labels.astype(float), *(arm.astype(float) for arm in arms)
+
+
+def test_every_metric_is_here():
+    assert set(PLAIN) == set(METRICS)
+
+
+def test_plain(case):
+    measure, plain, labels, first, _ = case
+    assert measure.plain(labels, first) == pytest.approx([plain(labels, said) for said in first], abs=1e-6)
+
+
+def test_a_weight_counts_an_example_so_many_times(case):
+    measure, plain, labels, first, _ = case
+    weights = np.random.default_rng(2).integers(4, size=(RESAMPLES, N))  # some examples not at all
+    found = measure.weighted(labels, first, weights.astype(np.float32))
+    assert found.shape == (RESAMPLES, SEEDS)
+    for row, weight in zip(found, weights, strict=True):
+        repeated = [plain(np.repeat(labels, weight), np.repeat(said, weight)) for said in first]
+        assert row == pytest.approx(repeated, abs=1e-5)
+
+
+def test_swapping_exchanges_answers(case):
+    measure, plain, labels, first, second = case
+    swap = np.random.default_rng(3).integers(2, size=(RESAMPLES, N))
+    found = measure.swapped(labels, first, second, swap.astype(np.float32))
+    assert found.shape == (RESAMPLES, SEEDS)
+    for row, mask in zip(found, swap.astype(bool), strict=True):
+        for value, one, other in zip(row, first, second, strict=True):
+            expected = plain(labels, np.where(mask, one, other)) - plain(labels, np.where(mask, other, one))
+            assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_class_that_only_one_arm_predicts_is_counted():
+    """The arms' sums are mixed, so both must be over the same classes."""
+    labels, first = np.array([0.0, 1, 0, 1]), np.zeros((1, 4))
+    second = np.array([[0.0, 1, 2, 1]])
+    for name in ("f1", "matthews"):
+        found = metric(name).swapped(labels, first, second, np.zeros((1, 4), np.float32))
+        expected = PLAIN[name](labels, second[0]) - (f1_of_three(labels, first[0]) if name == "f1" else 0.0)
+        assert found[0, 0] == pytest.approx(expected, abs=1e-6)
+
+
+def f1_of_three(labels, said):
+    return sk.f1_score(labels, said, average="macro", zero_division=0)
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews", "pearson", "spearman"])
+def test_constant_answers_score_nothing(name):
+    assert metric(name).plain(np.array([0.0, 1, 1, 0]), np.zeros((1, 4))).tolist() == [0.0]
+
+
+def test_unknown_metric():
+    with pytest.raises(UserError, match="did you mean 'accuracy'"):
+        metric("acuracy")
