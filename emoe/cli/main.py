@@ -8,7 +8,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, recover
+from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, push, recover
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("recover")(recover.recover)

@@ -105,3 +105,26 @@ def print_recovery(report: dict[str, Any]) -> None:
             budget = f"{row['top_k']} of {report['num_experts']}"
             table.add_row(domain, budget, f"{100 * row['active']:.0f}%", *cells)
     console.print(table)
+
+
+def print_export(report: dict[str, Any]) -> None:
+    """How an export compares with the model it was made from."""
+    console = Console(markup=False)  # names come from files that others wrote
+    if "identical" in report:
+        same = f"{report['identical']} of {report['layers']}"
+        console.print(f"{same} converted layers equal the source bit for bit", highlight=False)
+    if not report["comparisons"]:
+        console.print("not verified: --verify-tokens 0", highlight=False)
+        return
+    language = report["comparisons"][0]["kl"] is not None
+    tokens = report["comparisons"][0]["tokens"]
+    table = Table(title=f"{report['format']} by stock transformers, {tokens} tokens")
+    headings = ("compared with", "largest |Δ logit|" if language else "largest |Δ|", "KL (nats)")
+    for heading in (*headings, "same first choice" if language else "cosine", "perplexity", "the other's"):
+        table.add_column(heading, justify="left" if heading == "compared with" else "right")
+    for row in report["comparisons"]:
+        theirs, own = (f"{p:.4f}" for p in row["perplexity"]) if row["perplexity"] else ("–", "–")
+        kl = f"{row['kl']:.2e}" if language else "–"
+        agreement = f"{100 * row['agreement']:.3f}%"
+        table.add_row(row["reference"], f"{row['max_difference']:.2e}", kl, agreement, own, theirs)
+    console.print(table)

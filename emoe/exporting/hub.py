@@ -1,0 +1,62 @@
+"""Upload a checkpoint folder to the Hugging Face hub, or to whatever ``HF_ENDPOINT`` names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from emoe.errors import UserError
+
+HIDDEN = (".*", "**/.*", "*.tmp")
+"""Files that do not go along."""
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Make the repository if need be, then add the whole folder in one commit; returns the commit's address.
+
+    The token is that of ``HF_TOKEN`` or the stored login.
+
+    Raises:
+        UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
+        raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
+    if not (folder / "README.md").is_file():
+        raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=_message(folder), ignore_patterns=list(HIDDEN)
+        )
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub: '{repo}' is not a repository's name ({_first_line(error)})") from None
+    except LocalTokenNotFoundError:
+        raise UserError("--push-to-hub: no token; set HF_TOKEN or run `hf auth login`") from None
+    except OfflineModeIsEnabled:
+        raise UserError("--push-to-hub: HF_HUB_OFFLINE is set; unset it to upload") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "check HF_TOKEN and its right to write there" if status in (401, 403) else "try again"
+        raise UserError(f"--push-to-hub: the hub refused {repo} ({_first_line(error)}); {hint}") from None
+    except (httpx.HTTPError, OSError) as error:
+        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise UserError(f"--push-to-hub: {where} cannot be reached ({_first_line(error)})") from None
+    return str(commit.commit_url)
+
+
+def _message(folder: Path) -> str:
+    import emoe
+
+    report = folder / "emoe_export.json"
+    kind = json.loads(report.read_text(encoding="utf-8"))["format"] if report.is_file() else "converted model"
+    return f"{kind}, by emoe {emoe.__version__}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
