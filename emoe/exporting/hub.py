@@ -20,7 +20,6 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     Raises:
         UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -44,7 +43,9 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         status = error.response.status_code if error.response is not None else None
         hint = "check HF_TOKEN and its right to write there" if status in (401, 403) else "try again"
         raise UserError(f"--push-to-hub: the hub refused {repo} ({_first_line(error)}); {hint}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except Exception as error:
+        if not _is_network(error):
+            raise
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(f"--push-to-hub: {where} cannot be reached ({_first_line(error)})") from None
     return str(commit.commit_url)
@@ -56,6 +57,11 @@ def _message(folder: Path) -> str:
     report = folder / "emoe_export.json"
     kind = json.loads(report.read_text(encoding="utf-8"))["format"] if report.is_file() else "converted model"
     return f"{kind}, by emoe {emoe.__version__}"
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether the client gave up on the network; huggingface_hub changes its HTTP library from version to version."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests")
 
 
 def _first_line(error: Exception) -> str:
