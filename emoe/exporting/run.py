@@ -63,7 +63,7 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     comparison = comparisons[0]
     if format.tolerance is None or comparison.kl is None:
         return
-    limit = NARROW_TOLERANCE if source.narrow and format.routes else format.tolerance
+    limit = NARROW_TOLERANCE if source.narrow else format.tolerance
     rounding = next((row.kl for row in comparisons if row.reference == ROUNDING), 0.0)
     limit = max(limit, TIMES_ROUNDING * rounding)
     if not comparison.kl <= limit:

@@ -66,7 +66,8 @@ class Format:
 
 
 NARROW_TOLERANCE = 0.05
-"""As `Format.tolerance`, for models of 16 bits: routers that multiply in 16 bits choose some other experts."""
+"""As `Format.tolerance`, for models of 16 bits: sums in another order differ in the last of few bits, and routers that
+multiply in 16 bits choose some other experts."""
 
 
 def load_stock(folder: Path, dtype: Any, auto: str = "AutoModelForCausalLM") -> Any:

@@ -111,7 +111,7 @@ def verify(
     blocks = _text(source, tokens, text)
     theirs = format.load(folder, dtype) if format.name != "dense" else format.load(folder, dtype, auto)
     ours = _converted(source, auto, dtype)
-    language = _output_name(ours) == "logits"
+    language = auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
     causal = auto == "AutoModelForCausalLM"
     wanted = _Sums(_what(source, format), language, causal)
     native = _Sums("the converted model as it routes", language, causal) if format.routes and source.fix_k else None
@@ -166,12 +166,11 @@ def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
     return blocks
 
 
-def _output_name(model: Any) -> str:
-    return "logits" if model.get_output_embeddings() is not None else "last_hidden_state"
-
-
 def _run(model: Any, tokens_1N: torch.Tensor) -> torch.Tensor:
-    return getattr(model(tokens_1N), _output_name(model))[0].float()
+    """(N, V) logits; (1, labels) of a classifier; (N, D) last hidden states without a head."""
+    output = model(tokens_1N)
+    found = output.logits if "logits" in output else output.last_hidden_state
+    return found.reshape(-1, found.shape[-1]).float()
 
 
 def _what(source: Source, format: Format) -> str:

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from support.routing import FIXED, KEY
-from support.tiny import VOCAB
+from support.tiny import VOCAB, tiny_checkpoint
 
 import emoe
 from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.exporting import stock
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 BIASED = {"attention_bias": True}
@@ -138,9 +140,6 @@ def test_bfloat16_is_read_back_in_bfloat16(converted, tmp_path):
 
 
 def test_an_export_that_computes_something_else_is_thrown_away(converted, tmp_path, monkeypatch):
-    from emoe.errors import UserError
-    from emoe.exporting import stock
-
     monkeypatch.setattr(stock, "RAW_SCALE", 1.0)  # weights that follow the logits instead of being alike
     with pytest.raises(UserError, match=r"computes something else than the model .*nothing was written"):
         emoe.export(converted(**KEY), tmp_path / "out", "granitemoe", verify_tokens=256)
@@ -153,6 +152,17 @@ def test_dense_is_exact_for_every_family(family, converted, tmp_path):
     assert report["identical"] == report["layers"] == 4
     assert report["comparisons"][0]["max_difference"] < 1e-4
     assert report["comparisons"][0]["agreement"] == 1.0
+
+
+def test_dense_of_a_classifier(settings, tmp_path):
+    """No language head: what its head gives is compared."""
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
+    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=256)
+    assert report["comparisons"][0]["kl"] is None
+    assert report["comparisons"][0]["agreement"] > 0.9999
+    with pytest.raises(UserError, match="no language head"):
+        emoe.export(tmp_path / "out", tmp_path / "granite", "granitemoe")
 
 
 def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
