@@ -15,6 +15,7 @@ import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.exporting import stock
+from emoe.exporting.verify import kl_divergence
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 BIASED = {"attention_bias": True}
@@ -152,6 +153,17 @@ def test_dense_is_exact_for_every_family(family, converted, tmp_path):
     assert report["identical"] == report["layers"] == 4
     assert report["comparisons"][0]["max_difference"] < 1e-4
     assert report["comparisons"][0]["agreement"] == 1.0
+
+
+def test_small_divergences_are_told_from_none():
+    """Against the textbook in fp64, from far apart to below fp32's own rounding."""
+    torch.manual_seed(0)
+    a = torch.randn(16, 2000) * 5
+    for size in (3.0, 1e-1, 1e-3, 1e-5):
+        b = a + size * torch.randn(16, 2000)
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        torch.testing.assert_close(kl_divergence(a, a - b), (p.exp() * (p - q)).sum(-1), rtol=2e-2, atol=1e-11)
+    assert (kl_divergence(a, a - a) == 0).all()
 
 
 def test_dense_of_a_classifier(settings, tmp_path):
