@@ -19,10 +19,8 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Upload a checkpoint with its model card to the Hugging Face hub."""
-    from emoe.cli.progress import silence_libraries
     from emoe.exporting.hub import push as upload
 
-    silence_libraries()
     url = upload(model, repo, private=private)
     if json_output:
         print(json.dumps({"url": url}))

@@ -50,6 +50,10 @@ def refusal(source: Source) -> str | None:
             ARCHITECTURES.get(family) == "llama" and (getattr(config, "attention_bias", False) or _mlp_bias(source)),
             "its biases would be lost; use --to dense",
         ),
+        (
+            family == "gpt2" and (config.n_positions != 1024 or source.reader.hidden_width != 4 * config.hidden_size),
+            "transformers reads back only GPT-2's own 1,024 positions and FFN of four times the width; use --to dense",
+        ),
         (bool(window), "attention within a window would be lost; use --to dense"),
         (not vocabulary.is_file(), f"{vocabulary} is missing, and the file holds the tokenizer; use --to dense"),
     ]

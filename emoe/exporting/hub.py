@@ -20,13 +20,14 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     Raises:
         UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
+    logging.set_verbosity_error()
     api = HfApi()
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)

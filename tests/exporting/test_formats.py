@@ -97,6 +97,7 @@ REFUSED = [
     ("mixtral", "llama", {}, KEY, "--approximate"),
     ("gpt_oss", "gpt2", {}, FIXED, "decoder of gpt2.*--to dense"),
     ("gpt_oss", "llama", {"mlp_bias": True}, FIXED, "FFN has biases"),
+    ("gguf", "gpt2", {}, FIXED, "1,024 positions"),
     ("gguf", "opt", {}, FIXED, "only llama.*--to dense"),
     ("gguf", "llama", {}, FIXED, "byte-level BPE.*--to dense"),  # the tiny tokenizer splits at spaces
 ]
