@@ -31,7 +31,12 @@ def stand_in() -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self._answer({"sha": "0" * 40, "siblings": []} if "/api/models/" in self.path else {}, 200)
+            if self.headers.get("authorization") != f"Bearer {TOKEN}":
+                return self._answer({"error": "Invalid credentials"}, 401)
+            name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+            if name not in hub.private:
+                return self._answer({"error": "Repository not found"}, 404)
+            return self._answer({"id": name, "sha": "0" * 40, "siblings": []})
 
         do_HEAD = do_GET
 
@@ -46,7 +51,7 @@ def stand_in() -> Iterator[Hub]:
             if self.path == "/api/repos/create":
                 wanted = json.loads(body)
                 name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-                hub.private[name] = bool(wanted.get("private"))
+                hub.private[name] = wanted.get("visibility") == "private" or bool(wanted.get("private"))
                 return self._answer({"url": f"{hub.url}/{name}"})
             if "/preupload/" in self.path:
                 files = [
