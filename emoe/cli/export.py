@@ -63,7 +63,7 @@ def export(
     if push_to_hub:
         from emoe.exporting.hub import push
 
-        report["url"] = push(output, push_to_hub, private=private)
+        report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
     if json_output:
         print(json.dumps(report))
     elif not quiet:

@@ -12,8 +12,15 @@ HIDDEN = (".*", "**/.*", "*.tmp")
 """Files that do not go along."""
 
 
-def push(folder: Path, repo: str, *, private: bool = False) -> str:
+def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False, flag: str = "--push-to-hub") -> str:
     """Make the repository if need be, then add the whole folder in one commit; returns the commit's address.
+
+    Args:
+        folder: a converted, tuned or exported checkpoint.
+        repo: its name on the hub, ``org/name``.
+        private: only for a repository that is new.
+        quiet: no progress bars.
+        flag: what errors call `repo`.
 
     The token is that of ``HF_TOKEN`` or the stored login.
 
@@ -22,12 +29,15 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi, logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import disable_progress_bars
 
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
     logging.set_verbosity_error()
+    if quiet:
+        disable_progress_bars()
     api = HfApi()
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
@@ -35,20 +45,20 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
             repo_id=repo, folder_path=folder, commit_message=_message(folder), ignore_patterns=list(HIDDEN)
         )
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub: '{repo}' is not a repository's name ({_first_line(error)})") from None
+        raise UserError(f"{flag}: '{repo}' is not a repository's name ({_first_line(error)})") from None
     except LocalTokenNotFoundError:
-        raise UserError("--push-to-hub: no token; set HF_TOKEN or run `hf auth login`") from None
+        raise UserError(f"{flag}: no token; set HF_TOKEN or run `hf auth login`") from None
     except OfflineModeIsEnabled:
-        raise UserError("--push-to-hub: HF_HUB_OFFLINE is set; unset it to upload") from None
+        raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "check HF_TOKEN and its right to write there" if status in (401, 403) else "try again"
-        raise UserError(f"--push-to-hub: the hub refused {repo} ({_first_line(error)}); {hint}") from None
+        raise UserError(f"{flag}: the hub refused {repo} ({_first_line(error)}); {hint}") from None
     except Exception as error:
         if not _is_network(error):
             raise
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise UserError(f"--push-to-hub: {where} cannot be reached ({_first_line(error)})") from None
+        raise UserError(f"{flag}: {where} cannot be reached ({_first_line(error)})") from None
     return str(commit.commit_url)
 
 
