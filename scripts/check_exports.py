@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.cli.progress import progress_bar, silence_libraries
 from emoe.errors import UserError
 from emoe.runtime import write_text
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON; a table goes beside it; rows there are kept")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    silence_libraries()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
     for name, to, options in EXPORTS:
         key = {"conversion": name, "format": to, "options": options, "tokens": arguments.tokens}
@@ -91,7 +93,8 @@ def measure(model: Path, to: str, options: dict[str, Any], arguments: argparse.N
     """One row: the export's own report, or why there is none, and how long it took."""
     target, start = arguments.folder / f"export-{os.getpid()}", time.perf_counter()
     try:
-        report = emoe.export(model, target, to, verify_tokens=arguments.tokens, **options)
+        with progress_bar(quiet=False, unit="parts") as show:
+            report = emoe.export(model, target, to, verify_tokens=arguments.tokens, progress=show, **options)
     except UserError as error:
         report = {"refused": str(error), "comparisons": []}
     finally:
