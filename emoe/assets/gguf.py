@@ -71,7 +71,7 @@ def import_gguf(path: Path, output: Path) -> Path:
     import torch
     import transformers
 
-    with _quiet_loader():
+    with quiet_loader():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32
@@ -100,7 +100,7 @@ def import_gguf(path: Path, output: Path) -> Path:
 
     needed = sum(parameter.numel() * 4 for parameter in plain.parameters())
     require_space(output, needed, "EMOE_HOME")
-    with _quiet_loader(), atomic_directory(output) as temporary:
+    with quiet_loader(), atomic_directory(output) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_manifest(
@@ -157,7 +157,7 @@ def _restore_pre_tokenizer(tokenizer: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_loader() -> Iterator[None]:
+def quiet_loader() -> Iterator[None]:
     """No progress bars and no "quantized" chatter from transformers; the caller's ``progress`` line says enough."""
     from transformers import modeling_gguf_pytorch_utils as loader
     from transformers.utils import logging

@@ -142,7 +142,8 @@ def _tokens(source: str, tokenizer: Any, flag: str) -> Iterator[int]:
             yield from tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False).input_ids
 
 
-def _blocks(source: str, tokenizer: Any, length: int, wanted: int, flag: str = "--calibration") -> list[list[int]]:
+def read_blocks(source: str, tokenizer: Any, length: int, wanted: int, flag: str = "--calibration") -> list[list[int]]:
+    """The first `wanted` blocks of `length` tokens of a source, as `read_source` takes it; fewer if it is shorter."""
     before, behind = _special_tokens(tokenizer)
     inner = length - len(before) - len(behind)
     blocks, current = [], []
@@ -186,7 +187,7 @@ def load_blocks(
     minimum = share(min(MINIMUM_TOKENS, calibration_tokens)) + (1 if held_out_tokens else 0)
     calibration, same = [], []
     for number, source in enumerate(sources):
-        pool = _blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out), flag)
+        pool = read_blocks(source, tokenizer, length, POOL * (num_calibration + num_held_out), flag)
         if not pool:
             raise UserError(f"{flag}: {source} is empty or shorter than one block of {length} tokens")
         if len(pool) < minimum:
@@ -202,7 +203,7 @@ def load_blocks(
     domains = {IN_DOMAIN: same}
     for source in held_out if held_out_tokens else ():
         wanted = -(-held_out_tokens // length)
-        found = _blocks(source, tokenizer, length, POOL * wanted, "--held-out")[-wanted:]
+        found = read_blocks(source, tokenizer, length, POOL * wanted, "--held-out")[-wanted:]
         if not found:
             raise UserError(f"--held-out: {source} is empty or shorter than one block of {length} tokens")
         domains[_domain_name(source, domains)] = found

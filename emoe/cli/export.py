@@ -3,34 +3,73 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from emoe.cli.options import Json, Quiet
+from emoe.exporting import FORMATS, VERIFY_TOKENS
+
+FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS.items())
 
 
 def export(
     model: Annotated[Path, typer.Option("--model", help="Folder of a converted checkpoint.")],
     output: Annotated[Path, typer.Option("--output", help="Folder to write; must not exist.")],
-    to: Annotated[str, typer.Option("--to", help="Format: dense.")] = "dense",
+    to: Annotated[str, typer.Option("--to", help=FORMAT_HELP)] = "dense",
     pad: Annotated[bool, typer.Option("--pad", help="Where layers differ in width, fill up with zeros.")] = False,
+    fix_k: Annotated[
+        int | None, typer.Option("--fix-k", help="Give every token of every layer so many experts.", metavar="K")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Write formats, too, that cannot choose as the model does.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")
+    ] = None,
+    verify_tokens: Annotated[
+        int, typer.Option("--verify-tokens", help="Tokens to compare both models on; 0 for no comparison.", metavar="N")
+    ] = VERIFY_TOKENS,
+    verify_text: Annotated[
+        str | None, typer.Option("--verify-text", help="Text to compare on; as for `emoe convert --calibration`.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Also upload the result to this repository.", metavar="ORG/NAME")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a converted checkpoint in another format; 'dense' is the exact way back."""
-    from emoe import exporting as formats
-    from emoe.cli.progress import progress_bar
+    """Write a converted checkpoint in another format and compare the two; 'dense' is the exact way back."""
+    from emoe import exporting
+    from emoe.cli.progress import progress_bar, silence_libraries
 
-    with progress_bar(quiet) as show:
-        result = formats.export(model, output, to, pad=pad, progress=show)
+    silence_libraries()
+    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    with progress_bar(quiet, unit="parts") as show:
+        report = exporting.export(
+            model,
+            output,
+            to,
+            pad=pad,
+            fix_k=fix_k,
+            approximate=approximate,
+            dtype=dtype,
+            verify_tokens=verify_tokens,
+            verify_text=verify_text,
+            progress=show,
+            say=say,
+        )
+    if push_to_hub:
+        from emoe.exporting.hub import push
+
+        report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
     if json_output:
-        print(json.dumps(result))
+        print(json.dumps(report))
     elif not quiet:
-        same = f"{result['identical']} of {result['layers']}"
-        if "width" in result:
-            padding = f", {result['padded']:,} of them padding" if result["padded"] else ""
-            print(f"written: {output}; FFNs of {result['width']:,} neurons{padding}")
-        else:
-            print(f"written: {output}; {same} converted layers equal the source bit for bit")
+        from emoe.report.tables import print_export
+
+        print_export(report)
+        print(f"written: {output}" + (f", {report['url']}" if push_to_hub else ""))

@@ -23,6 +23,7 @@ from emoe.cli import (
     models,
     pretrain,
     prune,
+    push,
     recover,
     sweep,
     tune,
@@ -46,6 +47,7 @@ app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("finetune")(finetune.finetune)
+app.command("push")(push.push)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("pretrain")(pretrain.pretrain)

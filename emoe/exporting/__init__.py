@@ -2,39 +2,93 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from emoe.errors import UserError, nearest
 
-FORMATS = {"dense": "the source's own architecture, neurons in their original order"}
+if TYPE_CHECKING:
+    from emoe.exporting.spec import Format
+
+FORMATS = {
+    "dense": "the source's own architecture, neurons in their original order; exact",
+    "granitemoe": "GraniteMoE, all layers, average-key gate; exact",
+    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact",
+    "qwen2_moe": "Qwen2-MoE, some layers or all, shared experts, average-key gate; near",
+    "mixtral": "Mixtral, all layers, average-key gate; near, with --approximate",
+    "gguf": "GGUF of the dense model for llama.cpp; exact",
+}
+"""Name, which is also that of the file in this folder → what it is."""
+
+VERIFY_TOKENS = 4096
+"""Tokens of real text on which an export is compared with its source, unless told otherwise."""
+
+
+def get(name: str) -> Format:
+    """The `Format` of a name.
+
+    Raises:
+        UserError: no format of that name.
+    """
+    if name not in FORMATS:
+        raise UserError(f"--to: unknown format '{name}'{nearest(name, FORMATS)}. Known formats: {', '.join(FORMATS)}")
+    return importlib.import_module(f"emoe.exporting.{name}").FORMAT
 
 
 def export(
-    model: str | Path, output: str | Path, to: str = "dense", *, pad: bool = False, progress: Callable | None = None
-) -> dict:
-    """Write a converted checkpoint in another format.
+    model: str | Path,
+    output: str | Path,
+    to: str = "dense",
+    *,
+    pad: bool = False,
+    fix_k: int | None = None,
+    approximate: bool = False,
+    dtype: str | None = None,
+    verify_tokens: int = VERIFY_TOKENS,
+    verify_text: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write a converted checkpoint in another format, load it with stock transformers and compare the two.
 
     Args:
         model: folder of a converted checkpoint.
         output: folder to write; must not exist.
         to: a key of `FORMATS`.
         pad: add neurons of zeros where layers differ in width after pruning.
+        fix_k: route every token of every layer to so many experts, where the model itself routes by need.
+        approximate: write formats, too, that cannot choose as the model does.
+        dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own.
+        verify_tokens: tokens of text to compare on; 0 for no comparison.
+        verify_text: where that text comes from, as for ``emoe convert --calibration``; None for the built-in.
+        progress: called with stage, done, total.
+        say: called with the cost, a line, before anything is written.
+
+    Returns:
+        The report: format, bytes, exactness, "comparisons", and what the format itself tells ("layers", "identical").
 
     Raises:
-        UserError: unknown format, not a converted checkpoint, or an output that exists.
+        UserError: unknown format, not a converted checkpoint, a model that the format cannot represent, an output that
+            exists, no room, or an export that does not compute what its source does.
     """
-    if to not in FORMATS:
-        raise UserError(f"--to: unknown format '{to}'{nearest(to, FORMATS)}. Known formats: {', '.join(FORMATS)}")
+    format = get(to)
     model, output = Path(model), Path(output)
     if not model.is_dir():
         raise UserError(f"--model: {model} is not a folder; give the folder of a converted checkpoint")
     if output.exists():
         raise UserError(f"--output: {output} exists; choose another folder")
-    from emoe.exporting.dense import export_dense
+    if verify_tokens < 0:
+        raise UserError(f"--verify-tokens: {verify_tokens} must be 0 or more")
+    from emoe.exporting.run import run
+    from emoe.exporting.source import Source, element_type
 
+    source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
     try:
-        return export_dense(model, output, progress or (lambda stage, done, total: None), pad=pad)
+        return run(
+            source, format, output, verify_tokens, verify_text, progress or (lambda *_: None), say or (lambda _: None)
+        )
     except OSError as error:
         raise UserError(
             f"--output: cannot write {output} ({error.strerror or error}); make room and try again"

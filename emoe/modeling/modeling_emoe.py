@@ -318,9 +318,13 @@ def _rows(linear) -> torch.Tensor:
 
 
 def _untouched(linear) -> bool:
-    """A stock linear without hooks, its weight at hand: reading the weight gives what calling it would compute."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) in (nn.Linear, Conv1D) and not hooks and not linear.weight.is_meta
+    """A stock linear without hooks, its weight at hand: reading the weight gives what calling it would compute.
+
+    torchao leaves the linear alone and puts a tensor of a class of its own into it.
+    """
+    if type(linear) not in (nn.Linear, Conv1D) or type(linear.weight) not in (nn.Parameter, torch.Tensor):
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or linear.weight.is_meta)
 
 
 def _fingerprint(weight: torch.Tensor) -> tuple:

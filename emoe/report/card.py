@@ -24,6 +24,42 @@ def source_licence(folder: Path) -> str | None:
 
 def write_card(report: dict, plan: Plan, path: Path) -> None:
     """Render ``card.md.jinja`` from the report; nothing in it changes when the same conversion is run again."""
+    text = _render(
+        "card.md.jinja",
+        report=report,
+        licence=source_licence(plan.reader.folder),
+        encoder=plan.reader.spec.encoder,
+        name=_harmless(report["model"]),
+    )
+    write_text(path, text)
+
+
+def write_export_card(report: dict, config: dict, source: Path, path: Path) -> None:
+    """The card of an export: what it is, how it was verified, where it comes from, the source's licence.
+
+    Args:
+        report: what `emoe.export` returns.
+        config: config.json of the converted checkpoint.
+        source: its folder.
+    """
+    provenance = config.get("emoe_provenance") or {}
+    text = _render(
+        "export_card.md.jinja",
+        report=report,
+        provenance=provenance,
+        config=config,
+        licence=source_licence(source),
+        name=_harmless(str(provenance.get("source", source.name))),
+    )
+    write_text(path, text)
+
+
+def _harmless(name: str) -> str:
+    """A name from a file that others wrote, without what Markdown or HTML would take for its own."""
+    return re.sub(r"[^\w.\-/ ]", "", name)
+
+
+def _render(template: str, **values: object) -> str:
     import jinja2
 
     import emoe
@@ -31,11 +67,4 @@ def write_card(report: dict, plan: Plan, path: Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emoe.report", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    text = environment.get_template("card.md.jinja").render(
-        report=report,
-        licence=source_licence(plan.reader.folder),
-        version=emoe.__version__,
-        encoder=plan.reader.spec.encoder,
-        name=re.sub(r"[^\w.\-/ ]", "", report["model"]),
-    )
-    write_text(path, text)
+    return environment.get_template(template).render(version=emoe.__version__, **values)

@@ -187,3 +187,29 @@ def print_pretraining(report: dict[str, Any]) -> None:
         mean = lambda key, gates=gates: f"{sum(g[key] for g in gates) / len(gates):.3f}" if gates else ""  # noqa: E731
         table.add_row(domain, f"{perplexity:.2f}", mean("marginal"), mean("conditional"))
     console.print(table)
+
+
+def print_export(report: dict[str, Any]) -> None:
+    """How an export compares with the model it was made from."""
+    console = Console(markup=False)  # names come from files that others wrote
+    if "identical" in report:
+        same = f"{report['identical']} of {report['layers']}"
+        console.print(f"{same} converted layers equal the source bit for bit", highlight=False)
+    if "width" in report:
+        padding = f", {report['padded']:,} of them padding" if report["padded"] else ""
+        console.print(f"FFNs of {report['width']:,} neurons{padding}", highlight=False)
+    if not report["comparisons"]:
+        console.print("not verified: --verify-tokens 0", highlight=False)
+        return
+    language = report["comparisons"][0]["kl"] is not None
+    tokens = report["comparisons"][0]["tokens"]
+    table = Table(title=f"{report['format']} by stock transformers, {tokens} tokens")
+    headings = ("compared with", "largest |Δ logit|" if language else "largest |Δ|", "KL (nats)")
+    for heading in (*headings, "same first choice" if language else "cosine", "perplexity", "the other's"):
+        table.add_column(heading, justify="left" if heading == "compared with" else "right")
+    for row in report["comparisons"]:
+        theirs, own = (f"{p:.4f}" for p in row["perplexity"]) if row["perplexity"] else ("–", "–")
+        kl = f"{row['kl']:.2e}" if language else "–"
+        agreement = f"{100 * row['agreement']:.3f}%"
+        table.add_row(row["reference"], f"{row['max_difference']:.2e}", kl, agreement, own, theirs)
+    console.print(table)

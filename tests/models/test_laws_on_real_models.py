@@ -39,7 +39,9 @@ def test_smollm_with_all_experts_is_the_dense_model(smollm, tmp_path):
     dense = logits(smollm)
     assert (logits(str(tmp_path / "out"), top_k=64) - dense).abs().max() <= 1e-4
     assert (logits(str(tmp_path / "out"), top_k=32) - dense).abs().max() > 0.1
-    assert emoe.export(tmp_path / "out", tmp_path / "back") == {"layers": 30, "identical": 30}
+    report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=1024)
+    assert report["identical"] == report["layers"] == 30
+    assert report["comparisons"][0]["kl"] < 1e-8
     assert torch.equal(logits(str(tmp_path / "back")), dense)
 
 

@@ -1,0 +1,75 @@
+"""One export from start to end: refuse, say what it costs, write, read back, compare, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from emoe.errors import UserError
+from emoe.exporting.source import Source
+from emoe.exporting.spec import NARROW_TOLERANCE, Format, Progress
+from emoe.exporting.verify import ROUNDING, Comparison, verify
+from emoe.runtime import atomic_directory, format_bytes, require_space, write_text
+
+REPORT = "emoe_export.json"
+
+TIMES_ROUNDING = 10.0
+"""An exact export may be so many times as far from the model as the model is from itself on other kernels: choices
+turn on the last bit, and a model that lost much in conversion passes each on, enlarged, to the next layer."""
+
+
+def run(
+    source: Source,
+    format: Format,
+    output: Path,
+    verify_tokens: int,
+    verify_text: str | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything behind `emoe.exporting.export`. The folder appears under its name when all of it has gone well."""
+    from emoe.report.card import write_export_card
+
+    why_not = format.refusal(source)
+    if why_not:
+        raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
+    cost = format.cost(source)
+    require_space(output, cost.nbytes, "--output")
+    say(f"{format.name}: {format_bytes(cost.nbytes)} of weights; {cost.exactness}")
+    with atomic_directory(output) as folder:
+        facts = format.write(source, folder, progress)
+        comparisons = verify(source, format, folder, verify_tokens, verify_text, progress) if verify_tokens else []
+        if comparisons:
+            _check(comparisons, source, format)
+        report = {
+            "format": format.name,
+            "bytes": cost.nbytes,
+            "exactness": cost.exactness,
+            "experts": source.num_experts,
+            "top_k": source.top_k if format.routes else None,
+            "fix_k": source.fix_k if format.routes else None,
+            **facts,
+            "comparisons": [comparison.to_json() for comparison in comparisons],
+        }
+        write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+        write_export_card(report, source.config, source.folder, folder / "README.md")
+    return report
+
+
+def _check(comparisons: list[Comparison], source: Source, format: Format) -> None:
+    """Raise `UserError` when a format that is said to be exact is not: something in this model is unlike its family."""
+    comparison = comparisons[0]
+    added = source.extended and not format.routes  # the gates of added experts go, which changes what is computed
+    if format.tolerance is None or comparison.kl is None or added:
+        return
+    limit = NARROW_TOLERANCE if source.narrow else format.tolerance
+    rounding = next((row.kl for row in comparisons if row.reference == ROUNDING), 0.0)
+    limit = max(limit, TIMES_ROUNDING * rounding)
+    if not comparison.kl <= limit:
+        raise UserError(
+            f"--to: the {format.name} export computes something else than the model (KL {comparison.kl:.2g} nats, at "
+            f"most {limit:g} was expected; largest difference of a logit {comparison.max_difference:.2g}); nothing was "
+            "written. Try --dtype float32, or --to dense"
+        )

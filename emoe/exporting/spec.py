@@ -1,0 +1,84 @@
+"""What a format is: what it can represent, what it costs, how it is written and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emoe.exporting.source import Source
+
+Progress = Callable[[str, int, int], None]
+"""``progress(stage, done, total)``."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a stock mixture-of-experts can represent beyond a fixed number of experts a token, chosen linearly."""
+
+    partial: bool = False
+    """Some layers stay dense."""
+    router_bias: bool = False
+    """Gate logits with a bias: the discriminant gate."""
+    shared: bool = False
+    """Experts that every token uses."""
+    compensation: bool = False
+    """A constant vector added to a layer's output."""
+    query_bias: bool = False
+    """Biases in the query, key and value projections."""
+    output_bias: bool = False
+    """A bias in attention's output projection."""
+    window: bool = False
+    """Attention within a sliding window."""
+    lossless: bool = True
+    """Chooses by raw logits and weighs the chosen alike. A softmax before the choice cannot do both."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the user is told before anything is written."""
+
+    nbytes: int
+    """Size of the weights on disk, in bytes."""
+    exactness: str
+    """One line: what is kept bit for bit, what is rounded, what is lost."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way out. A further one is one new file with a ``FORMAT`` and one line in `emoe.exporting.FORMATS`."""
+
+    name: str
+    routes: bool
+    """The result still chooses experts; without, it is compared with the model with all experts on."""
+    refusal: Callable[[Source], str | None]
+    """One line, naming the flags that would help, when the format cannot represent this model."""
+    cost: Callable[[Source], Cost]
+    write: Callable[[Source, Path, Progress], dict[str, Any]]
+    """Write weights, config and companions into a folder; returns facts for the report."""
+    load: Callable[[Path, Any], Any]
+    """Read the folder back with stock transformers, in an element type."""
+    tolerance: float | None = 1e-6
+    """Mean KL divergence from the reference, in nats, beyond which the export of a float32 model is thrown away; None
+    where the result is known to differ. 16-bit models get `NARROW_TOLERANCE`."""
+
+
+NARROW_TOLERANCE = 0.05
+"""As `Format.tolerance`, for models of 16 bits: sums in another order differ in the last of few bits, and routers that
+multiply in 16 bits choose some other experts."""
+
+
+def load_stock(folder: Path, dtype: Any, auto: str = "AutoModelForCausalLM") -> Any:
+    """The model that stock transformers makes of a folder, in eval mode.
+
+    Raises:
+        RuntimeError: the class that loads it is not one of transformers' own.
+    """
+    import transformers
+
+    model = getattr(transformers, auto).from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+    if not type(model).__module__.startswith("transformers.models."):
+        raise RuntimeError(f"{folder} was loaded by {type(model).__module__}, which is not stock")
+    return model

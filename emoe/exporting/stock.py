@@ -1,0 +1,186 @@
+"""What the stock mixture-of-experts formats have in common: refusals, config fields, and the loop over layers.
+
+All of them are Llama's decoder with another FFN, so that attention, norms and embeddings keep names and values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.writer import ShardWriter
+from emoe.exporting.source import Source, Table
+from emoe.exporting.spec import Capabilities, Progress
+from emoe.runtime import write_text
+
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Families whose decoder differs from the stock formats' by the FFN alone."""
+
+RAW_SCALE = 2.0**-40
+"""Factor on routers that choose by raw logits and weigh by a softmax over the chosen: a power of two keeps the order,
+and the weights come out equal to the last bit (2^-16 leaves them 1e-4 apart)."""
+
+DECODER_FIELDS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "attention_dropout"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters"),
+)
+
+
+def refusal(source: Source, name: str, can: Capabilities) -> str | None:
+    """Why a stock format cannot represent this model, with the flags that would help; None when it can."""
+    reader, config = source.reader, source.config
+    again = "convert it again with"
+    ways = [
+        (source.operated, "experts were taken away or added since its conversion; use --to dense"),
+        (
+            reader.spec.model_type not in FAMILIES,
+            f"the decoder of {reader.spec.model_type} is not {name}'s (only {', '.join(FAMILIES)}); use --to dense",
+        ),
+        (
+            reader.prefix != f"{reader.spec.base_prefix}." or not _is_causal(source),
+            "the model has no language head; use --to dense",
+        ),
+        (
+            (source.dtype or reader.dtype) == torch.float16,
+            "float16 has no room for the router's factors; add --dtype bfloat16 or --dtype float32",
+        ),
+        (
+            any(kind == "bias" for _, kind in reader.ffn_tensors(0).values()),
+            "its FFN has biases, which the experts of this format have not; use --to dense",
+        ),
+        (
+            config["emoe_gate"] not in ("average-key", "discriminant"),
+            f"gate '{config['emoe_gate']}' is not linear; {again} --gate discriminant (for gpt_oss) or "
+            "--gate average-key",
+        ),
+        (
+            config["emoe_gate"] == "discriminant" and not can.router_bias,
+            f"gate 'discriminant' has a bias, which routers of {name} have not; use --to gpt_oss, or {again} "
+            "--gate average-key",
+        ),
+        (
+            source.varies,
+            f"the number of experts differs by token or layer (routing '{config.get('emoe_routing')}', allocation "
+            f"'{config.get('emoe_allocation')}'), in {name} it is fixed; {again} --routing top-k --allocation uniform, "
+            f"or accept other routing with --fix-k {source.top_k}",
+        ),
+        (
+            bool(source.shared) and not can.shared,
+            f"{source.shared} experts are always chosen, which {name} cannot say; use --to qwen2_moe, or {again} "
+            "--shared-experts 0",
+        ),
+        (
+            bool(source.shared) and source.top_k <= source.shared,
+            f"all {source.top_k} experts of a token are shared ones, none is left to choose; add --fix-k with more",
+        ),
+        (
+            bool(config.get("emoe_compensation")) and not can.compensation,
+            f"the mean of skipped experts is added, for which {name} has no place; use --to gpt_oss, or convert it "
+            "again without --compensate",
+        ),
+        (
+            bool(source.dense_layers) and not can.partial,
+            f"{len(source.dense_layers)} of {reader.num_layers} layers are dense, in {name} all have experts; use --to "
+            f"qwen2_moe, or {again} --layers all",
+        ),
+        (
+            source.biases("q_proj", "k_proj", "v_proj") and not can.query_bias,
+            f"its attention has biases, {name}'s has none; use --to qwen2_moe or granitemoe",
+        ),
+        (
+            source.biases("o_proj") and not can.output_bias,
+            f"its attention's output has a bias, {name}'s has none; use --to granitemoe",
+        ),
+        (
+            has_window(reader.config) and not can.window,
+            f"its attention looks back through a window, {name}'s does not; use --to mixtral or gpt_oss",
+        ),
+        (
+            not can.lossless and not source.approximate,
+            f"{name} takes a softmax before it chooses: weights alike enough for the sum round near-ties away, so that "
+            "tokens would get other experts; use --to granitemoe, or accept and measure it with --approximate",
+        ),
+    ]
+    return next((why for wrong, why in ways if wrong), None)
+
+
+def _is_causal(source: Source) -> bool:
+    return any(name.endswith("ForCausalLM") for name in source.config["emoe_source"].get("architectures") or [])
+
+
+def has_window(config: Any) -> bool:
+    window = getattr(config, "sliding_window", None)
+    return bool(window) and getattr(config, "use_sliding_window", True)
+
+
+def decoder_fields(source: Source) -> dict[str, Any]:
+    """The config fields that all stock formats share with Llama."""
+    config = source.reader.config
+    found = {name: getattr(config, name) for name in DECODER_FIELDS if getattr(config, name, None) is not None}
+    found.setdefault("head_dim", config.hidden_size // config.num_attention_heads)
+    found["dtype"] = str(source.dtype or source.reader.dtype).removeprefix("torch.")
+    return found
+
+
+def write(
+    source: Source,
+    folder: Path,
+    config: dict[str, Any],
+    layer: Callable[[int], dict[str, torch.Tensor]],
+    progress: Progress,
+) -> None:
+    """Shards, a layer at a time, config.json and companions. `layer` gives what takes the place of a converted FFN, by
+    name within the layer; scaled routers and factors are in fp32 and are cast here."""
+    reader = source.reader
+    writer = ShardWriter(folder, reader.num_layers + 1)
+    writer.write(0, source.outside())
+    for index in range(reader.num_layers):
+        progress("writing", index, reader.num_layers)
+        tensors = source.rest(index)
+        if index in source.partition.labels:
+            made = layer(index)
+            dtype = source.dtype or reader.dtype
+            tensors |= {reader.layer_prefix(index) + name: tensor.to(dtype) for name, tensor in made.items()}
+        writer.write(index + 1, tensors, wait=False)
+    writer.flush()
+    writer.finish()
+    full = decoder_fields(source) | config
+    write_text(folder / "config.json", json.dumps(full, indent=2, sort_keys=True) + "\n")
+    copy_companions(source.folder, folder)
+    progress("done", reader.num_layers, reader.num_layers)
+
+
+def scaled(table: Table, factor: float) -> Table:
+    """A gate with its logits times a factor."""
+    return Table(table.weight_ED * factor, None if table.bias_E is None else table.bias_E * factor)
+
+
+SOFTMAX_SPREAD = 2.0**-13
+"""Standard deviation of a token's logits behind `softmax_first`, a compromise: weights of the chosen are then unequal
+by about this share, and logits closer than 2^-11 of a standard deviation are ties. SmolLM2, layers 26 and
+28, 1k tokens, KL in nats at 2^-7, 2^-9, … 2^-15: 2.3e-3, 1.4e-4, 9.0e-6, 3.8e-6, 8.7e-6."""
+
+
+def softmax_first(router_ED: torch.Tensor, source: Source, index: int) -> torch.Tensor:
+    """A router for formats that take the softmax before the choice, scaled to `SOFTMAX_SPREAD`.
+
+    The spread is estimated from the layer's own RMSNorm, whose output has entries of the size of its weights.
+    """
+    name = f"{source.reader.layer_prefix(index)}post_attention_layernorm.weight"
+    norm_D = source.reader.read([name])[name].float()
+    centred_ED = router_ED - router_ED.mean(0)  # what all experts have in common does not change a softmax
+    spread = (centred_ED * norm_D).square().sum(1).mean().sqrt()
+    return centred_ED * (SOFTMAX_SPREAD / spread.clamp_min(1e-30))
+
+
+def softmax_first_exactness(source: Source) -> str:
+    """What `softmax_first` costs, in words."""
+    found = "not exact: a softmax before the choice; weights of the chosen differ by parts in a thousand, near-ties "
+    found += "may go to other experts"
+    return found + (", many of them in 16 bits: --dtype float32 keeps them apart" if source.narrow else "")

@@ -1,0 +1,211 @@
+"""Compare an export, loaded by stock transformers, with the converted model it was made from, on real text.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.calibration.text import BUILTIN, read_blocks
+from emoe.errors import UserError
+from emoe.exporting.source import Source
+from emoe.exporting.spec import Format, Progress
+from emoe_kernels.dispatch import resolve, use
+
+LENGTH = 512
+"""Tokens a sequence, or as many as the model takes."""
+
+ROUNDING = "itself, on other kernels"
+"""The converted model compared with itself."""
+
+ROUNDING_TOKENS = 1024
+"""Tokens of that comparison, at most; it only has to tell an order of magnitude."""
+
+SLICE = 128
+"""Rows of (N, V) logits compared at a time: they stay in a processor's cache."""
+
+
+@dataclass
+class Comparison:
+    """An export against one reference, over all tokens."""
+
+    reference: str
+    """What it was compared with, in words; `ROUNDING` for the converted model compared with itself."""
+    tokens: int
+    max_difference: float
+    """Largest |Δ| of a logit, or of a last hidden state where there is no language head."""
+    kl: float | None
+    """Mean KL(reference ‖ export) in nats; None without a language head."""
+    agreement: float
+    """Share of tokens with the same first choice; mean cosine without a language head."""
+    perplexity: list[float] | None
+    """Of the reference and of the export; None for models that do not predict the next token."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return asdict(self)
+
+
+def kl_divergence(logits_NV: torch.Tensor, difference_NV: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(logits) ‖ softmax(logits - difference)) of each row in nats, (N,) fp64.
+
+    As E[d] + log E[exp(-d)] over the one distribution p: the rounding of p then cancels, and fp32 tells divergences of
+    1e-11, where a difference of two log-softmaxes stops at 1e-7.
+    """
+    p_NV = logits_NV.softmax(-1)
+    mean_N = (p_NV * difference_NV).sum(-1, dtype=torch.float64)
+    return mean_N + (p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64).log1p()
+
+
+class _Sums:
+    """What a `Comparison` adds up."""
+
+    def __init__(self, reference: str, language: bool, causal: bool) -> None:
+        self.reference, self.language, self.causal = reference, language, causal
+        self.tokens, self.scored, self.largest = 0, 0, 0.0
+        self.kl = self.agreed = 0.0
+        self.nats = [0.0, 0.0]
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, tokens_N: torch.Tensor) -> None:
+        """One sequence: (N, V) logits or (N, D) hidden states of the reference and of the export."""
+        for start in range(0, len(ours), SLICE):
+            a, b = ours[start : start + SLICE], theirs[start : start + SLICE]
+            difference = a - b
+            self.largest = max(self.largest, difference.abs().max().item())
+            self.tokens += len(a)
+            if not self.language:
+                self.agreed += torch.nn.functional.cosine_similarity(a, b, dim=-1).sum().item()
+                continue
+            self.kl += kl_divergence(a, difference).sum().item()
+            self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+            if self.causal:
+                wanted = tokens_N[start + 1 : start + 1 + len(a)]
+                self.scored += len(wanted)
+                for place, logits in enumerate((a, b)):
+                    self.nats[place] += torch.nn.functional.cross_entropy(
+                        logits[: len(wanted)], wanted, reduction="sum"
+                    ).item()
+
+    def finish(self) -> Comparison:
+        """The means."""
+        perplexity = [math.exp(min(700.0, nats / max(1, self.scored))) for nats in self.nats]
+        return Comparison(
+            self.reference,
+            self.tokens,
+            self.largest,
+            max(0.0, self.kl / self.tokens) if self.language else None,
+            self.agreed / self.tokens,
+            perplexity if self.scored else None,
+        )
+
+
+@torch.inference_mode()
+def verify(
+    source: Source, format: Format, folder: Path, tokens: int, text: str | None, progress: Progress
+) -> list[Comparison]:
+    """Load both models and run the same text through them, a sequence at a time.
+
+    The first comparison is with the model that was to be written: fixed K under ``fix_k``, all experts for a format
+    that does not route. If that is not what the checkpoint does by itself, a second one says how far it is from that.
+    The last one compares no export: it runs the converted model on other kernels, which add up in another order, and so
+    says how much rounding alone changes in a model that has to choose.
+    Memory: both models, and two sequences' logits.
+
+    Raises:
+        UserError: no tokenizer, or too little text.
+    """
+    auto = _auto_class(source)
+    dtype = source.dtype or source.reader.dtype
+    blocks = _text(source, tokens, text)
+    theirs = format.load(folder, dtype) if format.name != "dense" else format.load(folder, dtype, auto)
+    ours = _converted(source, auto, dtype)
+    language = auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+    causal = auto == "AutoModelForCausalLM"
+    wanted = _Sums(_what(source, format), language, causal)
+    native = _Sums("the converted model as it routes", language, causal) if format.routes and source.fix_k else None
+    rounding = _Sums(ROUNDING, language, causal) if format.routes else None
+    for number, block in enumerate(blocks):
+        progress("verifying", number, len(blocks))
+        block_1N = torch.tensor([block])
+        result = _run(theirs, block_1N)
+        with _as_written(ours, source, format):
+            expected = _run(ours, block_1N)
+            wanted.add(expected, result, block_1N[0])
+            if rounding and rounding.tokens < ROUNDING_TOKENS:
+                with use("portable" if resolve() != "portable" else "reference"):
+                    rounding.add(expected, _run(ours, block_1N), block_1N[0])
+        if native:
+            native.add(_run(ours, block_1N), result, block_1N[0])
+    progress("done", len(blocks), len(blocks))
+    return [sums.finish() for sums in (wanted, native, rounding) if sums]
+
+
+def _auto_class(source: Source) -> str:
+    """The Auto class of the architecture that the checkpoint was saved as."""
+    from emoe.modeling.auto import stock_classes
+
+    saved = source.config["emoe_source"].get("architectures") or []
+    known = stock_classes(source.reader.spec.model_type)
+    return next((auto for auto, name in known.items() if name in saved), "AutoModel")
+
+
+def _converted(source: Source, auto: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    import emoe  # noqa: F401 - teaches the Auto classes
+
+    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype).eval()
+
+
+def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError):
+        raise UserError(
+            f"--verify-tokens: {source.folder} has no tokenizer to read text with; give --verify-tokens 0"
+        ) from None
+    length = min(LENGTH, getattr(source.reader.config, "max_position_embeddings", LENGTH), tokens)
+    length -= source.reader.spec.position_offset if length < LENGTH else 0
+    blocks = read_blocks(text or BUILTIN, tokenizer, length, -(-tokens // length), "--verify-text")
+    if not blocks:
+        raise UserError(f"--verify-text: {text or BUILTIN} is shorter than {length} tokens; give more text")
+    return blocks
+
+
+def _run(model: Any, tokens_1N: torch.Tensor) -> torch.Tensor:
+    """(N, V) logits; (1, labels) of a classifier; (N, D) last hidden states without a head."""
+    output = model(tokens_1N)
+    found = output.logits if "logits" in output else output.last_hidden_state
+    return found.reshape(-1, found.shape[-1]).float()
+
+
+def _what(source: Source, format: Format) -> str:
+    if not format.routes:
+        return "the converted model with all experts on"
+    return f"the converted model, {source.top_k} experts for every token" if source.fix_k else "the converted model"
+
+
+@contextlib.contextmanager
+def _as_written(model: Any, source: Source, format: Format) -> Iterator[None]:
+    """The converted model as the export has it: a fixed number of experts, or all."""
+    routers = [ffn.router for ffn in model.sparse_ffns().values()]
+    before = [(router.rule, router.top_k, router._buffers.pop("bounds", None)) for router in routers]
+    for router in routers:
+        router.rule, router.top_k = "top-k", source.top_k if format.routes else source.num_experts
+    try:
+        yield
+    finally:
+        for router, (rule, top_k, bounds) in zip(routers, before, strict=True):
+            router.rule, router.top_k = rule, top_k
+            if bounds is not None:
+                router._buffers["bounds"] = bounds

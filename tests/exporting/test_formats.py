@@ -1,0 +1,213 @@
+"""Each format holds what the converted model computes, as stock transformers reads it, and refuses what it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from support.routing import FIXED, KEY
+from support.tiny import VOCAB, tiny_checkpoint
+
+import emoe
+from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.exporting import stock
+from emoe.exporting.verify import kl_divergence
+
+TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
+BIASED = {"attention_bias": True}
+
+
+def logits(folder, **kwargs) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+EXACT = [
+    ("granitemoe", "llama", {}, KEY),
+    ("granitemoe", "llama", BIASED, KEY),  # biases in all four projections
+    ("granitemoe", "qwen2", {}, KEY),  # and in three of them
+    ("granitemoe", "mistral", {}, KEY),
+    ("gpt_oss", "llama", {}, FIXED),  # the default gate
+    ("gpt_oss", "llama", {}, KEY),
+    ("gpt_oss", "llama", {}, FIXED | {"compensate": True}),
+    ("gpt_oss", "qwen2", {}, FIXED),
+    ("gpt_oss", "mistral", {"sliding_window": 8}, FIXED),  # shorter than the text
+]
+
+
+@pytest.mark.parametrize(("to", "family", "shape", "given"), EXACT)
+def test_an_exact_format_is_exact(to, family, shape, given, converted, tmp_path):
+    source = converted(family, shape, **given)
+    report = emoe.export(source, tmp_path / "out", to, verify_tokens=256)
+    comparison, rounding = report["comparisons"]
+    assert comparison["kl"] < 1e-10
+    assert comparison["agreement"] == 1.0
+    assert rounding["reference"] == "itself, on other kernels"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == to
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=2e-4)
+    # Fewer experts than the dense model has neurons for: were all of them on, these would differ.
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    dense.set_top_k(8)
+    with torch.no_grad():
+        assert (dense(TOKENS).logits - logits(tmp_path / "out")).abs().max() > 0.1
+
+
+NEAR = [
+    ("qwen2_moe", "llama", {}, KEY),
+    ("qwen2_moe", "llama", {}, KEY | {"layers": "1,3"}),
+    ("qwen2_moe", "qwen2", {}, KEY | {"layers": "0"}),
+    ("qwen2_moe", "llama", {}, KEY | {"shared_experts": 2, "top_k": 5}),
+    ("mixtral", "llama", {}, KEY),
+    ("mixtral", "mistral", {"sliding_window": 8}, KEY),
+]
+
+
+@pytest.mark.parametrize(("to", "family", "shape", "given"), NEAR)
+def test_a_near_format_is_near(to, family, shape, given, converted, tmp_path):
+    source = converted(family, shape, **given)
+    report = emoe.export(source, tmp_path / "out", to, approximate=to == "mixtral", verify_tokens=256)
+    assert 1e-12 < report["comparisons"][0]["kl"] < 1e-3
+    assert report["comparisons"][0]["agreement"] > 0.97
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == to
+    if "layers" in given:
+        assert config["mlp_only_layers"] == [i for i in range(4) if str(i) not in given["layers"]]
+    if "shared_experts" in given:
+        assert (config["num_experts"], config["num_experts_per_tok"]) == (6, 3)
+        assert config["shared_expert_intermediate_size"] == 16  # 6 neurons, filled up to 8
+
+
+REFUSED = [
+    ("granitemoe", "llama", {}, {"held_out_tokens": 0}, "--gate average-key"),
+    ("granitemoe", "llama", {}, {"held_out_tokens": 0}, "--to gpt_oss"),
+    ("gpt_oss", "llama", {}, {"held_out_tokens": 0}, "--routing top-k --allocation uniform, or accept.* --fix-k 3"),
+    ("gpt_oss", "llama", {}, FIXED | {"gate": "representative"}, "not linear.*--gate discriminant"),
+    ("gpt_oss", "llama", {}, FIXED | {"layers": "1,3"}, "2 of 4 layers are dense.*--to qwen2_moe"),
+    ("granitemoe", "llama", {}, KEY | {"shared_experts": 1}, "1 experts are always chosen.*--shared-experts 0"),
+    ("granitemoe", "llama", {}, KEY | {"compensate": True}, "--to gpt_oss.*without --compensate"),
+    ("granitemoe", "mistral", {"sliding_window": 8}, KEY, "window"),
+    ("qwen2_moe", "llama", BIASED, KEY, "output has a bias"),
+    ("mixtral", "qwen2", {}, KEY, "attention has biases"),
+    ("mixtral", "llama", {}, KEY, "--approximate"),
+    ("gpt_oss", "gpt2", {}, FIXED, "decoder of gpt2.*--to dense"),
+    ("gpt_oss", "llama", {"mlp_bias": True}, FIXED, "FFN has biases"),
+    ("gguf", "gpt2", {}, FIXED, "1,024 positions"),
+    ("gguf", "opt", {}, FIXED, "only llama.*--to dense"),
+    ("gguf", "llama", {}, FIXED, "byte-level BPE.*--to dense"),  # the tiny tokenizer splits at spaces
+]
+
+
+@pytest.mark.parametrize(("to", "family", "shape", "given", "reason"), REFUSED)
+def test_what_cannot_be_held_is_refused_with_the_way_out(to, family, shape, given, reason, converted, tmp_path, capsys):
+    source = converted(family, shape, **given)
+    assert main(["export", "--model", str(source), "--to", to, "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("emoe: --to: ")
+    assert len(error.splitlines()) == 1
+    assert re.search(reason, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fixing_k_is_measured_and_said(converted, tmp_path, capsys):
+    """The default routing gives as many experts as a token needs; fixed, it is another model, and the card says so."""
+    source = converted(held_out_tokens=0)
+    arguments = ["export", "--model", str(source), "--to", "gpt_oss", "--fix-k", "3", "--verify-tokens", "512"]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    fixed, native, _ = report["comparisons"]
+    assert fixed["reference"] == "the converted model, 3 experts for every token"
+    assert fixed["kl"] < 1e-10
+    assert native["reference"] == "the converted model as it routes"
+    assert native["kl"] > 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{native['kl']:.3g}" in card
+    assert "threshold, budget sensitivity, 3 of 8" in card
+    # The model itself was not changed by being measured.
+    again = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert again.config.emoe_routing == "threshold"
+
+
+def test_bfloat16_is_read_back_in_bfloat16(converted, tmp_path):
+    source = converted(**KEY)
+    report = emoe.export(source, tmp_path / "out", "granitemoe", dtype="bfloat16", verify_tokens=256)
+    assert report["bytes"] < 0.6 * emoe.export(source, tmp_path / "wide", "granitemoe", verify_tokens=0)["bytes"]
+    assert logits(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert "rounded to 16 bits" in report["exactness"]
+
+
+def test_an_export_that_computes_something_else_is_thrown_away(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(stock, "RAW_SCALE", 1.0)  # weights that follow the logits instead of being alike
+    with pytest.raises(UserError, match=r"computes something else than the model .*nothing was written"):
+        emoe.export(converted(**KEY), tmp_path / "out", "granitemoe", verify_tokens=256)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "opt", "phi3", "gpt_neox", "bert"])
+def test_dense_is_exact_for_every_family(family, converted, tmp_path):
+    report = emoe.export(converted(family, **FIXED), tmp_path / "out", verify_tokens=256)
+    assert report["identical"] == report["layers"] == 4
+    assert report["comparisons"][0]["max_difference"] < 1e-4
+    assert report["comparisons"][0]["agreement"] == 1.0
+
+
+def test_small_divergences_are_told_from_none():
+    """Against the textbook in fp64, from far apart to below fp32's own rounding."""
+    torch.manual_seed(0)
+    a = torch.randn(16, 2000) * 5
+    for size in (3.0, 1e-1, 1e-3, 1e-5):
+        b = a + size * torch.randn(16, 2000)
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        torch.testing.assert_close(kl_divergence(a, a - b), (p.exp() * (p - q)).sum(-1), rtol=2e-2, atol=1e-11)
+    assert (kl_divergence(a, a - a) == 0).all()
+
+
+def test_dense_of_a_classifier(settings, tmp_path):
+    """No language head: what its head gives is compared."""
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
+    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=256)
+    assert report["comparisons"][0]["kl"] is None
+    assert report["comparisons"][0]["agreement"] > 0.9999
+    with pytest.raises(UserError, match="no language head"):
+        emoe.export(tmp_path / "out", tmp_path / "granite", "granitemoe")
+
+
+def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
+    source = converted(**KEY)
+    card = source / "README.md"
+    before = card.read_text()
+    try:
+        card.write_text(before.replace("tags: [moe, emoe]", "tags: [moe, emoe]\nlicense: apache-2.0"))
+        report = emoe.export(source, tmp_path / "out", "granitemoe", verify_tokens=256)
+    finally:
+        card.write_text(before)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in text
+    assert f"{report['comparisons'][0]['max_difference']:.3g}" in text
+    assert json.loads((source / "config.json").read_text())["emoe_provenance"]["source_digest"] in text
+    assert json.loads((tmp_path / "out" / "emoe_export.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "granite"], r"--to: unknown format 'granite' \(did you mean 'granitemoe'\?\)"),
+        (["--to", "granitemoe", "--fix-k", "9"], "--fix-k: 9 must lie between 1 and the model's 8 experts"),
+        (["--dtype", "int4"], "--dtype: unknown element type 'int4'"),
+        (["--verify-tokens", "-1"], "--verify-tokens: -1 must be 0 or more"),
+        (["--verify-text", "missing.txt"], "--verify-text: missing.txt does not exist"),
+        (["--to", "granitemoe", "--dtype", "float16"], "float16 has no room"),
+    ],
+)
+def test_bad_flags_are_one_line(arguments, message, converted, tmp_path, capsys):
+    output = ["--model", str(converted(**KEY)), "--output", str(tmp_path / "out"), "--quiet"]
+    assert main(["export", *output, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []

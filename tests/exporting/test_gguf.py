@@ -1,0 +1,93 @@
+"""GGUF of the dense model: transformers' own loader reads the same weights and the same tokens out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support.routing import FIXED
+from support.tiny import TEXT, VOCAB, tiny_checkpoint
+
+import emoe
+from emoe.assets.gguf import import_gguf
+from emoe.exporting.gguf import pre_tokenizer_name
+
+TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+def byte_level_tokenizer(folder: Path) -> None:
+    """As SmolLM's: digits apart, then byte-level BPE; its vocabulary is smaller than the model's, as often."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<|end|>", "<s>", "</s>"])
+    tokenizer.train_from_iterator([TEXT], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+def source(request, settings, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    # all that transformers' loader of GPT-2 can read: it leaves these at their defaults
+    shape = {"n_positions": 1024, "n_inner": 128} if request.param == "gpt2" else {}
+    dense = tiny_checkpoint(folder / "dense", request.param, **shape)
+    byte_level_tokenizer(dense)
+    emoe.convert(str(dense), output=folder / "out", **(settings | FIXED))
+    return folder / "out"
+
+
+def test_it_is_read_back_as_the_dense_model(source, tmp_path):
+    report = emoe.export(source, tmp_path / "out", "gguf", verify_tokens=256)
+    assert report["identical"] == report["layers"] == 4
+    assert report["comparisons"][0]["max_difference"] < 1e-4
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf").eval()
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source.parent / "dense").eval()
+    weights = dict(read.named_parameters())
+    for name, weight in dense.named_parameters():
+        assert torch.equal(weights[name], weight), name
+    tokenizers = [
+        transformers.AutoTokenizer.from_pretrained(source.parent / "dense"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf"),
+    ]
+    ids, again = (tokenizer(TEXT, add_special_tokens=False).input_ids for tokenizer in tokenizers)
+    assert ids == again
+
+
+def test_in_bfloat16(source, tmp_path):
+    emoe.export(source, tmp_path / "out", "gguf", dtype="bfloat16", verify_tokens=0)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source.parent / "dense")
+    weights = dict(read.named_parameters())
+    for name, weight in dense.named_parameters():
+        wanted = weight.bfloat16().float() if weight.ndim > 1 else weight
+        assert torch.equal(weights[name].float(), wanted), name
+
+
+def test_emoe_converts_it_again(source, tmp_path):
+    """The circle closes: our own import of GGUF files makes a plain folder of it."""
+    emoe.export(source, tmp_path / "out", "gguf", verify_tokens=0)
+    plain = import_gguf(tmp_path / "out" / "model.gguf", tmp_path / "plain")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (plain, source.parent / "dense")]
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](TOKENS).logits, models[1](TOKENS).logits)
+
+
+def test_splitting_rules_are_known_by_their_steps():
+    level = {"type": "ByteLevel", "add_prefix_space": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    split = lambda rule: {"type": "Split", "pattern": {"Regex": rule}}  # noqa: E731
+    sequence = lambda *steps: {"type": "Sequence", "pretokenizers": list(steps)}  # noqa: E731
+    assert pre_tokenizer_name(level) == "gpt-2"
+    assert pre_tokenizer_name(sequence(digits, level)) == "smollm"
+    assert pre_tokenizer_name(sequence(split(pattern + "| ?[^\\s]"), level)) == "qwen2"
+    assert pre_tokenizer_name(sequence(split(pattern + "{1,3}| ?[^\\s]"), level)) == "llama-bpe"
+    assert pre_tokenizer_name(sequence(split("x"), level)) is None
+    assert pre_tokenizer_name(sequence(digits | {"individual_digits": False}, level)) is None
+    assert pre_tokenizer_name(None) is None
