@@ -65,6 +65,11 @@ class Format:
     where the result is known to differ. 16-bit models get `NARROW_TOLERANCE`."""
 
 
+ROUTING_TOLERANCE = 1e-2
+"""As `Format.tolerance`, for formats that choose experts without loss. It tells a wrong export from choices that turn
+on the last bit: SmolLM2 as GPT-OSS was 4.6e-5 nats from the model; one broken by its conversion (perplexity 16,703) was
+2.4e-3 away as GraniteMoE."""
+
 NARROW_TOLERANCE = 0.05
 """As `Format.tolerance`, for models of 16 bits: sums in another order differ in the last of few bits, and routers that
 multiply in 16 bits choose some other experts."""
