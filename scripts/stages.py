@@ -19,7 +19,7 @@ import emoe
 from emoe.calibration.text import load_blocks, read_source
 from emoe.config import ExtendConfig, PruneConfig, TuneConfig
 from emoe.finetune.loop import perplexities
-from emoe.finetune.tune import tune
+from emoe.finetune.plain_text import tune
 from emoe.runtime import write_text
 from emoe.surgery.extend import extend
 from emoe.surgery.prune import prune

@@ -17,7 +17,7 @@ def tune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = F
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
-    from emoe.finetune.tune import tune as run
+    from emoe.finetune.plain_text import tune as run
 
     with progress_bar(quiet, unit="steps") as show:
         report = run(settings, show)
