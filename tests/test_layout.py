@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(("emoe_kernels", "emoe_configs"), 0),
     **dict.fromkeys(("errors", "config", "runtime", "distributed", "_on_import"), 1),
-    **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets"), 2),
+    **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets", "tasks"), 2),
     **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
     **dict.fromkeys(("conversion", "exporting", "surgery", "analysis"), 5),

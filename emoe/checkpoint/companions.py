@@ -36,9 +36,12 @@ def _drop_remote_code(path: Path) -> None:
 
 
 def source_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json from a converted one, without its ``auto_map``: code of its own was never copied."""
+    """The dense config.json of a converted one, without its ``auto_map``: code of its own was never copied.
+
+    The architecture is the checkpoint's own without our prefix, since fine-tuning may have put on another head.
+    """
     ours = {"num_experts", "num_experts_per_tok", "auto_map", "architectures", "model_type"}
     kept = {key: value for key, value in config.items() if key not in ours and not key.startswith("emoe_")}
-    replaced = {"architectures": config["emoe_source"].get("architectures")}
+    replaced = {"architectures": [name.removeprefix("EMoE") for name in config.get("architectures") or []] or None}
     replaced["model_type"] = config["emoe_source"]["family"]
     return kept | {key: value for key, value in replaced.items() if value is not None}

@@ -13,8 +13,10 @@ from emoe.cli import (
     convert,
     doctor,
     estimate,
+    evaluate,
     export,
     extend,
+    finetune,
     frontier,
     inspect,
     models,
@@ -39,7 +41,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert.convert)
+app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("finetune")(finetune.finetune)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("pretrain")(pretrain.pretrain)
@@ -80,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         message = error.format_message()
     except (KeyboardInterrupt, typer.Abort):
-        print("emoe: interrupted; --resume goes on with an unfinished conversion", file=sys.stderr)
+        print("emoe: interrupted; --resume goes on with unfinished work", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141

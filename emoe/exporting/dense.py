@@ -39,6 +39,8 @@ def export_dense(model: Path, output: Path, progress: Callable[[str, int, int], 
     config = read_json(model / "config.json")
     if not str(config.get("model_type", "")).startswith("emoe_"):
         raise UserError(f"--model: {model} is not a converted checkpoint (model_type '{config.get('model_type')}')")
+    if config.get("emoe_copies"):
+        raise UserError(f"--model: the experts of {model} are copies of whole FFNs; there is no dense model of them")
     reader = CheckpointReader(model, source_config(config))
     partition = Partition.load(model / PARTITION)
     if sorted(partition.labels) != sorted(config["emoe_layers"]):

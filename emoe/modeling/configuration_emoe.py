@@ -21,9 +21,10 @@ class EMoEFields:
     emoe_layers: list | None = None
     """Indices of the converted layers; the others are dense."""
     emoe_gate: str = "average-key"
-    """How experts are chosen: "average-key", "representative" or "discriminant"."""
+    """How experts are chosen: "average-key", "representative", "discriminant" or, trained, "cosine"."""
     emoe_routing: str = "top-k"
-    """How many experts a token gets: "top-k" (K), "threshold" or "energy-share" (as many as it needs, K on average)."""
+    """How many experts a token gets: "top-k" (K), "threshold" or "energy-share" (as many as it needs, K on average); as
+    ablations of top-k: "bottom-k" and "random"."""
     emoe_allocation: str = "uniform"
     """How the budget K is shared among layers: "uniform", or "sensitivity" (each layer its own, K on average)."""
     emoe_shared_experts: int = 0
@@ -37,6 +38,8 @@ class EMoEFields:
     come on top of the budget K. None: `num_experts` in the budget of every layer, none added."""
     emoe_expert_size: int | None = None
     """S: neurons of an expert, where `emoe_groups` is given; a layer's FFN is then S times its experts wide."""
+    emoe_copies: int = 0
+    """GMoE: every expert is a copy of the whole FFN, and there are so many; 0 for experts that are parts of it."""
     emoe_ffn: dict | None = None
     """Where the FFN of this family lives: names of its modules, as `emoe.families.FamilySpec.layout` gives them."""
     emoe_source: dict | None = None

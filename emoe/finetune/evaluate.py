@@ -1,0 +1,201 @@
+"""`emoe eval`: a tuned model, loaded again and scored, as trained or read otherwise; language benchmarks by lm-eval."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from emoe import tasks
+from emoe.checkpoint.reader import read_json
+from emoe.conversion.convert import Progress
+from emoe.distributed import Group
+from emoe.errors import UserError
+from emoe.finetune import arms
+from emoe.finetune.model import build, converted_folder, load_tokenizer
+from emoe.finetune.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
+from emoe.finetune.settings import EvalConfig, FinetuneConfig
+from emoe.finetune.texts import texts_of
+from emoe.finetune.trainer import scorer
+from emoe.finetune.tune import RECORD, read_data
+from emoe.finetune.tuning import choose_parameters
+from emoe.modeling.modeling_emoe import EMoEModelMixin
+from emoe.runtime import write_text
+from emoe.tasks.data import TaskData, load_task
+from emoe.tasks.spec import Task, Where
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to score."""
+
+    model: Any
+    tokenizer: Any
+    record: dict[str, Any] | None
+    """run.json, where the model is that of a run."""
+
+
+def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = None) -> dict[str, Any]:
+    """Score a model; returns ``{"model", "reading", "sets": {name: …}, "lm_eval": {…}}``.
+
+    Raises:
+        UserError: not a model, no task, labels that do not match the head, a reading that it does not have.
+    """
+    progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
+    if config.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--lm-eval: needs the package lm-eval; pip install lm-eval")
+    if config.output and Path(config.output).exists():
+        raise UserError(f"--output: {config.output} exists; choose another folder")
+    record, folder = _find(config)
+    if not config.task and record is None and not config.lm_eval:
+        tasks.get("")
+    task = tasks.get(config.task or record["settings"]["task"]) if config.task or record else None
+    with tempfile.TemporaryDirectory() as work:
+        data = None if task is None else _data(config, task, record, say)
+        loaded = _load(folder, record, task, Path(work), progress)
+        _read_as(config, loaded)
+        report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}}
+        if config.lm_eval:
+            report["lm_eval"] = _benchmarks(config, loaded)
+        elif data is not None:
+            report["sets"], predictions = _score(config, loaded, data, Path(work), progress)
+            if config.output:
+                write_predictions(Path(config.output) / "predictions", {config.read_as: predictions})
+    if config.output:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        write_text(Path(config.output) / "eval.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _find(config: EvalConfig) -> tuple[dict[str, Any] | None, Path]:
+    """The run's record, if it is one, and the folder with the model."""
+    if not config.model:
+        raise UserError("--model: missing; give the folder of a run (OUTPUT/seed-S) or of a model")
+    folder = Path(config.model).expanduser()
+    if (folder / "model").is_dir() and (folder / RECORD).is_file():
+        return read_json(folder / RECORD), folder / "model"
+    if (folder / RECORD).is_file():
+        raise UserError(f"--model: the run {folder} was made with --discard-model; its weights are gone")
+    seeds = sorted(path.parent.name for path in folder.glob(f"seed-*/{RECORD}"))
+    if seeds:
+        raise UserError(f"--model: {folder} holds several runs; choose one, such as {folder / seeds[0]}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model: {folder} is not a model folder: it has neither {RECORD} nor config.json")
+    return None, folder
+
+
+def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: Any) -> TaskData:
+    settings = (record or {}).get("settings", {})
+    data_dir = config.data_dir or settings.get("data_dir")
+    wanted = [d.strip() for d in config.domains.split(",")] if config.domains else None
+    own = task.in_domain.name
+    known = None if wanted is None else [name for name in wanted if name not in (own, f"{own}-validation")]
+    where = Where(Path(data_dir).expanduser() if data_dir else None, say)
+    data = load_task(task, domains=known, train_limit=settings.get("train_limit"), test_limit=config.limit, where=where)
+    for note in data.notes:
+        say(note)
+    names = [name for name in data.tests if name in wanted] if wanted else list(data.tests)
+    if not wanted:
+        names.remove(f"{own}-validation")
+    tests = {name: data.tests[name] for name in names}
+    return TaskData(task, data.train, tests, data.duplicates_removed, data.notes)
+
+
+def _load(
+    folder: Path,
+    record: dict[str, Any] | None,
+    task: Task | None,
+    work: Path,
+    progress: Progress,
+) -> Loaded:
+    if (folder / ADAPTER).is_file():
+        if record is None:
+            raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
+        return _with_adapter(folder, record, task, work, progress)
+    facts = transformers.AutoConfig.from_pretrained(folder)
+    if task is None or task.kind == "instructions":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
+            raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
+        _check_labels(task, facts.num_labels)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return Loaded(model, load_tokenizer(folder), record)
+
+
+def _check_labels(task: Task, outputs: int) -> None:
+    labels = len(task.labels or ("score",))
+    if labels != outputs:
+        raise UserError(f"--task: '{task.name}' has {labels} labels, the model's head has {outputs}; they do not match")
+
+
+def _with_adapter(folder: Path, record: dict[str, Any], task: Task | None, work: Path, progress: Progress) -> Loaded:
+    """The run's start, made again from its settings, and the adapter on it."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    settings, arm = FinetuneConfig(**record["settings"]), arms.get(record["method"])
+    # Its training texts, which gates may be fitted on: what this evaluation scores has no say in them.
+    own = tasks.get(settings.task)
+    if task is not None:
+        _check_labels(task, len(own.labels or ("score",)))
+    trained_on = read_data(settings, own, Where(Path(settings.data_dir) if settings.data_dir else None)).train
+    base = converted_folder(settings, work, [example.text for example in trained_on], Group(), progress)
+    tokenizer = load_tokenizer(base)
+    start = build(settings, arm, base, own, tokenizer.pad_token_id, record["seed"])
+    model = choose_parameters(settings, arm, start, record["seed"])
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    return Loaded(model, tokenizer, record)
+
+
+def _read_as(config: EvalConfig, loaded: Loaded) -> None:
+    if config.read_as == AS_TRAINED:
+        return
+    found = next((m for m in loaded.model.modules() if isinstance(m, EMoEModelMixin)), None)
+    if found is None:
+        raise UserError(f"--read-as: {config.model} is a dense model of stock class; only as-trained fits it")
+    if loaded.record:
+        arm = arms.get(loaded.record["method"])
+        found.set_top_k(budget_of(config.read_as, arm, loaded.record["num_experts"], loaded.record["top_k"]))
+    elif config.read_as == DENSE and not found.config.emoe_copies:
+        found.set_top_k(found.config.num_experts)
+    else:
+        raise UserError(
+            f"--read-as: {config.model} is not a run's; how many experts '{config.read_as}' means is unknown"
+        )
+
+
+def _score(
+    config: EvalConfig, loaded: Loaded, data: TaskData, work: Path, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = (loaded.record or {}).get("settings", {})
+    texts = texts_of(data.task, loaded.tokenizer, settings.get("max_length", config.max_length))
+    half = (loaded.record or {}).get("precision") == "bfloat16"
+    tuner = scorer(loaded.model, texts, config.batch_size, half, work)
+    sets, predictions = {}, {}
+    for done, (name, test) in enumerate(data.tests.items()):
+        progress(f"scoring {name}", done, len(data.tests))
+        predictions[name] = predict(tuner, texts, test.examples)
+        sets[name] = {"role": test.role, **score(texts, predictions[name])}
+    return sets, predictions
+
+
+def _benchmarks(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    if not loaded.model.can_generate():
+        raise UserError(f"--lm-eval: {config.model} is no causal language model")
+    wrapped = HFLM(pretrained=loaded.model.eval(), tokenizer=loaded.tokenizer, batch_size=config.batch_size)
+    names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
+    try:
+        return lm_eval.simple_evaluate(model=wrapped, tasks=names, limit=config.limit)["results"]
+    except (KeyError, ValueError, ConnectionError, FileNotFoundError) as error:
+        raise UserError(f"--lm-eval: {' '.join(str(error).split())}") from None

@@ -1,0 +1,289 @@
+"""The loop: transformers' Trainer. Ours are the loss, the log with what the routers did, and a stop at the first number
+that is none.
+
+Legend: B examples, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from emoe.conversion.convert import Progress
+from emoe.errors import UserError
+from emoe.finetune.routing import Probe, auxiliary_loss, watched
+from emoe.finetune.settings import FinetuneConfig
+from emoe.finetune.texts import Classification, Encoded
+from emoe.runtime import multiplies_bfloat16_fast, write_text
+
+SELECTED_BY = "eval_score"
+"""Name under which the Trainer finds the score of the ID validation set; nothing else selects."""
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded examples as the Trainer wants them."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+class Tuner(Trainer):
+    """Trainer with the loss of a task plus those on gates.
+
+    A step's loss is the mean over all its labels, whatever forward calls and processes they were spread over: the sum
+    of a forward call is divided by the labels of the whole step, and multiplied by the processes, over which gradients
+    are averaged afterwards.
+    """
+
+    def __init__(
+        self, *args: Any, texts: Classification, losses: dict[str, float], probe: Probe | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.texts, self.losses, self.probe = texts, losses, probe
+        self.model_accepts_loss_kwargs = True  # has the Trainer count labels and leave the scale of the loss to us
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if self.losses:
+            with watched(model) as routings:
+                outputs = model(**inputs)
+        else:
+            outputs = model(**inputs)
+        total, count = self.texts.loss_sum(outputs.logits, labels)
+        if num_items_in_batch is None:
+            loss = total / max(1, count)
+        else:
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        if self.losses and routings:
+            extra = auxiliary_loss(self.losses, routings, inputs["attention_mask"])
+            loss = loss + extra / self.current_gradient_accumulation_steps
+        self._stop_unless_finite("loss", loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP gives a DTensor
+        self._stop_unless_finite("gradient's norm", whole.detach())
+        return norm
+
+    def _stop_unless_finite(self, name: str, value: torch.Tensor) -> None:
+        """Stop before the step that would spoil the weights; in all processes, or one would wait for ever."""
+        bad = ~torch.isfinite(value).all()
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad.float().reshape(1).to(self.args.device), "sum").gt(0).all()
+        if bad.item():
+            kept = last_state(Path(self.args.output_dir))
+            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"the {name} is {value.item()} in step {self.state.global_step + 1}: lower --learning-rate; {where}"
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            scores = self.texts.scores(model(**inputs).logits, labels)
+        return None, scores, torch.zeros(len(scores), device=scores.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.probe is not None:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            found = self.probe(self.model_wrapped if self.args.fsdp else self.model, unwrapped.config.emoe_layers)
+            if found:
+                logs["router"] = found
+        super().log(logs, start_time)
+
+
+class Log(TrainerCallback):
+    """log.jsonl: one line a logged step or validation. Lines beyond the state that a run resumes from are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "epoch": "epoch", "router": "router"}
+        names[SELECTED_BY] = "validation"
+        entry = {"step": state.global_step, **{names[key]: value for key, value in logs.items() if key in names}}
+        if state.is_world_process_zero and ("loss" in entry or "validation" in entry):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class Watch(TrainerCallback):
+    """Progress, and the clock: seconds of training without validations."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self.progress, self.label, self.shown = progress, label, label
+        self.seconds, self.steps, self._start = 0.0, 0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+        self.progress(self.shown, state.global_step, state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.shown = f"{self.label}, loss {logs['loss']:.3f}"
+        if logs and SELECTED_BY in logs:
+            self.shown = f"{self.label}, validation {100 * logs[SELECTED_BY]:.1f}"
+
+
+def last_state(folder: Path) -> Path | None:
+    """The latest complete state of the Trainer."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -> TrainingArguments:
+    """The Trainer's settings of one run."""
+    on_cpu = not torch.cuda.is_available()
+    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
+    steps = {"max_steps": config.max_steps} if config.max_steps else {"num_train_epochs": config.epochs}
+    each = "steps" if config.eval_steps else "epoch"
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    return TrainingArguments(
+        output_dir=str(folder),
+        **steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=2 * config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.rate(),
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=half,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy=each,
+        save_strategy=each,
+        eval_steps=config.eval_steps,
+        save_steps=config.eval_steps or 500,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=SELECTED_BY,
+        greater_is_better=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not on_cpu,
+        **(fsdp if config.fsdp else {}),
+    )
+
+
+def scorer(model: torch.nn.Module, texts: Classification, batch_size: int, half: bool, folder: Path) -> Tuner:
+    """A Trainer that only predicts."""
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=batch_size,
+        bf16=half,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return Tuner(model=model, args=settings, data_collator=texts.collate, texts=texts, losses={}, probe=None)
+
+
+def make_tuner(
+    config: FinetuneConfig,
+    model: torch.nn.Module,
+    texts: Classification,
+    train: list[Encoded],
+    validation: tuple[list, list[Encoded]],
+    folder: Path,
+    seed: int,
+    processes: int,
+    watch: Watch,
+) -> Tuner:
+    """A Trainer for one run.
+
+    Args:
+        validation: examples and their encoding, in the same order.
+        folder: of the run; the Trainer's states lie in ``folder/.training``, the log in ``folder/log.jsonl``.
+    """
+    examples, rows = validation
+    batch = texts.collate([dict(row) for row in rows[:32]])
+
+    def metrics(prediction) -> dict[str, float]:
+        found = texts.metrics(texts.records(examples, np.asarray(prediction.predictions)))
+        return {"score": next(iter(found.values()))}
+
+    callbacks: list[TrainerCallback] = [watch, Log(folder / "log.jsonl")]
+    if config.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(config.patience))
+    if config.tensorboard:
+        callbacks.append(_tensorboard(folder / "tensorboard"))
+    tuner = Tuner(
+        model=model,
+        args=arguments(config, folder / ".training", seed, processes),
+        train_dataset=Rows(train),
+        eval_dataset=Rows(rows),
+        data_collator=texts.collate,
+        compute_metrics=metrics,
+        callbacks=callbacks,
+        texts=texts,
+        losses=config.losses(),
+        probe=Probe(dict(batch)),
+    )
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        tuner.remove_callback(callback)
+    return tuner
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard: needs the package tensorboard; pip install tensorboard") from None
+
+    class Scalars(TensorBoardCallback):
+        """Tables of routers do not fit a curve: their entropy, largest share and overlap do."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            flat = dict(logs or {})
+            for layer, facts in flat.pop("router", {}).items():
+                for key in ("entropy", "max_share", "overlap"):
+                    if facts[key] is not None and math.isfinite(facts[key]):
+                        flat[f"router_{layer}_{key}"] = facts[key]
+            super().on_log(args, state, control, logs=flat, **kwargs)
+
+    return Scalars(SummaryWriter(str(folder)))

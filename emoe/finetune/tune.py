@@ -1,0 +1,239 @@
+"""`emoe finetune`: one arm, some seeds; each seed a folder that `emoe compare` reads.
+
+::
+
+    OUTPUT/seed-S/run.json                             settings, cost and scores; written last, its presence says: done
+    OUTPUT/seed-S/predictions/READING/DOMAIN.jsonl     {"id", "label", "prediction", "scores"}, one line an example
+    OUTPUT/seed-S/log.jsonl                            one line a logged step
+    OUTPUT/seed-S/model/                               the trained checkpoint, or peft's adapter
+    OUTPUT/seed-S/.training/                           the Trainer's states, while the run is not done
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import emoe
+from emoe import tasks
+from emoe.conversion.convert import Progress
+from emoe.distributed import Group
+from emoe.errors import UserError
+from emoe.finetune import arms
+from emoe.finetune.model import build, converted_folder, hide_neurons, load_tokenizer
+from emoe.finetune.readings import read_all, write_predictions
+from emoe.finetune.settings import FinetuneConfig
+from emoe.finetune.texts import texts_of
+from emoe.finetune.trainer import Watch, last_state, make_tuner
+from emoe.finetune.tuning import check_tuning, choose_parameters, trainable
+from emoe.runtime import peak_memory, reset_peak_memory, write_text
+from emoe.tasks.data import TaskData, load_task
+from emoe.tasks.spec import Where
+
+RECORD = "run.json"
+
+
+def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any = None) -> list[dict[str, Any]]:
+    """Train and score every seed of ``config``. Returns the records, as they stand in the run.json files.
+
+    Args:
+        config: the settings.
+        progress: called with (stage, done, total).
+        say: called with one line on what was left out or fetched.
+
+    Raises:
+        UserError: bad settings, data or model, an output in the way, or a loss that is no number.
+    """
+    progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
+    arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
+    check_tuning(config, arm, task)
+    group = Group()
+    output = _output(config)
+    group.first_then_all(lambda: _check_output(config, seeds))
+    todo = [seed for seed in seeds if not (output / f"seed-{seed}" / RECORD).is_file() or config.overwrite]
+    if todo:
+        where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
+        data = group.first_then_all(lambda: read_data(config, task, where))
+        for note in data.notes:
+            say(note)
+        work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
+        try:
+            group.first_then_all(lambda: _fresh(work))
+            texts = [example.text for example in data.train]
+            base = converted_folder(config, work, texts, group, progress)
+            for seed in todo:
+                run = Run(config, arm, data, base, seed, group, progress)
+                group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
+                run.finish()
+        finally:
+            if group.first:  # without waiting for the others: one of them may have failed alone
+                shutil.rmtree(work, ignore_errors=True)
+    return [json.loads((output / f"seed-{seed}" / RECORD).read_text(encoding="utf-8")) for seed in seeds]
+
+
+def _fresh(folder: Path) -> None:
+    """An empty folder, whatever a killed call left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def read_data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
+    """The examples that runs of these settings train and are scored on."""
+    wanted = [d.strip() for d in config.domains.split(",") if d.strip()] if config.domains is not None else None
+    limits = {"train_limit": config.train_limit, "test_limit": config.test_limit}
+    return load_task(task, domains=wanted, where=where, **limits)
+
+
+def _output(config: FinetuneConfig) -> Path:
+    if not config.output:
+        raise UserError("--output: missing; name the folder to write")
+    return Path(config.output)
+
+
+def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
+    """Raise `UserError` when something is in the way that neither --resume nor --overwrite speaks of."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; choose another name")
+    for seed in seeds:
+        folder = output / f"seed-{seed}"
+        if folder.exists() and any(folder.iterdir()):
+            if not (config.resume or config.overwrite):
+                raise UserError(
+                    f"--output: {folder} exists; add --resume to go on with it or --overwrite to start again"
+                )
+            ours = (folder / RECORD).is_file() or (folder / ".training").is_dir()
+            if not ours:
+                raise UserError(f"--output: {folder} is not a run of ours; choose another folder")
+            if config.resume and not config.overwrite:
+                _same_settings(config, folder)
+
+
+def _same_settings(config: FinetuneConfig, folder: Path) -> None:
+    done, begun = folder / RECORD, folder / ".training" / "settings.json"
+    if not done.is_file() and not begun.is_file():
+        return
+    facts = json.loads((done if done.is_file() else begun).read_text(encoding="utf-8"))
+    settings = facts["settings"] if done.is_file() else facts
+    for key, value in config.fingerprint().items():
+        if settings.get(key) != value:
+            raise UserError(
+                f"--resume: {folder} was made with {key}={settings.get(key)!r}, this call has {value!r}; "
+                "use the same settings, another --output or --overwrite"
+            )
+
+
+def _prepare(config: FinetuneConfig, folder: Path) -> None:
+    if config.overwrite or not (folder / ".training").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+    (folder / ".training").mkdir(parents=True, exist_ok=True)
+    write_text(folder / ".training" / "settings.json", json.dumps(config.fingerprint()))
+
+
+class Run:
+    """One seed of one arm."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        arm: arms.Arm,
+        data: TaskData,
+        base: Path,
+        seed: int,
+        group: Group,
+        progress: Progress,
+    ) -> None:
+        self.config, self.arm, self.data, self.seed, self.group, self.progress = (
+            config,
+            arm,
+            data,
+            seed,
+            group,
+            progress,
+        )
+        self.folder = Path(config.output) / f"seed-{seed}"
+        self.tokenizer = load_tokenizer(base)
+        self.texts = texts_of(data.task, self.tokenizer, config.max_length)
+        self.start = build(config, arm, base, data.task, self.tokenizer.pad_token_id, seed)
+        self.model = choose_parameters(config, arm, self.start, seed)
+
+    def finish(self) -> dict[str, Any]:
+        """Train, score every reading, write; returns the record."""
+        started = time.perf_counter()
+        reset_peak_memory()
+        watch = Watch(self.progress, f"seed {self.seed}")
+        validation = self.data.validation.examples
+        encoded = self.texts.encode(validation)
+        train = self.texts.encode(self.data.train)
+        places = (self.folder, self.seed, self.group.size)
+        tuner = make_tuner(self.config, self.model, self.texts, train, (validation, encoded), *places, watch)
+        rate = 1 - self.start.top_k / self.start.model.config.num_experts
+        hooks = hide_neurons(self.start.model, rate) if self.arm.dropout else []
+        state = last_state(self.folder / ".training") if self.config.resume else None
+        tuner.train(resume_from_checkpoint=str(state) if state else None)
+        for hook in hooks:
+            hook.remove()
+        readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
+        record = self._record(tuner, watch, started, readings)
+        self.start.model.config.use_cache = True  # training wants none, generation does
+        if not self.config.discard_model:
+            tuner.save_model(str(self.folder / "model"))
+        if self.group.first:
+            write_predictions(self.folder / "predictions", predictions)
+            if not self.config.discard_model:
+                self.tokenizer.save_pretrained(self.folder / "model")
+                (self.folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has it all
+            write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+            shutil.rmtree(self.folder / ".training")
+        self.group.wait()
+        return record
+
+    def _record(self, tuner: Any, watch: Watch, started: float, readings: dict[str, Any]) -> dict[str, Any]:
+        state, facts = tuner.state, self.start.model.config
+        best = state.best_model_checkpoint
+        return {
+            "task": self.data.task.name,
+            "model": self.config.model,
+            "method": self.config.method,
+            "tuning": self.config.tuning,
+            "seed": self.seed,
+            "settings": self.config.model_dump(exclude={"output", "resume", "overwrite"}),
+            "steps": state.global_step,
+            "selected_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
+            "validation_score": state.best_metric,
+            "seconds": round(time.perf_counter() - started, 2),
+            "seconds_per_step": round(watch.seconds / max(1, watch.steps), 4),
+            "peak_memory_bytes": peak_memory() if not torch.cuda.is_available() else torch.cuda.max_memory_allocated(),
+            "trainable_parameters": trainable(self.model),
+            "train_examples": len(self.data.train),
+            "duplicates_removed": self.data.duplicates_removed,
+            "notes": self.data.notes,
+            "num_experts": facts.num_experts,
+            "top_k": self.start.top_k,
+            "emoe_layers": facts.emoe_layers,
+            "precision": "bfloat16" if tuner.args.bf16 else "float32",
+            "processes": self.group.size,
+            "hardware": _hardware(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "emoe": emoe.__version__,
+            "readings": readings,
+        }
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

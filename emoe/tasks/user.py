@@ -1,0 +1,151 @@
+"""Tasks of a user: one YAML file naming files, columns, labels and domains; or instructions in Alpaca's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emoe.errors import UserError, nearest
+from emoe.tasks.metrics import METRICS
+from emoe.tasks.sources import Columns, File, read_table
+from emoe.tasks.spec import Domain, Example, Source, Task, Where
+
+_PROMPT = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+)
+"""The wording of Alpaca (Taori et al. 2023), which published instruction models were tuned with."""
+
+
+class _DomainEntry(BaseModel):
+    """One domain of the file. Paths are relative to the file; columns and labels override those of the task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["id", "ood"]
+    file: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    id: str | None = None
+    classes: dict[str | int, str | None] | None = None
+    """Raw label → one of the task's labels, null to leave such examples out."""
+
+
+class _TaskEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    summary: str = ""
+    labels: list[str | int] = Field(default_factory=list)
+    """Names of the classes, as they stand in the files; none for regression."""
+    metric: str | None = None
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    id: str | None = None
+    domains: dict[str, _DomainEntry]
+
+
+def task_from_yaml(path: Path) -> Task:
+    """Read a task file.
+
+    Raises:
+        UserError: unreadable, an unknown key, an unknown metric, not exactly one ID domain, a domain without files.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entry = _TaskEntry(**raw)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--task: cannot read {path} ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--task: {path} is not valid YAML ({' '.join(str(error).split())})") from None
+    except TypeError:
+        raise UserError(f"--task: {path} must hold 'key: value' lines") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"--task: {path}: {where}: {first['msg']}") from None
+    metric = entry.metric or ("balanced_accuracy" if entry.labels else "pearson")
+    if metric not in METRICS:
+        raise UserError(f"--task: {path}: unknown metric '{metric}'{nearest(metric, METRICS)}")
+    if len(entry.labels) == 1:
+        raise UserError(f"--task: {path}: one label is nothing to learn; name all labels, or none for regression")
+    roles = [domain.role for domain in entry.domains.values()]
+    if roles.count("id") != 1:
+        raise UserError(f"--task: {path}: {roles.count('id')} domains have the role 'id'; exactly one is trained on")
+    domains = tuple(_domain(entry, name, domain, path) for name, domain in entry.domains.items())
+    kind = "classification" if entry.labels else "regression"
+    more = ("accuracy",) if entry.labels and metric != "accuracy" else ()
+    labels = tuple(str(label) for label in entry.labels)
+    return Task(entry.name, entry.summary, labels, (metric, *more), domains, kind)
+
+
+def _domain(task: _TaskEntry, name: str, entry: _DomainEntry, path: Path) -> Domain:
+    named = {part: getattr(entry, part) for part in ("train", "validation", "test") if getattr(entry, part)}
+    if entry.file:
+        named["all" if entry.role == "id" else "test"] = entry.file
+    wanted = {"id": "'file', or 'train' and perhaps 'validation' and 'test'", "ood": "'file'"}[entry.role]
+    fits = {"id": set(named) == {"all"} or ("train" in named and "all" not in named), "ood": set(named) == {"test"}}
+    if not fits[entry.role]:
+        raise UserError(f"--task: {path}: domain '{name}' needs {wanted}")
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(f"--task: {path}: domain '{name}' names files of predictions; use letters, digits, - and _")
+    columns = Columns(
+        text=entry.text or task.text,
+        label=entry.label or task.label,
+        pair=entry.pair or task.pair,
+        id=entry.id or task.id,
+        classes=_classes(task, name, entry, path),
+    )
+    return Domain(name, entry.role, {part: File(path.parent / file, columns) for part, file in named.items()})
+
+
+def _classes(task: _TaskEntry, name: str, entry: _DomainEntry, path: Path) -> Any:
+    if not task.labels:
+        return float
+    indices = {str(label): index for index, label in enumerate(task.labels)}
+    if entry.classes is None:
+        return indices
+    classes = {}
+    for raw, label in entry.classes.items():
+        if label is not None and str(label) not in indices:
+            raise UserError(f"--task: {path}: domain '{name}': '{label}' is none of the labels {', '.join(indices)}")
+        classes[str(raw)] = -1 if label is None else indices[str(label)]
+    return classes
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Alpaca's format: objects with "instruction", "output" and perhaps "input"."""
+
+    path: Path
+
+    def read(self, where: Where):
+        for number, row in enumerate(read_table(self.path)):
+            if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+                raise UserError(f"--task: {self.path}, entry {number + 1} has no text 'instruction' and 'output'")
+            if row["output"].strip():
+                yield Example(str(number), prompt_of(row), row["output"].strip(), 0)
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """The text before an answer."""
+    given = str(row.get("input") or "").strip()
+    head = _PROMPT.format(more=", paired with an input that provides further context" if given else "")
+    middle = f"\n\n### Input:\n{given}" if given else ""
+    return f"{head}\n\n### Instruction:\n{row['instruction'].strip()}{middle}\n\n### Response:\n"
+
+
+def instructions(path: Path) -> Task:
+    """A causal language model's task: foresee the answers."""
+    source: Source = Instructions(path)
+    domain = Domain(path.stem, "id", {"all": source})
+    return Task(path.stem, "instructions", (), ("token_accuracy",), (domain,), "instructions")

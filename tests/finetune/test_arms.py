@@ -1,0 +1,175 @@
+"""Arms differ in nothing but the method: same start, same data, and with all experts on the same arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from emoe.finetune import arms
+from emoe.finetune.model import build, load_tokenizer
+from emoe.finetune.texts import texts_of
+from emoe.finetune.trainer import Tuner, Watch, make_tuner
+from emoe.finetune.tune import finetune
+from emoe.modeling.modeling_emoe import RULES, Router
+from emoe.tasks import get
+from emoe.tasks.data import load_task
+
+E = 8
+DENSE = [name for name, arm in arms.ARMS.items() if not arm.copied]
+
+
+@pytest.fixture
+def start(settings):
+    """Makes the model of an arm, with its texts and data."""
+
+    def make(method: str, seed: int = 0, **changes):
+        config = settings(method=method, **changes)
+        task = get(config.task)
+        tokenizer = load_tokenizer(Path(config.model))
+        found = build(config, arms.get(method), Path(config.model), task, tokenizer.pad_token_id, seed)
+        return found.model.train(), texts_of(task, tokenizer, config.max_length), load_task(task), config
+
+    return make
+
+
+def stock_of(model) -> transformers.PreTrainedModel:
+    """The stock class with the same weights in the same order."""
+    config = transformers.LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if not k.startswith("emoe")})
+    stock = transformers.LlamaForSequenceClassification(config)
+    stock.load_state_dict({k: v.clone() for k, v in model.state_dict().items() if ".router." not in k})
+    return stock
+
+
+@pytest.mark.parametrize("method", arms.ARMS)
+def test_loss_at_step_0_is_vanilla_s_when_all_experts_are_on(method, start):
+    model, texts, data, _ = start(method, top_k=E, copies_top_k=4)
+    batch = texts.collate(texts.encode(data.train[:8]))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        ours = texts.loss_sum(model(**batch).logits, labels)[0]
+        vanilla = texts.loss_sum(stock_of(start("vanilla")[0]).train()(**batch).logits, labels)[0]
+    if method == "gmoe":  # copies are summed with weights that add up to 1
+        torch.testing.assert_close(ours, vanilla)
+    else:
+        assert torch.equal(ours, vanilla)
+
+
+def test_emoe_with_all_experts_trains_bit_for_bit_like_the_stock_class(start, tiny_llama, tmp_path):
+    """Twenty steps of full tuning in fp32; vanilla is the same computation, hence a true stock fine-tuning, too.
+
+    With the neurons in their original order sums are rounded otherwise, which is all the difference.
+    """
+    trained = {}
+    for name in ("stock", "original", "emoe", "vanilla"):
+        model, texts, data, config = start("vanilla" if name == "vanilla" else "emoe", top_k=E, max_steps=20)
+        if name == "stock":
+            model = stock_of(model)
+        elif name == "original":
+            head = model.score.weight.detach().clone()
+            model = transformers.LlamaForSequenceClassification.from_pretrained(tiny_llama, dtype=torch.float32)
+            model.score.weight.data = head
+        watch = Watch(lambda *_: None, "")
+        validation = (data.validation.examples, texts.encode(data.validation.examples))
+        tuner = make_tuner(config, model, texts, texts.encode(data.train), validation, tmp_path / name, 0, 1, watch)
+        tuner.probe = None
+        tuner.train()
+        trained[name] = model.eval()
+    weights = {name: model.state_dict() for name, model in trained.items()}
+    for name, weight in weights["stock"].items():
+        assert torch.equal(weight, weights["emoe"][name]), name
+        assert torch.equal(weight, weights["vanilla"][name]), name
+    first = start("vanilla")[0].state_dict()
+    moved = "model.layers.2.mlp.up_proj.weight"
+    assert not torch.equal(first[moved], weights["emoe"][moved])
+    batch = texts.collate([row for row in validation[1] if row.pop("labels") >= 0])
+    with torch.no_grad():
+        logits = {name: model(**batch).logits for name, model in trained.items()}
+    torch.testing.assert_close(logits["original"], logits["stock"], rtol=1e-3, atol=1e-3)
+
+
+def test_every_arm_starts_with_the_same_weights_and_sees_the_same_batches(settings, tmp_path, monkeypatch):
+    seen, heads = {}, {}
+    loss = Tuner.compute_loss
+
+    def record(self, model, inputs, **keywords):
+        if model.training:
+            seen.setdefault(method, []).append(inputs["input_ids"].tolist())
+            heads.setdefault(method, model.score.weight.detach().clone())
+        return loss(self, model, inputs, **keywords)
+
+    monkeypatch.setattr(Tuner, "compute_loss", record)
+    for method in arms.ARMS:
+        (result,) = finetune(settings(method=method, max_steps=4, output=str(tmp_path / method)))
+        assert result["steps"] == 4
+        readings = set(result["readings"])
+        assert readings == {"as-trained"} | ({"dense"} if arms.get(method).sparse else {"emoe"}) - (
+            {"dense"} if method == "gmoe" else set()
+        )
+    assert all(batches == seen["vanilla"] for batches in seen.values())
+    assert all(torch.equal(head, heads["vanilla"]) for head in heads.values())
+    counts = {m: json.loads((tmp_path / m / "seed-0" / "run.json").read_text())["trainable_parameters"] for m in seen}
+    assert len({counts[m] for m in ("vanilla", "dropout", "emoe", "random", "bottom-k")}) == 1
+    assert counts["gmoe"] > counts["emoe-learn"] > counts["emoe"]
+
+
+def test_another_seed_draws_another_head(start):
+    assert not torch.equal(start("emoe", 0)[0].score.weight, start("emoe", 1)[0].score.weight)
+
+
+def test_the_average_key_gate_follows_the_weights(start):
+    """In training, too, where nothing may be kept from an earlier step."""
+    model = start("emoe")[0]
+    ffn = model.sparse_ffns()[2]
+    x_ND = torch.randn(5, 32)
+    keys = ffn.linear("gate").weight
+    for _ in range(2):
+        wanted_NE = x_ND @ keys.detach().unflatten(0, (E, -1)).mean(1).T
+        torch.testing.assert_close(ffn.router(x_ND, ffn).logits_NE, wanted_NE)
+        with torch.no_grad():
+            keys.add_(torch.randn_like(keys))
+
+
+@pytest.mark.parametrize("method", ["emoe-learn", "gmoe"])
+def test_gradients_reach_a_trained_gate(method, start):
+    model, texts, data, _ = start(method)
+    batch = texts.collate(texts.encode(data.train[:8]))
+    labels = batch.pop("labels")
+    texts.loss_sum(model(**batch).logits, labels)[0].backward()
+    for ffn in model.sparse_ffns().values():
+        for parameter in ffn.router.parameters():
+            assert parameter.grad.abs().max() > 0
+
+
+def router(rule: str) -> Router:
+    config = transformers.LlamaConfig(hidden_size=32)
+    for key, value in {"gate": "average-key", "routing": rule, "allocation": "uniform"}.items():
+        setattr(config, f"emoe_{key}", value)
+    config.emoe_shared_experts = config.emoe_copies = 0
+    config.num_experts, config.num_experts_per_tok = 64, 16
+    return Router(config, 32)
+
+
+def test_bottom_k_takes_the_others_and_random_takes_all_alike():
+    assert {"bottom-k", "random"} <= set(RULES)
+    logits_NE = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    chosen = {rule: router(rule).choose(logits_NE) for rule in ("top-k", "bottom-k", "random")}
+    assert (
+        logits_NE.gather(1, chosen["bottom-k"])
+        .max(1)
+        .values.lt(logits_NE.gather(1, chosen["top-k"]).min(1).values)
+        .all()
+    )
+    random_NK = chosen["random"]
+    assert torch.equal(random_NK.sort().values, router("random").choose(logits_NE).sort().values)  # no generator
+    assert all(len(set(row)) == 16 for row in random_NK.tolist())
+    # each expert is chosen by a quarter of the tokens: 1024, standard deviation 28
+    counts_E = random_NK.flatten().bincount(minlength=64)
+    assert counts_E.sub(1024).abs().max() < 5 * 28
+    # and neither large logits nor the neighbouring token's choice tell which
+    assert abs(logits_NE.gather(1, random_NK).mean()) < 0.02
+    both = torch.zeros(4096, 64).scatter(1, random_NK, 1)
+    assert abs((both[:-1] * both[1:]).sum(1).mean() - 4) < 0.2

@@ -1,0 +1,365 @@
+"""`emoe finetune` and `emoe eval`: what lies on the disk afterwards, interruptions, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from support.labelled import sentences, write_csv, write_task
+from support.scripts import script
+from support.tiny import tiny_checkpoint
+
+import emoe
+from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.finetune.evaluate import evaluate
+from emoe.finetune.settings import EvalConfig, FinetuneConfig
+from emoe.finetune.trainer import Tuner
+from emoe.finetune.tune import finetune
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_leaves_what_the_comparison_reads(settings, tmp_path):
+    first, second = finetune(settings(seeds="0,3", max_steps=30, learning_rate=3e-3))
+    folder = tmp_path / "out" / "seed-0"
+    assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "model", "predictions", "run.json"]
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")] == []
+    assert first == json.loads((folder / "run.json").read_text())
+    assert (first["seed"], second["seed"], first["steps"]) == (0, 3, 30)
+    assert first["duplicates_removed"] == {"own-validation": 0, "own": 0, "far": 3}
+    assert first["train_examples"] == 93
+    roles = {name: facts["role"] for name, facts in first["readings"]["as-trained"].items()}
+    assert roles == {"own-validation": "id-validation", "own": "id-test", "far": "ood"}
+    for reading in ("as-trained", "dense"):
+        found = lines(folder / "predictions" / reading / "far.jsonl")
+        facts = first["readings"][reading]["far"]
+        assert len(found) == facts["examples"] == 27
+        recall = [[r["prediction"] == label for r in found if r["label"] == label] for label in (0, 1)]
+        assert facts["score"] == pytest.approx(sum(sum(hits) / len(hits) for hits in recall) / 2)
+        assert all(max(range(2), key=r["scores"].__getitem__) == r["prediction"] for r in found)
+    log = lines(folder / "log.jsonl")
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(2, 31, 2))
+    router = [entry["router"]["2"] for entry in log if "loss" in entry]
+    assert router[0]["overlap"] is None
+    for facts in router[1:]:
+        assert 0 <= facts["overlap"] <= 1
+        assert 0 < facts["entropy"] <= 1
+        assert sum(facts["frequencies"]) == pytest.approx(4, abs=0.01)  # K of them a token
+    scores = {entry["step"]: entry["validation"] for entry in log if "validation" in entry}
+    assert first["validation_score"] == max(scores.values()) == scores[first["selected_step"]]
+    assert first["readings"]["as-trained"]["own-validation"]["score"] == pytest.approx(max(scores.values()))
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "emoe-learn", "gmoe"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "head"])
+def test_a_saved_model_scores_as_it_did(method, tuning, settings, tmp_path):
+    config = settings(method=method, tuning=tuning, max_steps=4)
+    if method == "gmoe" and tuning != "full":
+        with pytest.raises(UserError, match="use --tuning full"):
+            finetune(config)
+        return
+    (record,) = finetune(config)
+    for reading, sets in record["readings"].items():
+        report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), read_as=reading, domains="own,far"))
+        assert list(report["sets"]) == ["own", "far"]
+        for name, facts in report["sets"].items():
+            assert facts == sets[name], (reading, name)
+
+
+def test_bfloat16_is_scored_in_bfloat16(settings, tmp_path):
+    (record,) = finetune(settings(precision="bfloat16", max_steps=4))
+    assert record["precision"] == "bfloat16"
+    finetune(settings(max_steps=4, output=str(tmp_path / "whole")))
+    folders = [tmp_path / name / "seed-0" for name in ("out", "whole")]
+    half, whole = ([r["scores"] for r in lines(f / "predictions/as-trained/far.jsonl")] for f in folders)
+    assert half != whole
+    evaluate(EvalConfig(model=str(folders[0]), domains="far", output=str(tmp_path / "again")))
+    again = [r["scores"] for r in lines(tmp_path / "again" / "predictions" / "as-trained" / "far.jsonl")]
+    again, half = torch.tensor(again), torch.tensor(half)
+    assert torch.equal(again, again.bfloat16().float())
+    torch.testing.assert_close(again, half, rtol=2e-2, atol=2e-2)  # in larger batches sums are rounded otherwise
+    assert all(weight.dtype == torch.float32 for weight in weights(folders[0]).values())
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(settings, tmp_path, experts):
+    finetune(settings(max_steps=2, eval_steps=2))
+    before = (tmp_path / "out" / "seed-0" / "run.json").read_text()
+    with pytest.raises(UserError, match="--top-k: 9"):
+        finetune(settings(overwrite=True, top_k=9))
+    assert (tmp_path / "out" / "seed-0" / "run.json").read_text() == before
+    (record,) = finetune(settings(overwrite=True, max_steps=4))
+    assert record["steps"] == 4
+    (tmp_path / "cat" / "seed-0").mkdir(parents=True)
+    (tmp_path / "cat" / "seed-0" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(UserError, match="is not a run of ours"):
+        finetune(settings(overwrite=True, output=str(tmp_path / "cat")))
+
+
+def test_lora_trains_its_matrices_and_the_head_only(settings, tmp_path):
+    for target, matrices in (("attention", 2 * 4 * 4), ("attention+ffn", 2 * 7 * 4)):
+        finetune(settings(tuning="lora", lora_target=target, lora_r=4, output=str(tmp_path / target)))
+        saved = load_file(tmp_path / target / "seed-0" / "model" / "adapter_model.safetensors")
+        assert len([name for name in saved if "lora_" in name]) == matrices
+        assert [name for name in saved if "lora_" not in name] == ["base_model.model.score.weight"]
+
+
+def test_auxiliary_losses_spread_or_gather_the_load(settings, tmp_path):
+    entropies = {}
+    for loss in ("mi_weight", "concentration_weight"):
+        given = {"method": "emoe-learn", "output": str(tmp_path / loss), "max_steps": 20, "learning_rate": 1e-2}
+        finetune(settings(**given, **{loss: 5.0}))
+        last = [e for e in lines(tmp_path / loss / "seed-0" / "log.jsonl") if "router" in e][-1]
+        entropies[loss] = last["router"]["2"]["entropy"]
+    assert entropies["mi_weight"] > entropies["concentration_weight"] + 0.02
+
+
+def test_steps_in_parts_are_steps(settings, tmp_path):
+    """Eight examples at once, or four and four."""
+    found = []
+    for batch, parts in ((8, 1), (4, 2)):
+        output = str(tmp_path / str(parts))
+        finetune(settings(batch_size=batch, accumulation=parts, output=output, max_steps=4))
+        found.append(weights(tmp_path / str(parts) / "seed-0"))
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(settings, tmp_path, monkeypatch):
+    """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
+    wanted = finetune(settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
+    loss, count = Tuner.compute_loss, [0]
+
+    def crash(self, *arguments, **keywords):
+        count[0] += 1
+        if count[0] == 15:
+            raise RuntimeError("power cut")
+        return loss(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Tuner, "compute_loss", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune(settings(seeds="0,1"))
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    assert (out / "seed-0" / "run.json").exists()
+    assert not (out / "seed-1" / "run.json").exists()
+    with pytest.raises(UserError, match="add --resume to go on"):
+        finetune(settings(seeds="0,1"))
+    with pytest.raises(UserError, match=r"--resume: .* was made with learning_rate=0.001"):
+        finetune(settings(seeds="0,1", resume=True, learning_rate=2e-3))
+    done = (out / "seed-0" / "run.json").stat().st_mtime_ns
+    found = finetune(settings(seeds="0,1", resume=True))
+    assert (out / "seed-0" / "run.json").stat().st_mtime_ns == done
+    for seed in (0, 1):
+        resumed, undisturbed = weights(out / f"seed-{seed}"), weights(tmp_path / "whole" / f"seed-{seed}")
+        assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+        assert found[seed]["readings"] == wanted[seed]["readings"]
+        steps = [entry["step"] for entry in lines(out / f"seed-{seed}" / "log.jsonl") if "loss" in entry]
+        assert steps == [2, 4, 6, 8]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, tmp_path, monkeypatch):
+    loss = Tuner._stop_unless_finite
+
+    def spoil(self, name, value):
+        loss(self, name, value * (float("nan") if self.state.global_step == 6 else 1))
+
+    monkeypatch.setattr(Tuner, "_stop_unless_finite", spoil)
+    with pytest.raises(UserError, match=r"the loss is nan in step 7: lower --learning-rate; the last good .*point-4"):
+        finetune(settings())
+    kept = load_file(tmp_path / "out" / "seed-0" / ".training" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in kept.values())
+
+
+def test_early_stopping_looks_at_validation_alone(settings, monkeypatch):
+    (record,) = finetune(settings(max_steps=40, eval_steps=2, patience=2, learning_rate=1e-9))
+    assert record["steps"] == 6  # the first, and two that were no better
+
+
+def test_tensorboard_gets_curves(settings, tmp_path):
+    pytest.importorskip("tensorboardX")
+    finetune(settings(tensorboard=True, max_steps=4))
+    assert list((tmp_path / "out" / "seed-0" / "tensorboard").glob("events*"))
+
+
+def test_instructions_train_on_answers(settings, tmp_path, tiny_llama):
+    data = [{"instruction": f"say {a}", "input": "", "output": a} for a, _ in sentences(200, 5)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(data))
+    config = settings(task=str(tmp_path / "alpaca.json"), max_steps=30, learning_rate=3e-3, max_length=128)
+    (record,) = finetune(config)
+    log = [entry["loss"] for entry in lines(tmp_path / "out" / "seed-0" / "log.jsonl") if "loss" in entry]
+    assert log[-1] < 0.8 * log[0]
+    facts = record["readings"]["as-trained"]["alpaca"]
+    assert facts["metric"] == "token_accuracy"
+    assert facts["metrics"]["perplexity"] > 1
+    report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0")))
+    assert report["sets"]["alpaca"] == facts
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": "sentimnt"}, "--task: unknown task 'sentimnt' (did you mean 'sentiment'?)"),
+        ({"method": "moe"}, "--method: unknown method 'moe'"),
+        ({"seeds": "0,zero"}, "--seeds: '0,zero' is no list"),
+        ({"model": "nowhere/at/all"}, "--model: nowhere/at/all does not exist"),
+        ({"domains": "moon"}, "--domains: task 'neurons' has no domain 'moon'"),
+        ({"top_k": 9}, "--top-k: 9 is more than the model's 8 experts"),
+        ({"mi_weight": 0.1}, "--mi-weight: method 'emoe' has no trained gate"),
+        ({"experts": 16}, "--experts: the model is cut into experts already"),
+        ({"learning_rate": 1e30, "max_grad_norm": 0}, "lower --learning-rate"),
+        (
+            {"model": "DENSE", "gate": "discriminant"},
+            "--gate discriminant, --split weights: the training texts are too few",
+        ),
+        ({"output": ""}, "--output: missing"),
+        ({"task": "x.json", "tuning": "head"}, "--tuning head: a language model has no head"),
+    ],
+)
+def test_bad_input(changes, complaint, settings, tiny_llama, capsys):
+    changes = {k: str(tiny_llama) if v == "DENSE" else v for k, v in changes.items()}
+    changes |= {"experts": 8} if changes.get("model") == str(tiny_llama) else {}
+    values = settings(**changes).model_dump(exclude_defaults=True)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    assert main(["finetune", "--quiet", *flags]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "complaint"),
+    [
+        ({"far.csv}": "far.csv, text: txt}"}, None, "far.csv has no column 'txt' (did you mean 'text'?)"),
+        ({"'yes'": "'ja'"}, None, "label 'yes' does not belong to this task; known labels: no, ja"),
+        ({"role: ood": "role: id"}, None, "2 domains have the role 'id'"),
+        ({"far.csv": "fern.csv"}, None, "fern.csv does not exist"),
+        ({"name:": "nmae:"}, None, "task.yaml"),
+        ({}, [("all of them", "yes"), ("the same", "yes")], "every training example is 'yes'"),
+        ({}, [], "the training set of task 'neurons' is empty"),
+    ],
+)
+def test_bad_tasks(changes, rows, complaint, settings, tmp_path):
+    path = write_task(tmp_path / "bad", **changes)
+    if rows is not None:
+        write_csv(tmp_path / "bad" / "train.csv", rows)
+    with pytest.raises(UserError) as caught:
+        finetune(settings(task=str(path)))
+    assert complaint in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_refuses_what_does_not_fit(settings, tmp_path, tiny_llama, monkeypatch):
+    finetune(settings(max_steps=2, eval_steps=2, discard_model=True))
+    run = tmp_path / "out" / "seed-0"
+    three = write_task(tmp_path / "three", **{"'yes']": "'yes', 'perhaps']"})
+    for given, complaint in (
+        ({"model": str(run)}, "weights are gone"),
+        ({"model": str(run.parent)}, "holds several runs"),
+        ({"model": str(tmp_path)}, "is not a model folder"),
+        ({"model": str(tiny_llama)}, "--task: missing"),
+        ({"model": str(tiny_llama), "task": str(three)}, "has no classification head"),
+        ({"model": str(tiny_llama), "lm_eval": "mmlu"}, "needs the package lm-eval"),
+    ):
+        with pytest.raises(UserError) as caught:
+            evaluate(EvalConfig(**given))
+        assert complaint in str(caught.value)
+    shutil.rmtree(run)
+    for tuning in ("full", "lora"):
+        finetune(settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
+        with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
+            evaluate(EvalConfig(model=str(run), task=str(three)))
+
+
+def test_settings_know_their_seeds():
+    assert FinetuneConfig(seeds="0:5").seed_list() == [0, 1, 2, 3, 4]
+    assert FinetuneConfig(seeds="7, 2").seed_list() == [7, 2]
+    for bad in ("", "1,1", "-1", "a:b", "5:2"):
+        with pytest.raises(UserError):
+            FinetuneConfig(seeds=bad).seed_list()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"tuning": "full", "gate": "discriminant"}),  # an encoder; a gate fitted on the training texts
+        ("gpt2", {"tuning": "lora", "lora_target": "attention+ffn"}),  # transposed weights, no padding token of its own
+    ],
+)
+def test_other_families_from_a_dense_model(family, changes, settings, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    cut = {"model": str(dense), "experts": 8, "top_k": 4, "layers": "2:4"}
+    task = str(write_task(tmp_path / "task", train=400))
+    (record,) = finetune(settings(**cut, **changes, task=task, max_steps=4))
+    assert (record["num_experts"], record["top_k"], record["emoe_layers"]) == (8, 4, [2, 3])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["seed-0"]
+    report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), read_as="dense", domains="far"))
+    assert report["sets"]["far"] == record["readings"]["dense"]["far"]
+
+
+def test_benchmarks_get_the_loaded_model(settings, tmp_path, monkeypatch):
+    """The package is played: its real benchmarks need the hub."""
+    for name, code in {
+        "__init__": "def simple_evaluate(model, tasks, limit):\n"
+        "    assert tasks == ['mmlu', 'arc_easy'] and limit == 3\n"
+        "    return {'results': {'mmlu': {'acc,none': float(model.pretrained.config.num_experts_per_tok)}}}\n",
+        "models/__init__": "",
+        "models/huggingface": "class HFLM:\n    def __init__(self, pretrained, tokenizer, batch_size):\n"
+        "        self.pretrained = pretrained\n",
+    }.items():
+        path = tmp_path / "packages" / "lm_eval" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    given = {"lm_eval": "mmlu, arc_easy", "limit": 3}
+    report = evaluate(EvalConfig(model=settings().model, read_as="dense", **given))
+    assert report["lm_eval"] == {"mmlu": {"acc,none": 8.0}}
+
+
+def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
+    for name, count in (("train", 60), ("validation", 12)):
+        file = write_csv(tmp_path / f"{name}.csv", [(t, str(int(y == "yes"))) for t, y in sentences(count, count)])
+        target = tmp_path / "data" / "sst2" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.read_text().replace("text,label", "sentence,label"))
+    flags = ["--model", str(tiny_llama), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "glue")]
+    flags += ["--max-steps", "2", "--seeds", "0,1", "--experts", "8", "--layers", "2:4"]
+    monkeypatch.setattr("sys.argv", ["finetune_glue", *flags])
+    assert script("finetune_glue").main() == 0
+    found = capsys.readouterr()
+    assert [line.split()[:2] for line in found.out.splitlines()] == [
+        [method, name] for method in ("vanilla", "emoe") for name in ("sst2-validation", "sst2")
+    ]
+    assert "domain imdb is left out" in found.err
+
+
+def test_a_tuned_model_exported_as_dense_is_its_dense_reading(settings, task_file, tmp_path):
+    (record,) = finetune(settings(max_steps=8, learning_rate=3e-3))
+    assert emoe.export(tmp_path / "out" / "seed-0" / "model", tmp_path / "dense") == {"layers": 2, "identical": 0}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert type(model) is transformers.LlamaForSequenceClassification
+    given = {"model": str(tmp_path / "dense"), "task": str(task_file), "domains": "own,far"}
+    report = evaluate(EvalConfig(**given, output=str(tmp_path / "scores")))
+    for name, facts in report["sets"].items():
+        assert facts == record["readings"]["dense"][name]
+        ours = lines(tmp_path / "out" / "seed-0" / "predictions" / "dense" / f"{name}.jsonl")
+        theirs = lines(tmp_path / "scores" / "predictions" / "as-trained" / f"{name}.jsonl")
+        assert [r["id"] for r in ours] == [r["id"] for r in theirs]
+        torch.testing.assert_close(*(torch.tensor([r["scores"] for r in rows]) for rows in (ours, theirs)))
+    with pytest.raises(UserError, match="only as-trained fits"):
+        evaluate(EvalConfig(**given, read_as="dense"))
+    finetune(settings(method="gmoe", max_steps=2, eval_steps=2, output=str(tmp_path / "copies")))
+    with pytest.raises(UserError, match="copies of whole FFNs"):
+        emoe.export(tmp_path / "copies" / "seed-0" / "model", tmp_path / "no")

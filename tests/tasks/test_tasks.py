@@ -1,0 +1,193 @@
+"""Tasks: splits that stay, nothing of a test set in training, labels that mean the same in every domain."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from support.labelled import sentences, write_csv, write_task
+
+from emoe import tasks
+from emoe.errors import UserError
+from emoe.tasks.data import key_of, load_task, place_of
+from emoe.tasks.metrics import METRICS, compute
+from emoe.tasks.spam import mail_text
+from emoe.tasks.spec import Domain, Example, Task, Where
+
+
+class Given:
+    """A source of examples made here."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def read(self, where: Where):
+        return iter(self.examples)
+
+
+def pool(count: int) -> list[Example]:
+    return [Example(str(i), f"text number {i}", None, i % 2) for i in range(count)]
+
+
+def task_of(own: list[Example], far: list[Example]) -> Task:
+    domains = (Domain("own", "id", {"all": Given(own)}), Domain("far", "ood", {"test": Given(far)}))
+    return Task("made", "", ("a", "b"), ("accuracy",), domains)
+
+
+def ids(examples: list[Example]) -> set[str]:
+    return {example.id for example in examples}
+
+
+def test_splits_depend_on_the_text_alone():
+    whole = load_task(task_of(pool(2000), pool(1)[:1]))
+    parts = [ids(whole.train), ids(whole.validation.examples), ids(whole.tests["own"].examples)]
+    assert sum(map(len, parts)) >= 1999
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert [round(len(part) / 2000, 1) for part in parts] == [0.8, 0.1, 0.1]
+    half = load_task(task_of(pool(2000)[::-1][:1000], pool(1)[:1]))  # other order, fewer texts
+    assert ids(half.tests["own"].examples) <= parts[2]
+    assert ids(half.validation.examples) <= parts[1]
+    assert place_of("a") == load_place_of_a()
+
+
+def load_place_of_a() -> float:
+    """sha256 of "a" begins with ca978112ca1bbdca, on every machine and in every year."""
+    return 0xCA978112CA1BBDCA / 2**64
+
+
+def test_copies_of_test_texts_leave_training_and_are_counted():
+    far = [Example("x", "TEXT, number 7!", None, 0), Example("y", "something else", None, 1)]
+    own = pool(400)
+    without = load_task(task_of(own, [far[1]]))
+    found = load_task(task_of(own, far))
+    in_train = "7" in ids(without.train)
+    assert found.duplicates_removed == {"own-validation": 0, "own": 0, "far": int(in_train)}
+    assert in_train
+    assert ids(without.train) - ids(found.train) == {"7"}
+    assert found.tests["far"].examples == far  # a test set is never thinned out
+
+
+def test_copies_within_the_domain_fall_into_one_part():
+    copies = [Example(f"copy {e.id}", e.text.upper() + " !", None, e.label) for e in pool(500)]
+    found = load_task(task_of([*pool(500), *copies], [Example("z", "z", None, 0)]))
+    assert found.duplicates_removed["own"] == found.duplicates_removed["own-validation"] == 0
+    for part in (found.train, found.validation.examples, found.tests["own"].examples):
+        kept = ids(part)
+        assert all((f"copy {i}" in kept) == (i in kept) for i in map(str, range(500)))
+
+
+def test_limits_take_the_same_texts_again():
+    far = [Example("z", "z", None, 0)]
+    few, more = (load_task(task_of(pool(1000), far), train_limit=n, test_limit=n // 4) for n in (40, 80))
+    assert (len(few.train), len(few.tests["own"].examples)) == (40, 10)
+    assert ids(few.train) <= ids(more.train)
+    assert ids(few.tests["own"].examples) <= ids(more.tests["own"].examples)
+
+
+def test_keys_ignore_case_and_marks_but_not_words():
+    same = [Example("", text, None, 0) for text in ("It's  Good!", "it s good", "IT'S GOOD...")]
+    assert len({key_of(e) for e in same}) == 1
+    assert key_of(Example("", "good", "bad", 0)) != key_of(Example("", "good", None, 0))
+    assert key_of(Example("", ":-)", None, 0)) != key_of(Example("", ":-(", None, 0))
+
+
+def test_a_file_of_one_s_own(tmp_path):
+    path = write_task(tmp_path)
+    text = path.read_text().replace("file: far.csv", "file: far.jsonl, classes: {good: 'yes', bad: 'no', so-so: null}")
+    path.write_text(text)
+    far = [{"text": t, "label": "good" if y == "yes" else "bad"} for t, y in sentences(10, 6)]
+    far.append({"text": "neither", "label": "so-so"})
+    (tmp_path / "far.jsonl").write_text("".join(json.dumps(row) + "\n" for row in far))
+    found = load_task(tasks.get(str(path)))
+    assert [e.label for e in found.tests["far"].examples] == [0, 1] * 5
+    assert found.task.metrics == ("balanced_accuracy", "accuracy")
+    with pytest.raises(UserError, match=r"has no domain 'fra' .did you mean 'far'"):
+        load_task(found.task, domains=["fra"])
+
+
+def test_glue_from_a_folder_leaves_out_what_is_not_there(tmp_path):
+    for split, count in (("train", 60), ("validation", 20)):
+        rows = [(text, str(int(label == "yes"))) for text, label in sentences(count, len(split))]
+        (tmp_path / "sst2").mkdir(exist_ok=True)
+        write_csv(tmp_path / "sst2" / f"{split}.csv", rows)
+        file = tmp_path / "sst2" / f"{split}.csv"
+        file.write_text(file.read_text().replace("text,label", "sentence,label"))
+    (tmp_path / "imdb").mkdir()
+    write_csv(tmp_path / "imdb" / "test.csv", [("a fine film", "1"), ("a poor film", "0"), ("unlabelled", "-1")])
+    found = load_task(tasks.get("sst2"), where=Where(tmp_path))
+    assert {name: (t.role, len(t.examples)) for name, t in found.tests.items()} | {"sst2-validation": 0} == {
+        "sst2-validation": 0,
+        "sst2": ("id-test", 20),
+        "imdb": ("ood", 2),
+    }
+    assert len(found.train) + len(found.validation.examples) >= 59
+    assert [note.split(" is left out")[0] for note in found.notes] == [
+        f"domain {n}" for n in ("yelp", "amazon", "flipkart")
+    ]
+    with pytest.raises(UserError, match=r"the domain to train on, cola: .* has no train file"):
+        load_task(tasks.get("cola"), where=Where(tmp_path))
+
+
+def test_every_task_names_its_parts():
+    for name, task in tasks.TASKS.items():
+        assert task.name == name
+        assert task.in_domain.role == "id"
+        assert all(set(d.sources) == {"test"} for d in task.domains if d.role == "ood")
+        assert len({d.name for d in task.domains}) == len(task.domains)
+        assert set(task.metrics) <= set(METRICS)
+        assert bool(task.labels) == (task.kind == "classification")
+
+
+def test_mails_lose_their_headers_and_pages_their_marks():
+    mail = "From: someone@where\nReceived: by relay\nSubject: Win\nContent-Type: text/html\n\n"
+    mail += "<html><style>p {}</style><p>a <b>prize</b>\n now</p></html>"
+    assert mail_text(json.dumps({"text": mail})) == "Win a prize now"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_sklearn_s(seed):
+    draw = np.random.default_rng(seed)
+    labels, predictions = draw.integers(0, 2 + seed, 200), draw.integers(0, 2 + seed, 200)
+    found = compute(["accuracy", "balanced_accuracy", "matthews"], labels, predictions)
+    assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predictions))
+    assert found["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, predictions))
+    assert found["matthews"] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predictions))
+
+
+def test_metrics_at_their_ends():
+    labels = [0, 1, 1, 0]
+    assert set(
+        compute(["accuracy", "balanced_accuracy", "f1", "matthews", "accuracy_f1"], labels, labels).values()
+    ) == {1.0}
+    assert compute(["matthews", "f1", "pearson", "spearman"], labels, [0] * 4) == {
+        "matthews": 0.0,
+        "f1": 0.0,
+        "pearson": 0.0,
+        "spearman": 0.0,
+    }
+    assert compute(["pearson_spearman"], [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])["pearson_spearman"] == pytest.approx(1)
+    # a class that does not occur counts neither way
+    assert compute(["balanced_accuracy"], [0, 0, 1, 1], [0, 2, 1, 1])["balanced_accuracy"] == 0.75
+
+
+@pytest.mark.model
+def test_packaged_families_have_the_published_counts():
+    counts = {"amazon": 2985, "nyt": 2970, "tweets": 3432, "airline": 23140, "sms": 4837}
+    for name in ("sentiment", "spam"):
+        found = load_task(tasks.get(name))
+        own = found.task.in_domain.name
+        total = len(found.train) + sum(found.duplicates_removed.values())
+        total += sum(len(found.tests[n].examples) for n in (own, f"{own}-validation"))
+        assert total >= {"sentiment": 10072, "spam": 6046}[name]
+        for domain, test in found.tests.items():
+            assert len(test.examples) == counts.get(domain, len(test.examples))
+            assert len(ids(test.examples)) == len(test.examples)
+
+
+def test_names_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        tasks.get(str(tmp_path / "no.yaml"))
+    with pytest.raises(UserError, match=r"unknown task 'sst3' .did you mean 'sst2'"):
+        tasks.get("sst3")
