@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.labelled import write_task
 
 import emoe
 from emoe.cli.main import main
-
-ROWS = "text,label\n" + "".join(f"the neurons fire together {i},{i % 2}\n" for i in range(400))
 
 
 @pytest.fixture
@@ -50,13 +49,31 @@ def test_a_trained_gate_is_extended_pruned_and_taken_back(cosine, run, text):
 
 
 def test_a_task_is_counted_on(converted_llama, run, tmp_path):
-    (tmp_path / "rows.csv").write_text(ROWS)
-    (tmp_path / "task.yaml").write_text(
-        "name: own\nlabels: [zero, one]\ndomains: {here: {role: id, file: rows.csv, classes: {0: zero, 1: one}}}\n"
-    )
+    task = write_task(tmp_path / "task", train=400)
     flags = ("--tokens", 2048, "--sequence-length", 64, "--keep", 0.5, "--scope", "layer")
-    by_task = run("prune", converted_llama, "by task", "--task", tmp_path / "task.yaml", *flags)
+    by_task = run("prune", converted_llama, "by task", "--task", task, *flags)
     assert json.loads((by_task / "emoe_prune.json").read_text())["modules"] == {"before": 32, "after": 16}
+
+
+@pytest.mark.parametrize("train", ["new-modules", "router"])
+def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp_path):
+    big = run("extend", converted_llama, "big", "--experts", 2)
+    flags = ("--model", big, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run", "--train", train)
+    flags += ("--loss", "concentration=0.01", "--max-steps", 4, "--learning-rate", 1e-2, "--precision", "float32")
+    assert main(["finetune", *map(str, flags), "--gate", "discriminant", "--quiet"]) == 0
+    before = transformers.AutoModelForCausalLM.from_pretrained(big).state_dict()
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0" / "model")
+    changed = set()
+    for name, after in trained.state_dict().items():
+        if name in before and not torch.equal(after, before[name]):
+            changed.add(name.rpartition("layers.")[2].partition(".")[2])
+            old = before[name]
+            if train == "new-modules":
+                kept = 48 if "proj" in name else 8
+                part = (slice(None), slice(kept)) if "down_proj" in name else slice(kept)
+                assert torch.equal(after[part], old[part])
+    gates = {"mlp.router.weight", "mlp.router.bias"}
+    assert gates <= changed if train == "new-modules" else changed == gates
 
 
 def test_copies_are_refused(converted_llama, tmp_path, capsys):
