@@ -151,7 +151,7 @@ def load() -> bool:
                 if isinstance(error, OSError) and not found.path.parent.is_dir():
                     _failure += "; set EMOE_KERNELS_CACHE to a folder that can be written"
         if _failure:
-            logger.warning("%s; the sparse FFN runs in plain PyTorch, which is slower", _failure)
+            logger.warning("%s; what they are for runs in plain PyTorch, which is slower", _failure)
         return _loaded
 
 

@@ -22,6 +22,7 @@ import memory
 import registry
 import results
 import run
+import stickbreaking
 from cases import Case, Shape
 from measure import Outcome, Pass
 
@@ -411,3 +412,28 @@ def test_runs_as_a_program():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("run.py: argument --impl: 'fast' is unknown")
+
+
+# Stick-breaking attention
+
+
+def test_stick_breaking_rows_and_table(tmp_path, monkeypatch):
+    """Tiny, all passes. One contestant is wrong: it gets an error and no figure, and the exit status says so."""
+    monkeypatch.setattr(stickbreaking, "SHAPES", {"tiny": (2, 1, 16)})
+    monkeypatch.setattr(stickbreaking, "DECODING", 24)
+    true = stickbreaking.triangular
+    monkeypatch.setattr(stickbreaking, "triangular", lambda q, k, v, sums: true(q, k, v, sums.t()))
+    path = tmp_path / "rows.json"
+    flags = ["--json", str(path), "--length", "24", "--dtype", "fp32", "--budget", "0.01", "--threads", "1"]
+    assert stickbreaking.main(flags) == 1
+    rows = json.loads(path.read_text())
+    assert {(row["pass_"], row["sticks"]) for row in rows} == {
+        (pass_, sticks) for pass_ in ("fwd", "fwdbwd", "decode") for sticks in ("long", "short")
+    }
+    for row in rows:
+        if row["impl"].startswith("triangular"):
+            assert "wrong result" in row["error"] and "median_ms" not in row
+        else:
+            assert row["rounds"] >= 3 and row["over sdpa"] > 0 and row.get("check_error", 0) <= 1e-5
+            assert "over triangular" not in row
+    assert "| fwdbwd | 24 | long |" in path.with_suffix(".md").read_text()

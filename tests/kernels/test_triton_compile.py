@@ -80,6 +80,18 @@ OTHERS = {
 }
 
 
+def test_stick_breaking_attention_does_not_spill():
+    command = ("-m", "emoe_kernels.stickbreaking.triton_report", "--json", "--arch")
+    found = [Usage(**line) for line in run(*((*command, arch) for arch in ARCHS))]
+    for u in found:
+        assert u.stack == 0 and u.local == 0 and 0 < u.registers <= 255, u
+        assert u.shared <= SHARED_LIMIT["sm80"], u
+    names = ("forward", "carry", "grad_query", "grad_key")
+    widths = {"half": (64, 128, 1024), "tf32": (64, 1024), "ieee": (32, 1024)}
+    wanted = {(arch, kind, f"{n} A {A}") for arch in ARCHS for kind in widths for A in widths[kind] for n in names}
+    assert {(u.arch, u.dtype, u.kernel) for u in found} == wanted
+
+
 SPILL = """
 import json, torch
 from emoe_kernels.experts import triton_report as report

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -200,7 +201,7 @@ def launches(arch: str, dtype: torch.dtype) -> list[Launch]:
     return list(found.values())
 
 
-def _settings(arch: str) -> Iterator[tuple[str, torch.dtype]]:
+def settings(arch: str) -> Iterator[tuple[str, torch.dtype]]:
     """The kinds of arithmetic, each with the dtype that leads to it and torch's switch in its position."""
     before = torch.backends.cuda.matmul.allow_tf32
     kinds = {"half": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -221,7 +222,7 @@ def report(archs: list[str], kinds: list[str] | None = None) -> Iterator[Usage]:
     """
     for arch in archs:
         seen = set()
-        for kind, dtype in _settings(arch):
+        for kind, dtype in settings(arch):
             for launch in launches(arch, dtype) if kinds is None or kind in kinds else ():
                 # without tiles of a GEMM a kernel depends on the dtype alone, and the plan's not even on that
                 about = kind if "BK" in launch.constants else _TYPES[launch.args[0].dtype]
@@ -233,8 +234,9 @@ def report(archs: list[str], kinds: list[str] | None = None) -> Iterator[Usage]:
 _LINE = "{:8}{:6}{:30}{:22}{:>9}{:>7}{:>12}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(report: Callable[[list[str], list[str] | None], Iterator[Usage]] = report, about: str = __doc__) -> None:
+    """The command line, for the report of any kernels."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=["sm80", "sm90"])
     parser.add_argument("--kind", nargs="+", choices=["half", "fp16", "tf32", "ieee"], help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -36,7 +36,7 @@ def dense(
     attend_current: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_BHTA, remainder_BHT, weights_BHTL), all at once and differentiated by torch: for those who want the weights."""
+    """(y_BHTA, remainder_BHT, weights_BHTL), all at once and differentiated by torch: for who wants the weights."""
     dtype, wide = q_BHTA.dtype, wide_dtype(q_BHTA.dtype)
     (B, H, T, A), (G, L) = q_BHTA.shape, k_BGLA.shape[1:3]
     with without_autocast(q_BHTA.device.type):
@@ -82,8 +82,8 @@ def _strips(q: Tensor, k: Tensor, key_mask_BL: Tensor | None, attend_current: bo
 
 def _as_rows(x_BHT: Tensor, rows: slice, G: int, dtype: torch.dtype) -> Tensor:
     """(B, H, T, ...) to (B, G, S t, ...): the rows that share a key head, so that one GEMM serves them."""
-    B, H = x_BHT.shape[:2]
-    return x_BHT[:, :, rows].to(dtype).unflatten(1, (H // G, G)).transpose(1, 2).flatten(2, 3)
+    shared = x_BHT.shape[1] // G
+    return x_BHT[:, :, rows].to(dtype).unflatten(1, (shared, G)).transpose(1, 2).flatten(2, 3)
 
 
 def _as_heads(x_BGR: Tensor, S: int) -> Tensor:
