@@ -6,7 +6,7 @@ from typing import Literal
 
 from emoe.config import Settings
 from emoe.config import _setting as setting
-from emoe.errors import UserError
+from emoe.errors import UserError, nearest
 
 SEED_LIMIT = 1000
 """Most seeds in one call; more is a typing error."""
@@ -26,6 +26,15 @@ class FinetuneConfig(Settings):
         "emoe", "Arm: vanilla, dropout, emoe, emoe-learn, gmoe, random or bottom-k (docs/finetuning.md)."
     )
     tuning: Literal["full", "lora", "head"] = setting("full", "What is trained: full, lora, or head (all else frozen).")
+    train: Literal["all", "router", "new-modules"] = setting(
+        "all",
+        "With --tuning full, beside the head: all, the gates, or what the last `emoe extend` added; all else stays bit "
+        "for bit.",
+    )
+    loss: list[str] = setting(
+        [],
+        "Losses on trained gates, NAME=FACTOR: concentration, mi, switch, z; as --concentration-weight etc.",
+    )
     seeds: str = setting("0", "Seeds by commas, or a range such as 0:5. A seed draws head, data order and dropout.")
 
     domains: str | None = setting(None, "OOD domains to score, by commas. [default: all of the task]")
@@ -98,6 +107,14 @@ class FinetuneConfig(Settings):
         """Auxiliary losses that are switched on, by name, with their weights."""
         names = {"mi": self.mi_weight, "switch": self.switch_weight}
         names |= {"concentration": self.concentration_weight, "z": self.z_weight}
+        for item in self.loss:
+            name, _, factor = item.partition("=")
+            if name not in names:
+                raise UserError(f"--loss: unknown loss '{name}'{nearest(name, names)}. Known: {', '.join(names)}")
+            try:
+                names[name] = float(factor)
+            except ValueError:
+                raise UserError(f"--loss: '{item}' is not {name}=FACTOR, such as {name}=0.001") from None
         return {name: weight for name, weight in names.items() if weight}
 
     def fingerprint(self) -> dict:

@@ -32,7 +32,7 @@ from emoe.finetune.readings import read_all, write_predictions
 from emoe.finetune.settings import FinetuneConfig
 from emoe.finetune.texts import texts_of
 from emoe.finetune.trainer import Watch, last_state, make_tuner
-from emoe.finetune.tuning import check_tuning, choose_parameters, trainable
+from emoe.finetune.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.runtime import peak_memory, reset_peak_memory, write_text
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
@@ -163,6 +163,7 @@ class Run:
         self.texts = texts_of(data.task, self.tokenizer, config.max_length)
         self.start = build(config, arm, base, data.task, self.tokenizer.pad_token_id, seed)
         self.model = choose_parameters(config, arm, self.start, seed)
+        self.frozen = freeze(config, self.start, base)
 
     def finish(self) -> dict[str, Any]:
         """Train, score every reading, write; returns the record."""
@@ -180,6 +181,8 @@ class Run:
         tuner.train(resume_from_checkpoint=str(state) if state else None)
         for hook in hooks:
             hook.remove()
+        if self.frozen:
+            self.frozen.check(self.start.model)
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, started, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from emoe.errors import UserError
 from emoe.finetune.arms import Arm
 from emoe.finetune.model import Start, attention_linears
 from emoe.finetune.settings import FinetuneConfig
+from emoe.surgery.modules import anatomy_of
+from emoe.surgery.training import Frozen, train_only
 from emoe.tasks.spec import Task
 
 
@@ -23,7 +26,12 @@ def check_tuning(config: FinetuneConfig, arm: Arm, task: Task) -> None:
         raise UserError("--tuning head: a language model has no head of its own to train; use full or lora")
     if config.tuning == "lora" and importlib.util.find_spec("peft") is None:
         raise UserError("--tuning lora: needs the package peft; pip install peft")
-    if config.losses() and not arm.learns_gate:
+    if config.train != "all":
+        if config.tuning != "full" or not arm.sparse or arm.copied:
+            raise UserError(f"--train {config.train}: needs --tuning full and a method with experts, such as emoe")
+        if config.weight_decay:
+            raise UserError(f"--weight-decay: --train {config.train} must leave the rest as it is; use 0")
+    elif config.losses() and not arm.learns_gate:
         raise UserError(
             f"{_flag(next(iter(config.losses())))}: method '{arm.name}' has no trained gate for this loss to act on; "
             "use emoe-learn or gmoe"
@@ -60,6 +68,14 @@ def choose_parameters(config: FinetuneConfig, arm: Arm, start: Start, seed: int)
             modules_to_save=[*start.head, *gates] or None,
         ),
     )
+
+
+def freeze(config: FinetuneConfig, start: Start, base: Path) -> Frozen | None:
+    """Set what ``--train`` says; None if that is everything. The head of the task, which is new, trains in any case."""
+    if config.train == "all":
+        return None
+    head = [p for name in start.head for p in start.model.get_submodule(name).parameters()]
+    return train_only(start.model, anatomy_of(base), config.train, also=head)
 
 
 def trainable(model: nn.Module) -> int:

@@ -271,6 +271,14 @@ class Router(nn.Module):
             elif not wanted and name in self._parameters:
                 self.register_buffer(name, self._parameters.pop(name).detach())
 
+    def _trained_weights(self, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+        """Weights (N, K) of a cosine gate: the softmax over experts in the budget; sigmoid(logit) of added ones."""
+        chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0)).masked_fill(experts_NK < 0, -torch.inf)
+        added = self.num_experts - self.budgeted
+        in_budget_NK = chosen_NK[:, : chosen_NK.shape[1] - added]
+        weights_NK = in_budget_NK.softmax(-1) * (1 if self.copies else in_budget_NK.shape[1])
+        return torch.cat([weights_NK, chosen_NK[:, -added:].sigmoid()], 1) if added else weights_NK
+
     def forward(self, x_ND: torch.Tensor, ffn) -> Routing:
         """Tokens (N, D) → `Routing`. Chosen by raw logits: a softmax underflows into ties."""
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -279,8 +287,7 @@ class Router(nn.Module):
             with torch.no_grad():
                 experts_NK = self.choose(logits_NE)
             if self.gate == "cosine":
-                scale = 1 if self.copies else experts_NK.shape[1]
-                return Routing(experts_NK, logits_NE, logits_NE.gather(1, experts_NK).softmax(-1) * scale)
+                return Routing(experts_NK, logits_NE, self._trained_weights(logits_NE, experts_NK))
             if not learning:
                 return Routing(experts_NK, logits_NE)
             # Weights of exactly 1 through which gradients reach the gate: an expert whose output lowers the loss gets

@@ -126,18 +126,21 @@ def load_domain(
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     keywords = {"domain": domain, "tokenizer": tokenizer, "length": length, "held_out": held_out}
     keywords |= {"share": share, "most": most}
-    if next(_sequences(**keywords), None) is None:
+    try:
+        return datasets.Dataset.from_generator(
+            _sequences,
+            features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
+            gen_kwargs=keywords,
+            cache_dir=str(cache_home() / "packed"),
+            fingerprint=fingerprint,
+        )
+    except ValueError:  # what the library raises when nothing has been generated
+        if next(_sequences(**keywords), None) is not None:
+            raise
         raise UserError(
             f"--corpus: {domain.name} has not one sequence of {length} tokens "
             f"{'held out' if held_out else 'to train on'}; give more text or a lower --sequence-length"
-        )
-    return datasets.Dataset.from_generator(
-        _sequences,
-        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
-        gen_kwargs=keywords,
-        cache_dir=str(cache_home() / "packed"),
-        fingerprint=fingerprint,
-    )
+        ) from None
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -236,7 +236,7 @@ def _trainer(config, model, train_set, domains, work: Path, target: Path, group:
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=True if group.size > 1 else None,  # an expert may have no token of this process
+        ddp_find_unused_parameters=False,  # an expert without tokens gets zeros: experts are rows of one tensor
     )
     trainer = _Pretrainer(
         model=model,

@@ -21,7 +21,7 @@ from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, Seen
 from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import TIE, normalised
-from emoe.surgery.usage import load_model, read_blocks
+from emoe.surgery.usage import load_model, read_blocks, text_of
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 """Names of the number of layers in config.json."""
@@ -142,8 +142,9 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
 @torch.no_grad()
 def _magnitudes(anatomy: Converted, config: PruneConfig, progress: Progress) -> dict[int, torch.Tensor]:
     """‖w_down‖·Σ|h| of each neuron in the converted order, (F,) fp64, by layer; all experts on."""
-    source = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed, "flag": "--text"}
-    blocks_BT = read_blocks(anatomy.folder, config.text, **source)
+    settings = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed, "flag": "--text"}
+    with text_of(config) as sources:
+        blocks_BT = read_blocks(anatomy.folder, sources, **settings)
     model = load_model(anatomy.folder, head=False)
     model.set_top_k(model.config.num_experts)
     sums: dict[str, torch.Tensor] = {}

@@ -24,7 +24,7 @@ from emoe.gating.energies import ExpertEnergies
 from emoe.modeling.modeling_emoe import SparseFFN, code_files
 from emoe.surgery.modules import ModuleSet, Seen, Slot
 
-GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron"}
+GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron", "cosine.centroids.weight": "random"}
 """Tables of a router with a row an expert → what an added expert begins with. A discriminant that hardly depends on
 the token and is 1, above the 0 that an added expert's logit must exceed: every token uses it until it has learnt."""
 
@@ -34,6 +34,8 @@ class Converted:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder, self.config = folder, config
+        if config.get("emoe_copies"):
+            raise UserError(f"--model: the experts of {folder} are copies of a whole FFN (gmoe); surgery is for parts")
         self.reader = CheckpointReader(folder, source_config(config))
         self.partition = Partition.load(folder / PARTITION)
         if sorted(self.partition.labels) != sorted(config["emoe_layers"]):

@@ -14,7 +14,7 @@ from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
 from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import select
-from emoe.surgery.usage import count_use, load_model, read_blocks
+from emoe.surgery.usage import count_use, load_model, read_blocks, text_of
 
 
 def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
@@ -72,13 +72,6 @@ def _check(config: PruneConfig) -> None:
         raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
 
 
-def task_text(config: PruneConfig) -> list[str]:
-    """Sources of text to count on."""
-    if config.task:
-        raise UserError(f"--task: unknown task '{config.task}'; give --text")
-    return config.text
-
-
 def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, list[int]]:
     sets = anatomy.sets()
     if config.method == "random":
@@ -105,14 +98,9 @@ def _counted(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[
         raise UserError("--count: attention experts have no energy of their own; give --count probability or hard")
     if config.count == "hard" and raw.get("num_experts_per_tok") == raw.get("num_experts", -1):
         raise UserError("--count: every token uses every expert of this model; give --count probability or energy")
-    blocks_BT = read_blocks(
-        anatomy.folder,
-        task_text(config),
-        length=config.sequence_length,
-        tokens=config.tokens,
-        seed=config.seed,
-        flag="--text",
-    )
+    settings = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed}
+    with text_of(config) as sources:
+        blocks_BT = read_blocks(anatomy.folder, sources, **settings, flag="--task" if config.task else "--text")
     model = load_model(anatomy.folder, head=False)
     return count_use(anatomy, model, blocks_BT, kind=config.count, batch=config.batch_sequences, progress=progress)
 

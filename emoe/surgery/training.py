@@ -16,7 +16,7 @@ Legend: N tokens, D model width, E modules of a set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -114,11 +114,14 @@ class Frozen:
                 raise RuntimeError(f"{name} was to stay as it is and has changed: is there weight decay?")
 
 
-def train_only(model: nn.Module, anatomy: Anatomy, what: Train) -> Frozen:
+def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterable[nn.Parameter] = ()) -> Frozen:
     """Set what trains: everything, the gates, or the modules that the last extension added with their gate rows.
 
     Old rows of a tensor that has new ones get no gradient: hooks on the parameter zero it. Adam without weight decay
     then leaves them as they are, bit for bit, which `Frozen.check` verifies.
+
+    Args:
+        also: parameters that train besides, such as a task's new head.
 
     Raises:
         UserError: there are no new modules, or no gates to train.
@@ -141,6 +144,8 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train) -> Frozen:
         rows.parameter.register_hook(lambda gradient, mask=rows.mask: gradient * mask.to(gradient.device))
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("--train: the gate of this model follows the weights and cannot be trained by itself")
+    for parameter in also:
+        parameter.requires_grad_(True)
     named = {n: (p, masks.get(id(p))) for n, p in model.named_parameters() if not p.requires_grad or id(p) in masks}
     digests = {name: _digest(parameter, mask) for name, (parameter, mask) in named.items()}
     return Frozen(digests, {name: mask for name, (_, mask) in named.items() if mask is not None})

@@ -5,7 +5,9 @@ Legend: N tokens, F neurons, E modules of a set, K modules chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import transformers
 from torch import nn
 
 from emoe.calibration.text import load_blocks
+from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery.modules import Anatomy, Seen
 
@@ -48,6 +51,23 @@ def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, s
         sources, tokenizer, length=length, calibration_tokens=tokens, held_out_tokens=0, seed=seed, flag=flag
     )
     return found.calibration
+
+
+@contextlib.contextmanager
+def text_of(config: PruneConfig) -> Iterator[list[str]]:
+    """Sources of text to count on; the texts that a task trains on lie in a file meanwhile."""
+    if not config.task:
+        yield config.text
+        return
+    from emoe import tasks
+    from emoe.tasks.data import load_task
+
+    data = load_task(tasks.get(config.task), domains=[])
+    texts = ("\n".join(filter(None, (example.text, example.pair))) for example in data.train)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "task.txt"
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+        yield [str(path)]
 
 
 def set_budget(model: nn.Module, top_k: int | None, flag: str = "--top-k") -> None:

@@ -1,0 +1,84 @@
+"""Surgery on models with gates that were trained, and on tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support.labelled import write_task
+
+import emoe
+from emoe.cli.main import main
+
+
+@pytest.fixture
+def cosine(tiny_llama, settings, tmp_path) -> Path:
+    """A converted model with cosine gates, which conversion does not make: drawn at random."""
+    folder = tmp_path / "cosine"
+    emoe.convert(str(tiny_llama), output=folder, **settings | {"gate": "average-key", "split": "weights"})
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.emoe_gate = "cosine"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
+    for ffn in model.sparse_ffns().values():
+        ffn.router.cosine.centroids.weight.data.normal_()
+    model.save_pretrained(tmp_path / "saved")
+    for file in folder.iterdir():
+        if not (tmp_path / "saved" / file.name).exists() and "safetensors" not in file.name:
+            shutil.copyfile(file, tmp_path / "saved" / file.name)
+    return tmp_path / "saved"
+
+
+def logits(folder) -> torch.Tensor:
+    tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+
+
+def test_a_trained_gate_is_extended_pruned_and_taken_back(cosine, run, text):
+    big = run("extend", cosine, "big", "--experts", 2)
+    torch.testing.assert_close(logits(big), logits(cosine), rtol=0, atol=1e-5)
+    back = run("prune", big, "back", "--remove", "last")
+    assert torch.equal(logits(back), logits(cosine))
+    small = run("prune", cosine, "small", *text, "--keep", 0.5, "--scope", "layer")
+    assert torch.isfinite(logits(small)).all()
+
+
+def test_a_task_is_counted_on(converted_llama, run, tmp_path):
+    task = write_task(tmp_path / "task", train=400)
+    flags = ("--tokens", 2048, "--sequence-length", 64, "--keep", 0.5, "--scope", "layer")
+    by_task = run("prune", converted_llama, "by task", "--task", task, *flags)
+    assert json.loads((by_task / "emoe_prune.json").read_text())["modules"] == {"before": 32, "after": 16}
+
+
+@pytest.mark.parametrize("train", ["new-modules", "router"])
+def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp_path):
+    big = run("extend", converted_llama, "big", "--experts", 2)
+    flags = ("--model", big, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run", "--train", train)
+    flags += ("--loss", "concentration=0.01", "--max-steps", 4, "--learning-rate", 1e-2, "--precision", "float32")
+    assert main(["finetune", *map(str, flags), "--gate", "discriminant", "--quiet"]) == 0
+    before = transformers.AutoModelForCausalLM.from_pretrained(big).state_dict()
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0" / "model")
+    changed = set()
+    for name, after in trained.state_dict().items():
+        if name in before and not torch.equal(after, before[name]):
+            changed.add(name.rpartition("layers.")[2].partition(".")[2])
+            old = before[name]
+            if train == "new-modules":
+                kept = 48 if "proj" in name else 8
+                part = (slice(None), slice(kept)) if "down_proj" in name else slice(kept)
+                assert torch.equal(after[part], old[part])
+    gates = {"mlp.router.weight", "mlp.router.bias"}
+    assert gates <= changed if train == "new-modules" else changed == gates
+
+
+def test_copies_are_refused(converted_llama, tmp_path, capsys):
+    folder = Path(shutil.copytree(converted_llama, tmp_path / "copies"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"emoe_copies": 4}))
+    assert main(["extend", "--model", str(folder), "--output", str(tmp_path / "x"), "--experts", "1"]) == 2
+    assert "copies of a whole FFN (gmoe)" in capsys.readouterr().err
