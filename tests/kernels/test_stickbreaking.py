@@ -30,7 +30,7 @@ torch_only = pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Trit
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan(monkeypatch):
     """And strips of a few queries, so that there are several."""
-    monkeypatch.setattr(portable, "_STRIP_ELEMENTS", 4096)
+    monkeypatch.setattr(portable, "_STRIP_ELEMENTS", 1 << 14)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -187,7 +187,7 @@ def test_weights_can_be_differentiated():
 
 @FAST
 def test_left_padding_changes_nothing(implementation):
-    args = make(1, 2, 1, 10, 40, 16)
+    args = make(1, 2, 1, 10, 40, 16, sticks="long")  # a short stick's remainder of 1e-11 is less exact in log space
     plain = with_gradients(implementation, args)
     shift = 7
     padded = {

@@ -40,17 +40,17 @@ class Tile(NamedTuple):
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "half": {
         "forward": (Tile(64, 32, 128, 8, 2),),
-        "grad_query": (Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 8, 2)),
+        "grad_query": (Tile(32, 32, 64, 4, 1), Tile(32, 32, 128, 8, 2)),
         "grad_key": (Tile(32, 32, 64, 4, 2), Tile(32, 32, 128, 8, 1)),
     },
     "tf32": {
         "forward": (Tile(64, 32, 64, 4, 2),),
-        "grad_query": (Tile(32, 32, 64, 4, 2),),
-        "grad_key": (Tile(32, 32, 64, 8, 2),),
+        "grad_query": (Tile(32, 32, 64, 8, 2),),
+        "grad_key": (Tile(32, 32, 64, 4, 1),),
     },
     "ieee": {
         "forward": (Tile(32, 32, 32, 4, 2),),
-        "grad_query": (Tile(32, 32, 32, 4, 2),),
+        "grad_query": (Tile(32, 32, 32, 8, 2),),
         "grad_key": (Tile(32, 32, 32, 4, 2),),
     },
 }
