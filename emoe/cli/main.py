@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a full disk, a folder that may not be read
+        message = f"{error.filename or 'the system'}: {error.strerror or error}"
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print("emoe: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emoe.checkpoint.reader import read_json
 from emoe.checkpoint.writer import save_tensors
 from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
 
 STATE = "state.json"
@@ -94,7 +94,11 @@ class Workspace:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         self.check()
-        self.state_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.state_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parent = self.output.parent
+            raise UserError(f"--output: cannot write in {parent} ({error.strerror}); choose another folder") from None
         lock = held.enter_context(open(self.state_folder / "lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,8 +24,6 @@ def export(model: str | Path, output: str | Path, to: str = "dense", *, progress
     if to not in FORMATS:
         raise UserError(f"--to: unknown format '{to}'{nearest(to, FORMATS)}. Known formats: {', '.join(FORMATS)}")
     model, output = Path(model), Path(output)
-    if not model.is_dir():
-        raise UserError(f"--model: {model} is not a folder; give the folder of a converted checkpoint")
     if output.exists():
         raise UserError(f"--output: {output} exists; choose another folder")
     from emoe.exporting.dense import export_dense

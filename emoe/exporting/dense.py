@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emoe.checkpoint.companions import copy_companions, source_config
+from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition, digest_ffn, inverse_of, order_of
-from emoe.checkpoint.reader import CheckpointReader, read_json
+from emoe.checkpoint.reader import CheckpointReader
 from emoe.checkpoint.writer import ShardWriter
 from emoe.errors import UserError
 from emoe.families.neurons import reorder
@@ -26,16 +28,15 @@ def export_dense(model: Path, output: Path, progress: Callable[[str, int, int], 
     Raises:
         UserError: not a converted checkpoint, or a damaged one.
     """
-    config = read_json(model / "config.json")
-    if not str(config.get("model_type", "")).startswith("emoe_"):
-        raise UserError(f"--model: {model} is not a converted checkpoint (model_type '{config.get('model_type')}')")
+    config = read_converted(model)
+    check_digests(model)
     reader = CheckpointReader(model, source_config(config))
     partition = Partition.load(model / PARTITION)
     if sorted(partition.labels) != sorted(config["emoe_layers"]):
         raise UserError(f"--model: {model / PARTITION} and config.json name different layers; convert the model again")
     require_space(output, reader.total_bytes(), "--output")
     identical = 0
-    with atomic_directory(output) as folder:
+    with atomic_directory(output, exclusive=True) as folder:
         writer = ShardWriter(folder, reader.num_layers + 1)
         writer.write(0, reader.read(reader.layer_names(None)))
         for index in range(reader.num_layers):

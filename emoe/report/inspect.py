@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
-from emoe.checkpoint.reader import read_json, shard_map
-from emoe.errors import UserError
+from emoe.checkpoint.reader import shard_map
+from emoe.plainfiles import read_json
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -25,19 +27,19 @@ def _count_parameters(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
     """Config, provenance, partition, gate tables and report of a converted checkpoint, as plain types.
+
+    Args:
+        folder: the checkpoint.
+        verify: read every weight file and compare its digest with what was written.
 
     Raises:
         UserError: not a converted checkpoint, or a damaged one.
     """
     from safetensors import safe_open
 
-    if not folder.is_dir():
-        raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
-    config = read_json(folder / "config.json", "inspect")
-    if not str(config.get("model_type", "")).startswith("emoe_"):
-        raise UserError(f"inspect: {folder} is not a converted checkpoint (model_type '{config.get('model_type')}')")
+    config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
     gate_entries = 0
     for name, path in shard_map(folder).items():
@@ -60,5 +62,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "parameters": _count_parameters(config),
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
+        "files_verified": check_digests(folder, "inspect") if verify else None,
         "report": read_json(report, "inspect") if report.is_file() else None,
     }

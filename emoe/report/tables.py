@@ -85,6 +85,8 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "seed": str(provenance["seed"]),
         "made by": f"emoe {provenance['emoe_version']}",
     }
+    if found["files_verified"] is not None:
+        rows["weight files"] = f"{found['files_verified']} are as they were written (SHA256SUMS)"
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
