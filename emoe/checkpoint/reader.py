@@ -163,8 +163,12 @@ class CheckpointReader:
                         found[name] = (role, parameter)
         return found
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: Iterable[str], *, finite: bool = True) -> dict[str, torch.Tensor]:
         """Tensors by name, as stored. Each shard is opened once and closed again.
+
+        Args:
+            names: which.
+            finite: they have to be; a router's thresholds may be infinite.
 
         Raises:
             UserError: a tensor holds NaN or infinity, or its shard cannot be read.
@@ -181,7 +185,7 @@ class CheckpointReader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"--model: {shard} is truncated or damaged ({error}); fetch it again") from None
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"--model: tensor {name} holds NaN or infinite values; this checkpoint is broken")
         return tensors
 

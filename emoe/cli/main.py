@@ -8,7 +8,7 @@ import sys
 import typer
 
 import emoe
-from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, recover
+from emoe.cli import convert, doctor, estimate, export, frontier, inspect, models, recover, report
 from emoe.errors import UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -29,6 +29,7 @@ app.command("export")(export.export)
 app.command("frontier")(frontier.frontier)
 app.command("inspect")(inspect.inspect)
 app.command("recover")(recover.recover)
+app.command("report")(report.report)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)

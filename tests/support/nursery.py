@@ -111,6 +111,9 @@ class Nursery:
 
 
 def _serve() -> None:
+    # What takes a run two seconds to import, and these none.
+    import jinja2  # noqa: F401
+    import sklearn.cluster  # noqa: F401
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401
 
