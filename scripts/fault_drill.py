@@ -7,30 +7,60 @@ once; then every fault of tests/support/faults.py is tried: hostile files, damag
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from support.drill import Drill, Outcome, Verb  # noqa: E402
-from support.faults import FAULTS, MEMORY, Verdict, make_inputs  # noqa: E402
+from support.drill import Drill, Verb  # noqa: E402
+from support.faults import FAULTS, MEMORY, make_inputs  # noqa: E402
 from support.nursery import Nursery  # noqa: E402
 
 
-def kill_all(nursery: Nursery, inputs: dict[str, Path], folder: Path, verbs: list[Verb], points: int, seed: int):
-    """Every verb killed `points` times."""
-    drill = Drill(nursery, inputs, folder)
-    outcomes = []
-    for verb in verbs:
-        for number in range(points):
-            outcomes.append(drill.kill(verb, number, seed))
-            said = "; ".join(outcomes[-1].problems) or "as it must be"
-            print(f"{verb.name}, killed at {outcomes[-1].moment}: {said}", file=sys.stderr, flush=True)
-    return outcomes, [drill.race(verb) for verb in verbs]
+class Record:
+    """What has been tried, a JSON line each: an interrupted drill goes on where it stood."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self.known = {tuple(entry["key"]): entry["found"] for entry in map(json.loads, lines)}
+
+    def get(self, key: list, attempt: Callable[[], dict]) -> dict:
+        """What is recorded under `key`, or what `attempt` gives now."""
+        if tuple(key) not in self.known:
+            self.known[tuple(key)] = found = attempt()
+            if self.path:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"key": key, "found": found}) + "\n")
+            said = "; ".join(found.get("problems", [])) or found.get("said", "as it must be")
+            print(*key, found.get("moment", ""), said, sep=" | ", file=sys.stderr, flush=True)
+        return self.known[tuple(key)]
+
+
+def drill(options: argparse.Namespace, record: Record, folder: Path) -> tuple[list, list, list]:
+    """Kills, races and faults; see `Outcome` and `Verdict`."""
+    verbs = [v for v in Verb.read(options.verbs) if not options.only or v.name in options.only.split(",")]
+    with Nursery(folder / "logs") as nursery:
+        inputs = make_inputs(folder / "inputs", nursery)
+        drill = Drill(nursery, inputs, folder / "drill")
+        kills = [
+            record.get(["kill", options.seed, v.name, n], lambda v=v, n=n: asdict(drill.kill(v, n, options.seed)))
+            for v in verbs
+            for n in range(options.points)
+        ]
+        races = [record.get(["race", 0, v.name, 0], lambda v=v: asdict(drill.race(v))) for v in verbs]
+        faults = []
+        for number, fault in enumerate(FAULTS):
+            place = folder / f"fault-{number}"
+            try_it = lambda fault=fault, place=place: asdict(fault.run(nursery, inputs, place))  # noqa: E731
+            faults.append(record.get(["fault", 0, fault.verb, fault.name], try_it))
+    return kills, races, faults
 
 
 INTRODUCTION = """# Faults tried
@@ -42,25 +72,26 @@ of a run that nobody disturbed, and nothing was left behind.
 """
 
 
-def markdown(outcomes: list[Outcome], races: list[Outcome], verdicts: list[Verdict], points: int, seed: int) -> str:
+def markdown(kills: list[dict], races: list[dict], faults: list[dict], points: int, seed: int) -> str:
     """The tables of docs/results/faults.md."""
-    good = sum(not o.problems for o in outcomes)
-    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(outcomes), good=good)]
+    good = sum(not o["problems"] for o in kills)
+    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(kills), good=good)]
     lines += ["| killed | times | what lay there | as it must be |", "|---|---:|---|---:|"]
-    for verb in dict.fromkeys(o.verb for o in outcomes):
-        own = [o for o in outcomes if o.verb == verb]
-        left = ", ".join(f"{name} {count}" for name, count in Counter(o.left for o in own).most_common())
-        lines.append(f"| `{verb}` | {len(own)} | {left} | {sum(not o.problems for o in own)} |")
+    for verb in dict.fromkeys(o["verb"] for o in kills):
+        own = [o for o in kills if o["verb"] == verb]
+        left = ", ".join(f"{name} {count}" for name, count in Counter(o["left"] for o in own).most_common())
+        lines.append(f"| `{verb}` | {len(own)} | {left} | {sum(not o['problems'] for o in own)} |")
     lines += ["", "| twice at once, one output | the second | as it must be |", "|---|---|---|"]
-    lines += [f"| `{o.verb}` | {o.resumed} | {'**no**' if o.problems else 'yes'} |" for o in races]
-    lines += ["", *(f"- {o.verb}, {o.moment}: {'; '.join(o.problems)}" for o in (*outcomes, *races) if o.problems)]
-    survived = sum(v.survived for v in verdicts)
-    lines += ["", f"Hostile or broken input and full disks: {survived} of {len(verdicts)} survived. Each process had"]
+    lines += [f"| `{o['verb']}` | {o['resumed']} | {'**no**' if o['problems'] else 'yes'} |" for o in races]
+    bad = [o for o in (*kills, *races) if o["problems"]]
+    lines += ["", *(f"- {o['verb']}, {o['moment']}: {'; '.join(o['problems'])}" for o in bad)]
+    survived = sum(v["survived"] for v in faults)
+    lines += ["", f"Hostile or broken input and full disks: {survived} of {len(faults)} survived. Each process had"]
     lines += [f"{MEMORY / 2**30:.1f} GiB of address space beyond what it began with.", ""]
     lines += ["| fault | tried on | survived | what it said |", "|---|---|---|---|"]
-    for v in verdicts:
-        said = v.said.replace("|", "\\|")
-        lines.append(f"| {v.fault.name} | `{v.fault.verb}` | {'yes' if v.survived else '**no**'} | {said} |")
+    for v in faults:
+        said = v["said"].replace("|", "\\|")
+        lines.append(f"| {v['fault']} | `{v['verb']}` | {'yes' if v['survived'] else '**no**'} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,21 +102,16 @@ def main() -> int:
     parser.add_argument("--verbs", type=Path, default=ROOT / "scripts" / "fault_drill.yaml", help="YAML file of verbs")
     parser.add_argument("--only", default="", help="names of verbs by commas; all by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="file that keeps what was tried; a later drill goes on with it")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     options = parser.parse_args()
-    verbs = [v for v in Verb.read(options.verbs) if not options.only or v.name in options.only.split(",")]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name, Nursery(Path(name) / "logs") as nursery:
-        folder = Path(name)
-        inputs = make_inputs(folder / "inputs", nursery)
-        outcomes, races = kill_all(nursery, inputs, folder / "drill", verbs, options.points, options.seed)
-        verdicts = [fault.run(nursery, inputs, folder / f"fault-{i}") for i, fault in enumerate(FAULTS)]
-    text = markdown(outcomes, races, verdicts, options.points, options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        kills, races, faults = drill(options, Record(options.record), Path(folder))
+    text = markdown(kills, races, faults, options.points, options.seed)
     print(text)
-    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
-    return int(any(o.problems for o in (*outcomes, *races)) or not all(v.survived for v in verdicts))
+    return int(any(o["problems"] for o in (*kills, *races)) or not all(v["survived"] for v in faults))
 
 
 if __name__ == "__main__":

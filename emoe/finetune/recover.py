@@ -197,7 +197,10 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
 
 
 def _load(folder: Path) -> EMoEModelMixin:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except ValueError as error:  # what the model's own classes say of a bad config.json
+        raise UserError(f"--model: {folder / 'config.json'} is not usable: {' '.join(str(error).split())}") from None
     if not isinstance(model, EMoEModelMixin):
         raise UserError(f"--model: {folder} is no causal language model; recovery needs one")
     return model

@@ -11,6 +11,7 @@ from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
+from emoe.errors import UserError
 from emoe.plainfiles import read_json
 
 
@@ -41,6 +42,11 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
 
     config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
+    try:
+        parameters = _count_parameters(config)
+    except Exception as error:  # transformers and the model classes raise many kinds for a bad config.json
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"inspect: {folder / 'config.json'} is not usable: {problem}") from None
     gate_entries = 0
     for name, path in shard_map(folder).items():
         if ".router." in name:
@@ -59,7 +65,7 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
         "allocation": config.get("emoe_allocation", "uniform"),
         "shared_experts": config.get("emoe_shared_experts", 0),
         "neurons_per_expert": len(next(iter(partition.labels.values()))) // partition.num_experts,
-        "parameters": _count_parameters(config),
+        "parameters": parameters,
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
         "files_verified": check_digests(folder, "inspect") if verify else None,

@@ -37,23 +37,28 @@ def chart(lines: list[Line], x_title: str, y_title: str, *, log: bool = False, l
     for number, line in enumerate(lines):
         places = [(x_axis.place(x), y_axis.place(y), x, y) for x, y in sorted(line.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
-        parts.append(f'<polyline class="line c{number % 8}" points="{path}"/>')
+        parts.append(f'<polyline class="line {_style(number)}" points="{path}"/>')
         for x, y, x_value, y_value in places:
             label = f"{escape(line.name)}: {y_value:.4g} at {x_value:.4g}"
             parts.append(
-                f'<circle class="dot c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{label}</title></circle>'
+                f'<circle class="dot {_style(number)}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{label}</title></circle>'
             )
     parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
     middle = (HEIGHT - BOTTOM + TOP) / 2
     parts.append(
         f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
     )
-    names = [f'<li><i class="key c{n % 8}"></i>{escape(line.name)}</li>' for n, line in enumerate(lines)]
+    names = [f'<li><i class="key {_style(n)}"></i>{escape(line.name)}</li>' for n, line in enumerate(lines)]
     legend = f'<ul class="legend">{"".join(names)}</ul>' if len(lines) > 1 else ""
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title, quote=True)}">'
         f"{''.join(parts)}</svg>{legend}"
     )
+
+
+def _style(number: int) -> str:
+    """Classes of line `number`: eight colours, then the same again, dashed."""
+    return f"c{number % 8}" + (" again" if number >= 8 else "")
 
 
 def _usable(point: tuple[float, float], log: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Every block of code in README.md and docs/ runs: on a tiny model of 64 experts' width that stands in for the real ones.
+"""Every block of code in README.md and docs/ runs, on a tiny model that stands in for the real ones.
 
 A block that cannot run here is preceded by ``<!-- not run: REASON -->``.
 """

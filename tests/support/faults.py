@@ -88,14 +88,15 @@ class Fault:
                 survived = done.refused and bool(re.search(self.answer, said)) and not bench.output.exists()
         said = re.sub(rf"{re.escape(str(place))}/|{re.escape(str(inputs['dense'].parent))}/", "", said)
         shutil.rmtree(place)
-        return Verdict(self, survived, said if len(said) < 200 else said[:200] + "…")
+        return Verdict(self.name, self.verb, survived, said if len(said) < 200 else said[:200] + "…")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What came of a fault."""
 
-    fault: Fault
+    fault: str
+    verb: str
     survived: bool
     said: str
 
@@ -311,8 +312,13 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a config.json without provenance": ("emoe_provenance", lambda f: _without(f, "emoe_provenance")),
     "a config.json without its source": ("emoe_source", lambda f: _without(f, "emoe_source")),
     "a config.json with 10^9 experts": (NO_SUCH, lambda f: _without(f, "num_experts", 10**9)),
+    "a config.json with an unknown gate": ("'nobody'", lambda f: _without(f, "emoe_gate", "nobody")),
     "SHA256SUMS with a path in it": ("SHA256SUMS is damaged", lambda f: (f / "SHA256SUMS").write_text("0  /etc/x\n")),
 }
+
+
+HARMLESS = {("a config.json with an unknown gate", "export")}
+"""Damage that does not matter to a verb: the dense model has no gate."""
 
 
 def _partition(folder: Path) -> Path:
@@ -341,7 +347,8 @@ def _damage(name: str, verb: str) -> None:
 
 for _name in DAMAGES:
     for _verb in ("export", "inspect --verify", "recover"):
-        _damage(_name, _verb)
+        if (_name, _verb) not in HARMLESS:
+            _damage(_name, _verb)
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------
