@@ -48,7 +48,7 @@ class CoActivation:
     before_BB: np.ndarray
     """In the source's order of neurons."""
     after_BB: np.ndarray
-    """In the converted order, an expert after the other."""
+    """An expert after the other, those that work together side by side (in the picture alone)."""
     before: float
     """Mean over pairs of neurons in equal blocks of the source's order."""
     after: float
@@ -198,9 +198,9 @@ class _Watch:
 
 def _co_activation(layer: int, active_NF: torch.Tensor, labels_F: torch.Tensor, experts: int) -> CoActivation:
     """Pictures in both orders; `active_NF` is in the converted one."""
-    order_F = order_of(labels_F)
     source_NF = torch.empty_like(active_NF)
-    source_NF[:, order_F] = active_NF
+    source_NF[:, order_of(labels_F)] = active_NF
+    active_NF = active_NF.unflatten(1, (experts, -1))[:, _neighbours(_binned(active_NF, experts))].flatten(1)
     bins = max(experts, min(BINS, active_NF.shape[1]))
     return CoActivation(
         layer,
@@ -209,6 +209,18 @@ def _co_activation(layer: int, active_NF: torch.Tensor, labels_F: torch.Tensor, 
         before=_binned(source_NF, experts).diagonal().mean().item(),
         after=_binned(active_NF, experts).diagonal().mean().item(),
     )
+
+
+def _neighbours(correlation_EE: torch.Tensor) -> list[int]:
+    """Experts in an order in which those that work together lie side by side (Bar-Joseph et al. 2001)."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(correlation_EE) < 3:
+        return list(range(len(correlation_EE)))
+    distance_EE = (correlation_EE.max() - correlation_EE).fill_diagonal_(0).numpy()
+    tree = linkage(squareform(distance_EE, checks=False), method="average", optimal_ordering=True)
+    return leaves_list(tree).tolist()
 
 
 def _binned(active_NF: torch.Tensor, bins: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from emoe.report.observe import _binned, observe
 from emoe.report.svg import Line, chart
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "img", "br"}
 
 
 class Balanced(html.parser.HTMLParser):
