@@ -93,6 +93,7 @@ class Workspace:
             yield self
 
     def _take(self, held: contextlib.ExitStack) -> None:
+        self._clear_finished()
         self.check()
         try:
             self.state_folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,11 @@ class Workspace:
         lock = held.enter_context(open(self.state_folder / "lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(lock.fileno()).st_nlink == 0  # removed by one that ended meanwhile
         except OSError:
-            raise UserError(f"--output: another process is writing {self.output}; wait for it to end") from None
+            taken = True
+        if taken:
+            raise UserError(f"--output: another process is writing {self.output}; wait for it to end")
         self._recover()
         self.check()
         if not self.resume:
@@ -114,6 +118,14 @@ class Workspace:
         for folder in (self.folder, self.state_folder):
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
+
+    def _clear_finished(self) -> None:
+        """Remove the state of a `publish` that was killed behind its renames: nothing is left to go on with."""
+        if self.output.exists() and self.state_folder.exists() and not self.folder.exists():
+            with contextlib.suppress(OSError), open(self.state_folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.retired, ignore_errors=True)
+                shutil.rmtree(self.state_folder, ignore_errors=True)
 
     def _recover(self) -> None:
         """Undo the first half of a `publish` that was killed between its two renames."""

@@ -109,7 +109,7 @@ def run_python(text: str, place: Path, monkeypatch) -> None:
     load = transformers.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(name, *arguments, **options):
-        if name.startswith("allenai/"):
+        if str(name).startswith("allenai/"):
             olmoe = place / "olmoe"
             small = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
             config = transformers.OlmoeConfig(vocab_size=96, num_experts=4, num_key_value_heads=2, **small)
@@ -118,7 +118,7 @@ def run_python(text: str, place: Path, monkeypatch) -> None:
         return load(name, *arguments, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    exec(compile(text, "block", "exec"), {"__name__": "block"})
+    exec(compile(text, "block", "exec", dont_inherit=True), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -71,6 +71,20 @@ def test_what_killed_exports_leave_is_removed_by_the_next(nursery, inputs, tmp_p
         assert other.is_dir()
 
 
+def test_what_a_kill_behind_the_last_rename_leaves_is_removed(nursery, inputs, tmp_path):
+    """The output is finished then, and its state, with a recovery's training states in it, is of no use."""
+    from support.faults import convert
+
+    output, state = tmp_path / "out", tmp_path / ".out.emoe-state"
+    assert nursery.run(*convert(inputs["dense"], inputs, output)).status == 0
+    (state / "training").mkdir(parents=True)
+    (state / "training" / "optimizer.pt").write_bytes(b"large")
+    done = nursery.run(*convert(inputs["dense"], inputs, output), "--resume")
+    assert done.refused
+    assert "exists; choose another folder" in done.text
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_loses_no_earlier_output(nursery, inputs, tmp_path):
     from support.drill import contents
     from support.faults import convert
