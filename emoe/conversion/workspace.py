@@ -93,6 +93,7 @@ class Workspace:
             yield self
 
     def _take(self, held: contextlib.ExitStack) -> None:
+        self._refuse_if_held()
         self._clear_finished()
         self.check()
         try:
@@ -107,7 +108,7 @@ class Workspace:
         except OSError:
             taken = True
         if taken:
-            raise UserError(f"--output: another process is writing {self.output}; wait for it to end")
+            raise self._held()
         self._recover()
         self.check()
         if not self.resume:
@@ -118,6 +119,18 @@ class Workspace:
         for folder in (self.folder, self.state_folder):
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
+
+    def _held(self) -> UserError:
+        return UserError(f"--output: another process is writing {self.output}; wait for it to end")
+
+    def _refuse_if_held(self) -> None:
+        """Say so before anything is said of an unfinished conversion: it is being finished."""
+        if (self.state_folder / "lock").is_file():
+            with open(self.state_folder / "lock") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    raise self._held() from None
 
     def _clear_finished(self) -> None:
         """Remove the state of a `publish` that was killed behind its renames: nothing is left to go on with."""
