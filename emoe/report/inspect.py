@@ -13,6 +13,7 @@ from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
+from emoe.report.records import Conversion, checked
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -52,7 +53,10 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
         if ".router." in name:
             with safe_open(path, framework="pt") as file:
                 gate_entries += math.prod(file.get_slice(name).get_shape())
-    report = folder / "emoe_report.json"
+    path = folder / "emoe_report.json"
+    report = read_json(path, "inspect") if path.is_file() else None
+    if report is not None:
+        checked(Conversion, report, path)
     return {
         "folder": str(folder),
         "model_type": config["model_type"],
@@ -69,5 +73,5 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
         "files_verified": check_digests(folder, "inspect") if verify else None,
-        "report": read_json(report, "inspect") if report.is_file() else None,
+        "report": report,
     }

@@ -1,7 +1,7 @@
 """The parts of a report as plain data for its template: each function reads one kind of artefact.
 
-What lies in a folder may have been written by others: files are checked against the records below before anything of
-them is used.
+What lies in a folder may have been written by others: files are checked against `emoe.report.records` before anything
+of them is used.
 """
 
 from __future__ import annotations
@@ -12,85 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emoe.errors import UserError, shortened
 from emoe.plainfiles import read_json
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
+from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, checked
 from emoe.report.svg import Line, chart
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Row(_Record):
-    top_k: int
-    active: float
-    value: float
-    ratio: float | None
-    agreement: float
-    ffn_flops: float
-
-
-class _Quality(_Record):
-    measure: str
-    dense: float
-    tokens: int
-    rows: list[_Row]
-    domains: dict[str, _Quality] | None = None
-
-
-class _Layer(_Record):
-    layer: int
-    share: float | None = None
-    load: dict[str, float | None] | None = None
-
-
-class _Conversion(_Record):
-    model: str
-    num_layers: int
-    quality: _Quality | None = None
-    layers: list[_Layer]
-    seconds: dict[str, float]
-    peak_bytes: dict[str, float]
-
-
-class _CellDomain(_Record):
-    value: float
-    ratio: float | None
-
-
-class _Cell(_Record):
-    name: str
-    wanted: float
-    active: float
-    experts: int
-    domains: dict[str, _CellDomain]
-
-
-class _Frontier(_Record):
-    model: str
-    measure: str
-    dense: dict[str, float]
-    tokens: dict[str, int]
-    cells: list[_Cell]
-
-
-def _checked(kind: type[_Record], value: Any, path: Path) -> Any:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UserError(f"report: {path}: {field}: {first['msg']}; write it again") from None
 
 
 def conversion(folder: Path) -> dict[str, Any]:
     """What was converted, how well, and in what time."""
     found = describe(folder)
-    report = _checked(_Conversion, found["report"], folder / "emoe_report.json") if found["report"] else None
+    report = Conversion.model_validate(found["report"]) if found["report"] else None
     provenance = found["provenance"]
     fixed = found["routing"] == "top-k" and found["allocation"] == "uniform"
     facts = {
@@ -133,7 +67,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _qualities(quality: _Quality) -> list[dict[str, Any]]:
+def _qualities(quality: Quality) -> list[dict[str, Any]]:
     """A table and a chart for each domain."""
     domains = {"calibration domain": quality, **(quality.domains or {})}
     return [
@@ -156,7 +90,7 @@ def _qualities(quality: _Quality) -> list[dict[str, Any]]:
     ]
 
 
-def _shares(report: _Conversion) -> str:
+def _shares(report: Conversion) -> str:
     """How the budget of experts was shared among layers."""
     points = [(float(layer.layer), 100 * layer.share) for layer in report.layers if layer.share is not None]
     if len({round(share) for _, share in points}) < 2:
@@ -166,8 +100,8 @@ def _shares(report: _Conversion) -> str:
 
 def frontier(path: Path) -> dict[str, Any]:
     """The chart and table of a ``frontier.json``."""
-    found = _checked(_Frontier, read_json(path, "report"), path)
-    ways: dict[str, list[_Cell]] = {}
+    found = checked(Frontier, read_json(path, "report"), path)
+    ways: dict[str, list[Cell]] = {}
     for cell in found.cells:
         ways.setdefault(cell.name, []).append(cell)
     wanted = sorted({cell.wanted for cell in found.cells}, reverse=True)
@@ -200,7 +134,7 @@ def frontier(path: Path) -> dict[str, Any]:
     return {"model": Path(found.model).name, "measure": found.measure, "domains": domains}
 
 
-def _ratio(found: _CellDomain) -> float:
+def _ratio(found: CellDomain) -> float:
     return found.value if found.ratio is None else found.ratio
 
 

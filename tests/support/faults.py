@@ -313,12 +313,19 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a config.json without its source": ("emoe_source", lambda f: _without(f, "emoe_source")),
     "a config.json with 10^9 experts": (NO_SUCH, lambda f: _without(f, "num_experts", 10**9)),
     "a config.json with an unknown gate": ("'nobody'", lambda f: _without(f, "emoe_gate", "nobody")),
+    "an emoe_report.json of other fields": (
+        "emoe_report.json: model",
+        lambda f: (f / "emoe_report.json").write_text("{}"),
+    ),
     "SHA256SUMS with a path in it": ("SHA256SUMS is damaged", lambda f: (f / "SHA256SUMS").write_text("0  /etc/x\n")),
 }
 
 
-HARMLESS = {("a config.json with an unknown gate", "export")}
-"""Damage that does not matter to a verb: the dense model has no gate."""
+HARMLESS = {
+    ("a config.json with an unknown gate", "export"),
+    *(("an emoe_report.json of other fields", verb) for verb in ("export", "recover")),
+}
+"""Damage that does not matter to a verb: the dense model has no gate, for one."""
 
 
 def _partition(folder: Path) -> Path:
