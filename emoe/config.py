@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from emoe.errors import UserError, nearest
+from emoe.errors import UserError, nearest, shortened
+from emoe.plainfiles import read_yaml
 
 DEFAULT_PRESET = "fast"
 WHY_DEFAULT_PRESET = "no --preset was given; it converts every layer with the best training-free gate"
@@ -314,20 +315,14 @@ def read_config_file(path: Path, flag: str = "--config", kind: type[Settings] = 
     Raises:
         UserError: unreadable file, not a mapping, or an unknown key (the nearest known one is named).
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: cannot read {path} ({error})") from None
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{flag}: {path} is not valid YAML ({problem})") from None
+    values = read_yaml(path, flag)
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{flag}: {path} must hold 'key: value' lines")
     for key in values:
         if key not in kind.model_fields:
-            raise UserError(f"{flag}: {path}: unknown key '{key}'{nearest(str(key), kind.model_fields)}")
+            raise UserError(f"{flag}: {path}: unknown key {shortened(key)}{nearest(str(key), kind.model_fields)}")
     return values
 
 
@@ -349,7 +344,7 @@ def merge_settings(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        raise UserError(f"{flag_of(key)}: {first['msg']}, got {first['input']!r}") from None
+        raise UserError(f"{flag_of(key)}: {first['msg']}, got {shortened(first['input'])}") from None
 
 
 def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tuple[ConvertConfig, str]:
@@ -360,10 +355,12 @@ def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tu
     """
     given = read_config_file(config_file) if config_file else {}
     given |= {key: value for key, value in flags.items() if value is not None}
-    preset = given.get("preset") or DEFAULT_PRESET
+    preset = str(given.get("preset") or DEFAULT_PRESET)
     known = presets()
     if preset not in known:
-        raise UserError(f"--preset: unknown preset '{preset}'{nearest(str(preset), known)}. Known: {', '.join(known)}")
+        raise UserError(
+            f"--preset: unknown preset {shortened(preset)}{nearest(preset, known)}. Known: {', '.join(known)}"
+        )
     why = "--preset" if given.get("preset") else WHY_DEFAULT_PRESET
     under = read_config_file(known[preset], "--preset")
     return merge_settings(ConvertConfig, {**given, "preset": preset}, under=under), f"preset '{preset}': {why}"

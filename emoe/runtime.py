@@ -7,6 +7,8 @@ destination, fsynced, renamed. A process killed at any instruction leaves the ol
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -75,15 +77,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success fsync its files and rename it to ``path``.
 
-    If another process finished ``path`` in the meantime, its folder is kept and ours is dropped.
+    If another process finished ``path`` in the meantime, its folder is kept and ours is dropped; with `exclusive` that
+    is a `UserError`. What killed processes left of the same ``path`` is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    os.chmod(temporary, 0o755)
+    _remove_abandoned(path)
+    temporary, held = _locked_folder(path)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -95,9 +98,64 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
+            if exclusive:
+                raise UserError(
+                    f"--output: another process has written {path} meanwhile; choose another name"
+                ) from None
         fsync_directory(path.parent)
     finally:
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder beside ``path`` and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.is_dir():
+            os.chmod(folder, 0o755)
+            return folder, descriptor
+        os.close(descriptor)  # another process took it for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary folders of ``path`` whose process is gone: nobody holds their lock."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        if folder.is_dir() and not folder.is_symlink():
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                pass  # somebody writes it now
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, flag: str = "--output") -> Iterator[None]:
+    """Hold ``folder``, made if need be, for this process alone, until the end or the process's death.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{flag}: {folder} is a file; choose another name") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {folder} ({error.strerror}); choose another folder") from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{flag}: another process is writing {folder}; wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:

@@ -24,6 +24,10 @@ from torch import nn
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.errors import UserError
 from emoe.modeling.auto import stock_classes
+from emoe.runtime import format_bytes
+
+LARGEST_BUFFERS = 4 << 30
+"""Bytes of tables that a stock model may compute for itself; GPT-J with 2,048 positions has 0.5 MiB."""
 
 
 class _Embedded(Exception):  # noqa: N818 - a signal, not an error
@@ -107,6 +111,7 @@ class StreamedModel:
         self.injected: torch.Tensor | None = None
         self.embedded: torch.Tensor | None = None
         self.model_class, self.measure = self._choose_class()
+        self._check_buffers()
         with init_empty_weights(include_buffers=False):
             self.model = self.model_class._from_config(reader.config).eval()
         base = getattr(self.model, self.model.base_model_prefix, self.model)
@@ -133,6 +138,21 @@ class StreamedModel:
             known.get("AutoModelForMaskedLM"): "masked-LM loss",
         }
         return getattr(transformers, architecture), measures.get(architecture, "hidden-state error")
+
+    def _check_buffers(self) -> None:
+        """Refuse a config.json whose tables (masks, positions) would fill the memory: these are really made."""
+        try:
+            with torch.device("meta"):
+                model = self.model_class._from_config(self.reader.config)
+        except (RuntimeError, ValueError, TypeError, ZeroDivisionError, IndexError, OverflowError) as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--model: {self.reader.folder / 'config.json'} is not usable: {problem}") from None
+        size = sum(buffer.nbytes for buffer in model.buffers())
+        if size > LARGEST_BUFFERS:
+            raise UserError(
+                f"--model: {self.reader.folder / 'config.json'} asks for {format_bytes(size)} of masks and positions; "
+                "its max_position_embeddings or head size cannot be right"
+            )
 
     def _fill(self, module: nn.Module, names: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         """Make the parameters named by the keys of `names` real, from the tensors named by its values."""

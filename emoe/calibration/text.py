@@ -105,8 +105,9 @@ def _read_file(path: Path, flag: str) -> Iterator[str]:
 
 def _jsonl_text(path: Path, number: int, line: str, flag: str) -> str:
     try:
-        return str(json.loads(line)["text"]) + "\n"
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text = str(json.loads(line)["text"]) + "\n"
+        return text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters, tokenizers take none
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{flag}: {path} line {number} is not a JSON object with a "text" field') from None
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from emoe.plainfiles import read_json
 from emoe.runtime import atomic_write
 
 COPIED = (
@@ -17,6 +18,8 @@ COPIED = (
 )
 """Files of the source that go along as they are."""
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, generation config, licence: copied byte for byte, but for a tokenizer's pointer to code of its own."""
@@ -24,14 +27,20 @@ def copy_companions(source: Path, target: Path) -> None:
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
             with atomic_write(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-                if file.name == "tokenizer_config.json":
+                if file.name == TOKENIZER_CONFIG:
                     _drop_remote_code(temporary)
+
+
+def check_companions(source: Path) -> None:
+    """Raise `UserError` for what `copy_companions` would stumble over at the end of long work."""
+    if (source / TOKENIZER_CONFIG).is_file():
+        read_json(source / TOKENIZER_CONFIG)
 
 
 def _drop_remote_code(path: Path) -> None:
     """Take ``auto_map`` out: whoever trusts our modelling code has not thereby trusted a stranger's tokenizer code."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+    settings = read_json(path)
+    if settings.pop("auto_map", None) is not None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

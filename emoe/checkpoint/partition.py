@@ -84,6 +84,10 @@ class Partition:
             labels = {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}
         except (SafetensorError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); convert the model again") from None
+        except RecursionError:
+            raise UserError(f"{path} is nested too deeply; do not trust it") from None
+        if digests.keys() != labels.keys():
+            raise UserError(f"{path} has labels and digests of different layers; convert the model again")
         for index, labels_F in labels.items():
             check_labels(labels_F, experts, f"{path}, layer {index}", pruned=True)
         return cls(experts, labels, digests, facts)
@@ -95,7 +99,8 @@ def check_labels(labels_F: torch.Tensor, num_experts: int, where: str, *, pruned
     Args:
         pruned: some of the parts may be gone, the others numbered without gaps.
     """
-    valid = labels_F.ndim == 1 and labels_F.dtype == torch.int32 and len(labels_F) % num_experts == 0
+    valid = labels_F.ndim == 1 and labels_F.dtype == torch.int32 and 1 <= num_experts <= len(labels_F)
+    valid = valid and len(labels_F) % num_experts == 0
     if valid and ((labels_F < (GONE if pruned else 0)) | (labels_F >= num_experts)).any():
         valid = False
     if valid:

@@ -6,9 +6,9 @@ library; values are checked for NaN and infinity as they are read.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from emoe.checkpoint.limits import check_sizes
 from emoe.errors import UserError
 from emoe.families import FamilySpec, family
+from emoe.plainfiles import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,19 +28,6 @@ PREFETCH_LIMIT = 8 << 30
 
 ROLES = ("gate", "up", "down")
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-
-
-def read_json(path: Path, flag: str = "--model") -> dict[str, Any]:
-    """A JSON object from a file, or a `UserError` that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{flag}: {path} does not exist; give the folder of a transformers checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{flag}: {path} is not valid JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{flag}: {path} must hold a JSON object")
-    return value
 
 
 def shard_map(folder: Path) -> dict[str, Path]:
@@ -53,7 +42,8 @@ def shard_map(folder: Path) -> dict[str, Path]:
         if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries.values()):
             raise UserError(f"--model: {folder / INDEX} has no valid weight_map; fetch the checkpoint again")
         for name in sorted(set(entries.values())):
-            if Path(name).name != name or name in ("", ".", ".."):
+            too_long = "\0" in name or len(name.encode("utf-8", "replace")) > 255  # no file has such a name
+            if Path(name).name != name or name in ("", ".", "..") or too_long:
                 raise UserError(f"--model: {folder / INDEX} names {name!r}, a file outside the folder; do not trust it")
             if not (folder / name).is_file():
                 raise UserError(f"--model: shard {name} is missing in {folder}; fetch the checkpoint again")
@@ -104,9 +94,12 @@ class CheckpointReader:
         self.spec: FamilySpec = family(str(self.raw_config.get("model_type")))
         if self.raw_config.get("quantization_config"):
             raise UserError("--model: this checkpoint is quantised; give the unquantised one")
+        check_sizes(self.raw_config, self.folder / "config.json")
         self.config = self._stock_config()
         self.shards = shard_map(self.folder)
         self.num_layers: int = self.config.num_hidden_layers
+        if not isinstance(self.num_layers, int) or self.num_layers < 1:
+            raise UserError(f"--model: {self.folder / 'config.json'} says num_hidden_layers={self.num_layers!r}")
         self.prefix = self._find_prefix()
         self._layers = self._group_by_layer()
 
@@ -116,12 +109,18 @@ class CheckpointReader:
         try:
             return CONFIG_MAPPING[self.spec.model_type].from_dict(self.raw_config)
         except Exception as error:  # transformers raises many kinds for a bad config.json
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--model: {self.folder / 'config.json'} is not usable: {first_line}") from None
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"--model: {self.folder / 'config.json'} is not usable: {problem}") from None
 
     def _find_prefix(self) -> str:
         for prefix in (f"{self.spec.base_prefix}.", ""):
             if f"{prefix}{self._layer_path(0)}{self._module('down')}.weight" in self.shards:
+                last = f"{prefix}{self._layer_path(self.num_layers - 1)}{self._module('down')}.weight"
+                if last not in self.shards:
+                    raise UserError(
+                        f"--model: num_hidden_layers={self.num_layers} of config.json, but no tensor {last} in "
+                        f"{self.folder}; fetch the checkpoint again"
+                    )
                 return prefix
         raise UserError(
             f"--model: no tensor {self.spec.base_prefix}.{self._layer_path(0)}{self._module('down')}.weight in "
@@ -139,7 +138,7 @@ class CheckpointReader:
         start = f"{self.prefix}{self.spec.layers}."
         for name in sorted(self.shards):
             index = name.removeprefix(start).split(".")[0] if name.startswith(start) else ""
-            key = int(index) if index.isdigit() else None
+            key = int(index) if re.fullmatch(r"[0-9]{1,9}", index) else None
             if key is not None and key >= self.num_layers:
                 raise UserError(f"--model: tensor {name} lies past num_hidden_layers={self.num_layers} of config.json")
             groups[key].append(name)
@@ -164,8 +163,12 @@ class CheckpointReader:
                         found[name] = (role, parameter)
         return found
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: Iterable[str], *, finite: bool = True) -> dict[str, torch.Tensor]:
         """Tensors by name, as stored. Each shard is opened once and closed again.
+
+        Args:
+            names: which.
+            finite: they have to be; a router's thresholds may be infinite.
 
         Raises:
             UserError: a tensor holds NaN or infinity, or its shard cannot be read.
@@ -182,7 +185,7 @@ class CheckpointReader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"--model: {shard} is truncated or damaged ({error}); fetch it again") from None
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"--model: tensor {name} holds NaN or infinite values; this checkpoint is broken")
         return tensors
 
@@ -202,7 +205,13 @@ class CheckpointReader:
         """Size of a tensor in bytes, from its shard's header alone."""
         with safe_open(self.shards[name], framework="pt") as file:
             piece = file.get_slice(name)
-            return math.prod(piece.get_shape()) * _ITEM_BYTES[piece.get_dtype()]
+            item = _ITEM_BYTES.get(piece.get_dtype())
+        if item is None:
+            raise UserError(
+                f"--model: tensor {name} is of type {piece.get_dtype()}, which is a quantised checkpoint's; give the "
+                "unquantised one"
+            )
+        return math.prod(piece.get_shape()) * item
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emoe.checkpoint.reader import INDEX
-from emoe.runtime import atomic_write, write_text
+from emoe.runtime import atomic_write, sha256_file, write_text
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -38,6 +38,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, num_shards: int) -> None:
         self.folder, self.num_shards = folder, num_shards
+        self.digests: dict[str, str] = {}
+        """Hex sha256 of the shards written by this object, by file name."""
         self._disk = ThreadPoolExecutor(1)
         self._pending: list[Future] = []
 
@@ -54,9 +56,13 @@ class ShardWriter:
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(atomic_write(self.path(number)))
             save_file_or_oserror({n: t.contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
-            self._pending.append(self._disk.submit(stack.pop_all().close))
+            self._pending.append(self._disk.submit(self._settle, stack.pop_all(), self.path(number)))
         if wait:
             self.flush()
+
+    def _settle(self, written: contextlib.ExitStack, path: Path) -> None:
+        written.close()
+        self.digests[path.name] = sha256_file(path)
 
     def flush(self) -> None:
         """Wait until every shard is safe on disk."""

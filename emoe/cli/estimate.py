@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from emoe.cli.options import ConfigFile, Json, with_settings
+from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import resolve_config
 
 _NOT_HERE = frozenset({"output", "resume", "overwrite", "dry_run", "checkpoint_seconds", "cache_limit"})
 
 
 @with_settings(leave_out=_NOT_HERE)
-def estimate(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False) -> None:
-    """Say what a conversion will take, before anything is loaded."""
+def estimate(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
+    """Say what a conversion will take, before anything is loaded; with --quiet only whether it is possible."""
     settings, note = resolve_config(flags, config)
 
     from emoe.cli.progress import silence_libraries
@@ -25,6 +25,8 @@ def estimate(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     costs = compute(settings)
     if json_output:
         print(json.dumps(costs.to_json(), indent=2))
+        return
+    if quiet:
         return
     print(note)
     print(f"model:       {costs.model}, {costs.parameters / 1e6:,.0f} M parameters, {costs.layers} layers")

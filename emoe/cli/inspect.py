@@ -8,20 +8,24 @@ from typing import Annotated
 
 import typer
 
-from emoe.cli.options import Json
+from emoe.cli.options import Json, Quiet
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
     brief: Annotated[bool, typer.Option("--brief", help="What it is, without the report.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every weight file and compare its digest with what was written.")
+    ] = False,
     json_output: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what is in a converted checkpoint: layers, experts, gate, provenance, quality."""
     from emoe.report.inspect import describe
     from emoe.report.tables import print_inspection
 
-    found = describe(folder)
+    found = describe(folder, verify)
     if json_output:
         print(json.dumps(found, indent=2))
-    else:
+    elif not quiet:
         print_inspection(found, brief)

@@ -25,6 +25,7 @@ from emoe.cli import (
     prune,
     push,
     recover,
+    report,
     sweep,
     tune,
 )
@@ -58,6 +59,7 @@ app.command("prune")(prune.prune)
 app.command("extend")(extend.extend)
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 app.command("estimate")(estimate.estimate)
 app.command("models")(models.models)
 app.command("fetch")(models.fetch)
@@ -94,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a full disk, a folder that may not be read
+        message = f"{error.filename or 'the system'}: {error.strerror or error}"
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print("emoe: " + " ".join(message.split()), file=sys.stderr)
     return 2

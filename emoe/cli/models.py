@@ -12,13 +12,16 @@ import typer
 from emoe.cli.options import Json, Quiet
 
 
-def models(json_output: Json = False) -> None:
-    """List the models that have a short name, and where they come from."""
+def models(json_output: Json = False, quiet: Quiet = False) -> None:
+    """List the models that have a short name, and where they come from; with --quiet the names alone."""
     from emoe.assets import list_models
 
     rows = list_models()
     if json_output:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return
+    if quiet:
+        print("\n".join(row.alias for row in rows))
         return
     from rich.console import Console
     from rich.table import Table
@@ -43,6 +46,7 @@ def fetch(
     accept_license: Annotated[
         bool, typer.Option("--accept-license", help="Accept a licence that is not free for all use.")
     ] = False,
+    json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fetch a model into the cache, checksum-verified, and print its folder."""
@@ -54,4 +58,8 @@ def fetch(
     resolved = resolve_model(model, accept_license=accept_license, verify=verify, progress=note)
     if not quiet:
         print(f"{resolved.source}; licence: {resolved.licence or 'see its folder'}", file=sys.stderr)
-    print(resolved.folder)
+    if json_output:
+        facts = {"folder": str(resolved.folder), "source": resolved.source, "licence": resolved.licence}
+        print(json.dumps(facts, indent=2))
+    else:
+        print(resolved.folder)

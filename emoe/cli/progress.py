@@ -44,7 +44,8 @@ def _terminal(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # A layer of a large model takes a minute: rich's own 30 s would see no two of them, and no time left.
+    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=1800) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
 
@@ -56,7 +57,9 @@ def _lines(unit: str) -> Callable[[str, int, int], None]:
         now = time.monotonic()
         if now - last[0] >= LINE_SECONDS or stage == "done":
             last[0] = now
-            print(f"  {done}/{total} {unit}, {stage}, {now - last[1]:.0f} s", file=sys.stderr, flush=True)
+            spent = now - last[1]
+            left = f", about {spent * (total - done) / done:.0f} s left" if 0 < done < total else ""
+            print(f"  {done}/{total} {unit}, {stage}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
 
     return show
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import CheckpointReader
@@ -182,6 +183,7 @@ class _Conversion:
         facts = {"split": self.config.split, "seed": str(self.config.seed), "source": self.plan.origin}
         partition = Partition(self.config.experts, self.engine.survey.labels, self.engine.digests, facts)
         partition.save(folder / PARTITION)
+        write_digests(folder, self.writer.digests)
         source_digest = hashlib.sha256(json.dumps(partition.digests, sort_keys=True).encode()).hexdigest()
         write_companions(self.plan, folder, source_digest, self.engine.blocks)
         write_text(folder / "emoe_report.json", json.dumps(report, indent=2) + "\n")

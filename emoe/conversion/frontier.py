@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
 import emoe
-from emoe.checkpoint.reader import read_json
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import ConvertConfig, resolve_config
 from emoe.conversion.convert import prepare
 from emoe.conversion.engine import CONVERT, Engine
 from emoe.conversion.plan import Plan
 from emoe.conversion.survey import Survey
-from emoe.errors import UserError, nearest
-from emoe.runtime import write_text
+from emoe.errors import UserError, nearest, shortened
+from emoe.plainfiles import read_json, read_yaml
+from emoe.runtime import sole_writer, write_text
 
 PLAIN = {"routing": "top-k", "allocation": "uniform", "prefix": "dense", "refine_rounds": 0}
 """What all converters before did: K experts for every token of every layer, fitted on the dense model."""
@@ -70,17 +69,15 @@ def read_grid(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: not such a file, or an unknown setting.
     """
-    try:
-        ways = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--grid: cannot read {path} ({' '.join(str(error).split())})") from None
+    ways = read_yaml(path, "--grid")
     if not isinstance(ways, dict) or not all(isinstance(way, dict) for way in ways.values()):
         raise UserError(f"--grid: {path} must hold names with settings under them")
     for name, way in ways.items():
         for key in way:
             if key not in ConvertConfig.model_fields and key != "shared":
                 raise UserError(
-                    f"--grid: {path}: '{name}' has unknown setting '{key}'{nearest(key, ConvertConfig.model_fields)}"
+                    f"--grid: {path}: {shortened(name)} has unknown setting {shortened(key)}"
+                    f"{nearest(str(key), ConvertConfig.model_fields)}"
                 )
     return {str(name): way for name, way in ways.items()}
 
@@ -118,14 +115,30 @@ def frontier(
         if not 0 < active <= 1:
             raise UserError(f"--active: {active} is not a share above 0 and at most 1")
     cells = [Cell(name, settings, active) for name, settings in ways.items() for active in actives]
-    (output / "cells").mkdir(parents=True, exist_ok=True)
     plans = [_plan(base, cell) for cell in cells]  # every bad setting comes up before any work
+    try:
+        with sole_writer(output):
+            report = _report(base, _measure_all(cells, plans, output, progress))
+            write_frontier(report, output)
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {output} ({error.strerror or error}); make room and start again: cells that are "
+            "measured stay"
+        ) from None
+    return report
+
+
+def _measure_all(cells: list[Cell], plans: list[Plan], output: Path, progress) -> list[dict[str, Any]]:
+    """What each cell found, measured now or before."""
+    (output / "cells").mkdir(exist_ok=True)
+    for stale in output.rglob(".*.tmp"):  # of a process that was killed: we are alone here
+        stale.unlink()
     results = []
     for number, (cell, plan) in enumerate(zip(cells, plans, strict=True)):
         path = output / "cells" / f"{cell.slug}.json"
         facts = _facts(plan)
-        found = read_json(path) if path.is_file() else None
-        if found is None or found["facts"] != facts:
+        found = read_json(path, "--output") if path.is_file() else {}
+        if found.get("facts") != facts:
             label = f"{cell.name} at {100 * cell.active:.0f}%"
             shown = lambda stage, done, total, n=number, label=label: progress(  # noqa: E731
                 f"{label}: {stage}", 100 * n + 100 * done // max(1, total), 100 * len(cells)
@@ -133,7 +146,11 @@ def frontier(
             found = {"facts": facts, **_measure(plan, cell, output, shown)}
             write_text(path, json.dumps(found, indent=1) + "\n")
         results.append(found)
-    report = {
+    return results
+
+
+def _report(base: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "model": base["model"],
         "emoe": emoe.__version__,
         "torch": torch.__version__,
@@ -143,8 +160,6 @@ def frontier(
         "tokens": results[0]["tokens"],
         "cells": [{k: v for k, v in r.items() if k not in ("facts", "dense", "measure", "tokens")} for r in results],
     }
-    write_frontier(report, output)
-    return report
 
 
 def _plan(base: dict[str, Any], cell: Cell) -> Plan:

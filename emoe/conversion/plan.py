@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe import clustering, gating
+from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.clustering.spec import nearest_divisors
 from emoe.config import ConvertConfig
@@ -205,6 +206,7 @@ def make_plan(
     """
     clustering.get(config.split)
     gate = gating.get(config.gate, measuring=measured is not None)
+    check_companions(reader.folder)
     layers = parse_layers(config.layers, reader.num_layers)
     num_neurons = reader.hidden_width
     check_experts(num_neurons, config.experts)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emoe.checkpoint.reader import read_json
 from emoe.checkpoint.writer import save_tensors
 from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
 
 STATE = "state.json"
@@ -98,13 +98,22 @@ class Workspace:
             yield self
 
     def _take(self, held: contextlib.ExitStack) -> None:
+        self._refuse_if_held()
+        self._clear_finished()
         self.check()
-        self.state_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.state_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parent = self.output.parent
+            raise UserError(f"--output: cannot write in {parent} ({error.strerror}); choose another folder") from None
         lock = held.enter_context(open(self.state_folder / "lock", "w"))  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(lock.fileno()).st_nlink == 0  # removed by one that ended meanwhile
         except OSError:
-            raise UserError(f"--output: another process is writing {self.output}; wait for it to end") from None
+            taken = True
+        if taken:
+            raise self._held()
         self._recover()
         self.check()
         if not self.resume:
@@ -115,6 +124,26 @@ class Workspace:
         for folder in (self.folder, self.state_folder):
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
+
+    def _held(self) -> UserError:
+        return UserError(f"--output: another process is writing {self.output}; wait for it to end")
+
+    def _refuse_if_held(self) -> None:
+        """Say so before anything is said of an unfinished conversion: it is being finished."""
+        if (self.state_folder / "lock").is_file():
+            with open(self.state_folder / "lock") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    raise self._held() from None
+
+    def _clear_finished(self) -> None:
+        """Remove the state of a `publish` that was killed behind its renames: nothing is left to go on with."""
+        if self.output.exists() and self.state_folder.exists() and not self.folder.exists():
+            with contextlib.suppress(OSError), open(self.state_folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.retired, ignore_errors=True)
+                shutil.rmtree(self.state_folder, ignore_errors=True)
 
     def _recover(self) -> None:
         """Undo the first half of a `publish` that was killed between its two renames."""

@@ -75,8 +75,6 @@ def export(
     """
     format = get(to)
     model, output = Path(model), Path(output)
-    if not model.is_dir():
-        raise UserError(f"--model: {model} is not a folder; give the folder of a converted checkpoint")
     if output.exists():
         raise UserError(f"--output: {output} exists; choose another folder")
     if verify_tokens < 0:

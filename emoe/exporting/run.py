@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.digests import check_digests
 from emoe.errors import UserError
 from emoe.exporting.source import Source
 from emoe.exporting.spec import NARROW_TOLERANCE, Format, Progress
@@ -32,13 +33,14 @@ def run(
     """Everything behind `emoe.exporting.export`. The folder appears under its name when all of it has gone well."""
     from emoe.report.card import write_export_card
 
+    check_digests(source.folder)
     why_not = format.refusal(source)
     if why_not:
         raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
     cost = format.cost(source)
     require_space(output, cost.nbytes, "--output")
     say(f"{format.name}: {format_bytes(cost.nbytes)} of weights; {cost.exactness}")
-    with atomic_directory(output) as folder:
+    with atomic_directory(output, exclusive=True) as folder:
         facts = format.write(source, folder, progress)
         comparisons = verify(source, format, folder, verify_tokens, verify_text, progress) if verify_tokens else []
         if comparisons:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from emoe.checkpoint.companions import source_config
+from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.partition import GONE, Partition
 from emoe.checkpoint.partition import NAME as PARTITION
-from emoe.checkpoint.reader import CheckpointReader, read_json
+from emoe.checkpoint.reader import CheckpointReader
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
 
@@ -73,9 +74,6 @@ class Source:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        kind = str(self.config.get("model_type", ""))
-        if not kind.startswith("emoe_"):
-            raise UserError(f"--model: {self.folder} is not a converted checkpoint (model_type '{kind}')")
         if sorted(self.partition.labels) != sorted(self.config["emoe_layers"]):
             where = self.folder / PARTITION
             raise UserError(f"--model: {where} and config.json name different layers; convert the model again")
@@ -85,7 +83,7 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it stands."""
-        return read_json(self.folder / "config.json")
+        return read_converted(self.folder)
 
     @cached_property
     def reader(self) -> CheckpointReader:

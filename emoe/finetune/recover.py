@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import Trainer
 
 import emoe
 from emoe.calibration.text import TokenBlocks, load_blocks
 from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.digests import check_digests, write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
-from emoe.checkpoint.reader import read_json
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.conversion.workspace import Workspace
@@ -56,6 +58,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     training = workspace.state_folder / "training"
     with workspace.open(Group()):
         try:
+            check_digests(folder)
             settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
             same_settings(settings, training, resume=config.resume, what="recovery")
             report = _recover(config, folder, workspace.folder, training, progress)
@@ -65,6 +68,14 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
             if not states(training):  # nothing is lost
                 workspace.abandon()
             raise
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"--output: cannot write {workspace.output} ({reason}); the model is untouched; make room and add "
+                "--resume"
+            ) from None
 
 
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
@@ -123,15 +134,10 @@ def _checked_model(config: RecoverConfig) -> Path:
     if not config.model:
         raise UserError("--model: missing; give the folder of a converted checkpoint")
     folder = Path(config.model)
-    facts = read_json(folder / "config.json")
-    model_type = str(facts.get("model_type", ""))
-    if not model_type.startswith("emoe_"):
-        raise UserError(
-            f"--model: {folder} is not a converted checkpoint (model_type '{model_type}'); convert it first"
-        )
-    if family(model_type.removeprefix("emoe_")).encoder:
+    facts = read_converted(folder)
+    if family(facts["emoe_source"]["family"]).encoder:
         raise UserError(f"--model: {folder} is an encoder; recovery is for causal language models")
-    provenance = facts.get("emoe_provenance") or {}
+    provenance = facts["emoe_provenance"]
     if not config.teacher and (provenance.get("outputs", SOURCE_S) != SOURCE_S or provenance.get("history")):
         raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
     for budget in config.budgets:
@@ -154,7 +160,10 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
 
 
 def _load(folder: Path) -> EMoEModelMixin:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except ValueError as error:  # what the model's own classes say of a bad config.json
+        raise UserError(f"--model: {folder / 'config.json'} is not usable: {' '.join(str(error).split())}") from None
     if not isinstance(model, EMoEModelMixin):
         raise UserError(f"--model: {folder} is no causal language model; recovery needs one")
     return model
@@ -265,6 +274,7 @@ def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    write_digests(target)
     for file in target.iterdir():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())

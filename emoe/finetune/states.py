@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from emoe.errors import UserError
+from emoe.plainfiles import read_json
 from emoe.runtime import write_text
 
 
 def states(training: Path) -> list[Path]:
     """Complete states of the Trainer, the latest last."""
-    found = [path for path in training.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    found = [path for path in training.glob("checkpoint-*") if _is_complete(path)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _is_complete(state: Path) -> bool:
+    """Whether the Trainer came to the end of its last file, which it does not write atomically."""
+    try:
+        return "global_step" in read_json(state / "trainer_state.json", "--resume")
+    except UserError:
+        return False
 
 
 def same_settings(settings: dict[str, Any], training: Path, *, resume: bool, what: str) -> None:

@@ -6,10 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
-from emoe.checkpoint.reader import read_json, shard_map
+from emoe.checkpoint.reader import shard_map
 from emoe.errors import UserError
+from emoe.plainfiles import read_json
+from emoe.report.records import Conversion, checked
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -42,8 +46,12 @@ def _describe_moduleformer(folder: Path, config: dict[str, Any]) -> dict[str, An
     }
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
     """Config, provenance, partition, gate tables and report of a converted checkpoint, as plain types.
+
+    Args:
+        folder: the checkpoint.
+        verify: read every weight file and compare its digest with what was written.
 
     Raises:
         UserError: not a converted checkpoint, or a damaged one.
@@ -55,15 +63,22 @@ def describe(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", "inspect")
     if config.get("model_type") == "moduleformer":
         return _describe_moduleformer(folder, config)
-    if not str(config.get("model_type", "")).startswith("emoe_"):
-        raise UserError(f"inspect: {folder} is not a converted checkpoint (model_type '{config.get('model_type')}')")
+    config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
+    try:
+        parameters = _count_parameters(config)
+    except Exception as error:  # transformers and the model classes raise many kinds for a bad config.json
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"inspect: {folder / 'config.json'} is not usable: {problem}") from None
     gate_entries = 0
     for name, path in shard_map(folder).items():
         if ".router." in name:
             with safe_open(path, framework="pt") as file:
                 gate_entries += math.prod(file.get_slice(name).get_shape())
-    report = folder / "emoe_report.json"
+    path = folder / "emoe_report.json"
+    report = read_json(path, "inspect") if path.is_file() else None
+    if report is not None:
+        checked(Conversion, report, path)
     return {
         "folder": str(folder),
         "model_type": config["model_type"],
@@ -77,8 +92,9 @@ def describe(folder: Path) -> dict[str, Any]:
         "shared_experts": config.get("emoe_shared_experts", 0),
         "neurons_per_expert": len(next(iter(partition.labels.values()))) // partition.num_experts,
         "groups": config.get("emoe_groups"),
-        "parameters": _count_parameters(config),
+        "parameters": parameters,
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
-        "report": read_json(report, "inspect") if report.is_file() else None,
+        "files_verified": check_digests(folder, "inspect") if verify else None,
+        "report": report,
     }

@@ -92,6 +92,8 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         rows["experts by layer"] = ", ".join(" + ".join(map(str, group)) for group in found["groups"])
     for number, step in enumerate(provenance.get("history", []), 1):
         rows[f"history {number}"] = history_line(step)
+    if found["files_verified"] is not None:
+        rows["weight files"] = f"{found['files_verified']} are as they were written (SHA256SUMS)"
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)

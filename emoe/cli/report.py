@@ -1,0 +1,39 @@
+"""`emoe report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emoe.cli.options import Json, Quiet
+
+
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Converted checkpoints, folders of `emoe frontier`, run folders.")
+    ],
+    html: Annotated[Path, typer.Option("--html", help="File to write; replaced if it exists.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to watch the experts on, once for each. [default: builtin, builtin-code]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of each text; 0 for no pictures of experts.")] = 1024,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page on conversions, frontiers and fine-tuned runs, to be read without a network."""
+    from emoe.cli.progress import progress_bar, silence_libraries
+
+    silence_libraries()
+    from emoe.report.page import TEXTS
+    from emoe.report.page import report as write
+
+    with progress_bar(quiet) as show:
+        found = write(paths, html, text or TEXTS, tokens, show)
+    if json_output:
+        print(json.dumps(found, indent=2))
+    elif not quiet:
+        print(f"written: {html}")

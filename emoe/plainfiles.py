@@ -1,0 +1,72 @@
+"""JSON and YAML from files that a stranger may have written: of bounded size, without aliases or tags, with one kind of
+error.
+
+A YAML alias lets 400 bytes stand for a billion values; they cost nothing until somebody prints one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emoe.errors import UserError
+
+LARGEST_JSON = 64 << 20
+"""Bytes; the index of a checkpoint with a hundred thousand tensors has ten million."""
+LARGEST_YAML = 1 << 20
+"""Bytes; ours have a few thousand."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe values only, each written out where it stands."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
+def read_json(path: Path, flag: str = "--model") -> dict[str, Any]:
+    """A JSON object from a file, or a `UserError` that names it."""
+    text = _read_text(path, flag, LARGEST_JSON, "give the folder of a transformers checkpoint")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{flag}: {path} is nested too deeply; do not trust it") from None
+    except ValueError as error:  # a number of more digits than Python reads is no JSONDecodeError
+        raise UserError(f"{flag}: {path} is not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{flag}: {path} must hold a JSON object")
+    return value
+
+
+def read_yaml(path: Path, flag: str) -> Any:
+    """The value of a YAML file, of plain types, or a `UserError` that names it."""
+    text = _read_text(path, flag, LARGEST_YAML, "name an existing YAML file")
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise UserError(f"{flag}: {path} is nested too deeply; do not trust it") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        # PyYAML's constructors let through what int, datetime and re say of a bad value
+        raise UserError(f"{flag}: {path} is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _read_text(path: Path, flag: str, largest: int, advice: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError:
+        raise UserError(f"{flag}: cannot read {path}, it does not exist; {advice}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
+    if len(content) > largest:
+        raise UserError(f"{flag}: {path} has more than {largest >> 20} MiB, no such file does; do not trust it")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: {path} is not valid JSON or YAML: {error.reason} at byte {error.start}") from None

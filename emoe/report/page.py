@@ -1,0 +1,112 @@
+"""`emoe report`: conversions, frontiers and fine-tuned runs on one page that needs no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import emoe
+from emoe.errors import UserError
+from emoe.report import sections
+from emoe.report.observe import observe
+from emoe.runtime import write_text
+
+FRONTIER = "frontier.json"
+TEXTS = ["builtin", "builtin-code"]
+"""Text that experts are watched on by default: Python's documentation and its source code."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def report(paths: list[Path], output: Path, texts: list[str], tokens: int, progress: Progress) -> dict[str, list[str]]:
+    """Write the page. Returns what is on it: names of models, of frontiers and of runs.
+
+    Args:
+        paths: converted checkpoints, folders of `emoe frontier`, run folders; a frontier inside a checkpoint's folder
+            goes along.
+        output: HTML file; replaced if it exists.
+        texts: to watch the experts on, as for ``--calibration``.
+        tokens: of each text; 0 for no such pictures.
+
+    Raises:
+        UserError: a path that is none of these, or something damaged in one.
+    """
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--html: {output} is a folder or lies in none; name a file in an existing folder")
+    models, frontiers, runs = _sort(paths)
+    converted = []
+    for folder in models:
+        part = sections.conversion(folder) | {"recovery": sections.recovery(folder)}
+        seen = observe(folder, list(dict.fromkeys(texts)), tokens, progress) if tokens else None
+        converted.append(part | {"seen": sections.observation(seen) if seen else None})
+    grids = [sections.frontier(path) for path in frontiers]
+    comparison = _comparison(runs, progress) if runs else None
+    write_text(output, _render(converted, grids, comparison))
+    return {
+        "models": [part["title"] for part in converted],
+        "frontiers": [str(path.parent) for path in frontiers],
+        "runs": [str(run) for run in runs],
+        "written": [str(output)],
+    }
+
+
+def _sort(paths: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """Checkpoints, frontier.json files and run folders among `paths`."""
+    models, frontiers, runs = [], [], []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"report: {path} is not a folder; give converted checkpoints, frontiers or run folders")
+        inside = [path / FRONTIER, path / "frontier" / FRONTIER]
+        found = next((file for file in inside if file.is_file()), None)
+        if found:
+            frontiers.append(found)
+        if (path / "config.json").is_file():
+            models.append(path)
+        elif next(path.glob("seed-*/run.json"), None) or next(path.glob("*/seed-*/run.json"), None):
+            runs.append(path)
+        elif not found:
+            raise UserError(
+                f"report: {path} holds no converted checkpoint (config.json), no {FRONTIER} and no finished run "
+                "(seed-0/run.json)"
+            )
+    return models, frontiers, runs
+
+
+def _comparison(runs: list[Path], progress: Progress) -> str:
+    """The page of `emoe compare`, without its head."""
+    if importlib.util.find_spec("emoe.evaluation") is None:
+        raise UserError("report: this version cannot compare runs; give checkpoints and frontiers")
+    from emoe.evaluation.compare import compare
+    from emoe.evaluation.runs import read_runs
+    from emoe.report.comparison import formats
+
+    single = [run if next(run.glob("seed-*/run.json"), None) else child for run in runs for child in _children(run)]
+    page = formats()["html"](compare(read_runs(list(dict.fromkeys(map(str, single)))), None, 2000, 0, progress))
+    body = re.search(r"<body>(.*)</body>", page, re.DOTALL)
+    assert body, "the page of emoe compare has a body"
+    return body.group(1)
+
+
+def _children(run: Path) -> list[Path]:
+    """The run folders in a folder of runs; of a run folder, itself."""
+    if next(run.glob("seed-*/run.json"), None):
+        return [run]
+    return sorted({found.parents[1] for found in run.glob("*/seed-*/run.json")})
+
+
+def _render(converted: list[dict[str, Any]], grids: list[dict[str, Any]], comparison: str | None) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("emoe.report", "."),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        converted=converted, grids=grids, comparison=comparison, version=emoe.__version__
+    )

@@ -1,0 +1,111 @@
+"""Small charts as inline SVG whose colours are the page's own, so that they follow its light or dark scheme.
+
+Everything that comes from a file is escaped here: names of methods, of domains, of models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 330
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
+
+
+@dataclass
+class Line:
+    """A named row of points."""
+
+    name: str
+    points: list[tuple[float, float]]
+
+
+def chart(lines: list[Line], x_title: str, y_title: str, *, log: bool = False, level: float | None = None) -> str:
+    """Lines over a common x, with a dashed one at `level`, and a legend below; "" where there is no point."""
+    lines = [Line(line.name, [p for p in line.points if _usable(p, log)]) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points] + ([level] if level is not None else [])
+    x_axis, y_axis = _Axis(xs, LEFT, WIDTH - RIGHT, False), _Axis(ys, HEIGHT - BOTTOM, TOP, log)
+    parts = [_grid(x_axis, y_axis)]
+    if level is not None:
+        y = y_axis.place(level)
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for number, line in enumerate(lines):
+        places = [(x_axis.place(x), y_axis.place(y), x, y) for x, y in sorted(line.points)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
+        parts.append(f'<polyline class="line {_style(number)}" points="{path}"/>')
+        for x, y, x_value, y_value in places:
+            label = f"{escape(line.name)}: {y_value:.4g} at {x_value:.4g}"
+            parts.append(
+                f'<circle class="dot {_style(number)}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{label}</title></circle>'
+            )
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    parts.append(
+        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
+    )
+    names = [f'<li><i class="key {_style(n)}"></i>{escape(line.name)}</li>' for n, line in enumerate(lines)]
+    legend = f'<ul class="legend">{"".join(names)}</ul>' if len(lines) > 1 else ""
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title, quote=True)}">'
+        f"{''.join(parts)}</svg>{legend}"
+    )
+
+
+def _style(number: int) -> str:
+    """Classes of line `number`: eight colours, then the same again, dashed."""
+    return f"c{number % 8}" + (" again" if number >= 8 else "")
+
+
+def _usable(point: tuple[float, float], log: bool) -> bool:
+    return all(math.isfinite(v) for v in point) and not (log and point[1] <= 0)
+
+
+class _Axis:
+    """Values to places on the page, with round numbers to mark."""
+
+    def __init__(self, values: list[float], start: float, end: float, log: bool) -> None:
+        self.log, self.start, self.end = log, start, end
+        low, high = (self._scaled(v) for v in (min(values), max(values)))
+        room = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+        self.low, self.high = low - room, high + room
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def place(self, value: float) -> float:
+        """Where a value lies, in units of the drawing."""
+        return self.start + (self._scaled(value) - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def marks(self) -> list[float]:
+        """Round values between the ends."""
+        if self.log:
+            steps = (1, 2, 5) if self.high - self.low < 3 else (1,)
+            exponents = range(math.floor(self.low), math.ceil(self.high) + 1)
+            found = [step * 10.0**e for e in exponents for step in steps]
+            found = [value for value in found if self.low <= math.log10(value) <= self.high]
+            if len(found) >= 2:
+                return found
+        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
+        rough = (high - low) / 5
+        unit = 10 ** math.floor(math.log10(rough))
+        step = next(unit * f for f in (1, 2, 5, 10) if unit * f >= rough)
+        first = math.ceil(low / step)
+        return [step * i for i in range(first, math.floor(high / step) + 1)]
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
+    parts = []
+    for value in y_axis.marks():
+        y = y_axis.place(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in x_axis.marks():
+        x = x_axis.place(value)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
+    return "".join(parts)

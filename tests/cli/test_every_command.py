@@ -1,0 +1,142 @@
+"""What holds for every command, whoever adds one: help, --quiet, --json, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from rich.console import Console
+
+from emoe.cli.main import app, main
+from emoe.cli.progress import progress_bar
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def options(command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_read_by_programs(name):
+    assert "--quiet" in options(COMMANDS[name])
+    assert {"--json", "--format"} & options(COMMANDS[name]), "a table that no program can read"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_says_what_it_is(name):
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, f"{name} {parameter.opts}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_option_is_one_line(name, capsys):
+    assert main([name, "--no-such-option", "1"]) == 2
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("emoe: ")]) == 1
+
+
+def commands(converted, dense, text, place) -> dict[str, list[str]]:
+    """A short use of each command that works offline, without --json."""
+    tokens = ["--calibration-tokens", "2048", "--sequence-length", "64", "--calibration", str(text), "--experts", "8"]
+    return {
+        "convert": ["--model", str(dense), "--output", str(place / "c"), "--held-out-tokens", "64", *tokens],
+        "export": ["--model", str(converted), "--output", str(place / "d")],
+        "inspect": [str(converted)],
+        "estimate": ["--model", "gpt2"],
+        "models": [],
+        "doctor": [],
+        "fetch": [str(dense)],
+        "report": [str(converted), "--html", str(place / "r.html"), "--tokens", "0"],
+    }
+
+
+NAMES = ("convert", "export", "inspect", "estimate", "models", "doctor", "fetch", "report")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_is_all_that_is_on_standard_output(name, converted_llama, tiny_llama, text_file, tmp_path, capfd):
+    arguments = commands(converted_llama, tiny_llama, text_file, tmp_path)[name]
+    capfd.readouterr()
+    assert main([name, *arguments, "--json"]) == 0
+    assert isinstance(json.loads(capfd.readouterr().out), dict | list)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quiet_prints_no_table(name, converted_llama, tiny_llama, text_file, tmp_path, capfd):
+    arguments = commands(converted_llama, tiny_llama, text_file, tmp_path)[name]
+    capfd.readouterr()
+    assert main([name, *arguments, "--quiet"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    wanted = {"models": "smollm2-135m", "fetch": str(tiny_llama)}.get(name)  # their answer is no table
+    assert (wanted in captured.out) if wanted else (captured.out == "")
+
+
+def test_doctor_knows_the_disk(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"]["free_bytes"] > 0
+    assert os.getcwd() in found["free_disk_bytes"]
+    assert found["versions"]["safetensors"]
+    assert main(["doctor"]) == 0
+    assert "free disk:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell):
+    """typer's: ``emoe --install-completion``."""
+    environment = {**os.environ, "_EMOE_COMPLETE": f"source_{shell}"}
+    done = subprocess.run([sys.executable, "-m", "emoe"], env=environment, capture_output=True, text=True)
+    assert "_EMOE_COMPLETE" in done.stdout, done.stderr
+
+
+def test_completion_of_a_command():
+    words = {"COMP_WORDS": "emoe conv", "COMP_CWORD": "1", "_EMOE_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-m", "emoe"], env={**os.environ, **words}, capture_output=True, text=True)
+    assert done.stdout.split() == ["convert"]
+
+
+def test_a_terminal_shows_time_left(monkeypatch):
+    """Even when a step takes a minute, which rich by itself would forget before the next."""
+    import io
+
+    import rich.progress
+
+    now, screen = [0.0], io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    make = rich.progress.Progress
+    monkeypatch.setattr(
+        rich.progress,
+        "Progress",
+        lambda *columns, **options: make(
+            *columns,
+            **options | {"get_time": lambda: now[0], "console": Console(file=screen, width=160, force_terminal=True)},
+            auto_refresh=False,
+        ),
+    )
+    with progress_bar(quiet=False) as show:
+        for done in range(4):
+            show("clustering", done, 10)
+            now[0] += 60
+        bar = show.__closure__[0].cell_contents
+        bar.refresh()
+    assert "0:07:00" in screen.getvalue()
+
+
+def test_lines_show_time_left(monkeypatch, capsys):
+    from emoe.cli import progress
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress_bar(quiet=False) as show:
+        now[0] += 30
+        show("clustering", 3, 9)
+    assert "3/9 layers, clustering, 30 s, about 60 s left" in capsys.readouterr().err
