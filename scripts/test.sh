@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 ruff check .
 ruff format --check --quiet .
-exec python -m pytest "$@"
+# One worker a core beats two threads a test: most of a test is Python, starting processes and small matrices.
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""Shared fixtures: quiet libraries, two threads, tiny checkpoints of every family."""
+"""Shared fixtures: quiet libraries, two threads (one for each of two workers), tiny checkpoints of every family."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # `support` is imported by tests in every folder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, subprocesses included: threads that wait for each other spin
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
