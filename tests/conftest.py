@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, subprocesses included: t
 import pytest
 import torch
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)

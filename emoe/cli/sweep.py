@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from emoe.cli.options import Quiet
+from emoe.cli.options import Json, Quiet
 
 
 def sweep(
@@ -20,6 +22,7 @@ def sweep(
         bool, typer.Option("--dry-run", help="List the cells and the time they need; run none.")
     ] = False,
     resamples: Annotated[int, typer.Option("--resamples", help="Draws for the comparison at the end.")] = 2000,
+    json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune many arms, seeds and settings from one file, and compare them. Run it again to go on."""
@@ -32,7 +35,8 @@ def sweep(
         from emoe.evaluation.sweep import estimate
         from emoe.report.sweep import print_estimate
 
-        print_estimate(estimate(settings, folder), folder)
+        found = estimate(settings, folder)
+        print(json.dumps(asdict(found))) if json_output else print_estimate(found, folder)
         return
     silence_libraries()
     from emoe.evaluation.sweep import sweep as run
@@ -44,7 +48,9 @@ def sweep(
     with progress_bar(quiet, unit="domains") as show:
         found = write_summary(folder, resamples, show)
         tables = write_analyses(settings, folder, resamples, show) if found else []
-    if not quiet:
+    if json_output:
+        print(json.dumps(asdict(result)))
+    elif not quiet:
         print_sweep(result, found, folder, tables)
     if result.failed:
         raise typer.Exit(1)

@@ -74,7 +74,8 @@ class Source:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        if sorted(self.partition.labels) != sorted(self.config["emoe_layers"]):
+        layers = self.config["emoe_layers"]  # read first: it says whether this is a converted checkpoint at all
+        if sorted(self.partition.labels) != sorted(layers):
             where = self.folder / PARTITION
             raise UserError(f"--model: {where} and config.json name different layers; convert the model again")
         if self.fix_k is not None and not 1 <= self.fix_k <= self.num_experts:

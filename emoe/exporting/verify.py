@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from emoe.calibration.text import BUILTIN, read_blocks
+from emoe.checkpoint.companions import source_config
 from emoe.errors import UserError
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Format, Progress
@@ -152,7 +153,7 @@ def _auto_class(source: Source) -> str:
     """The Auto class of the architecture that the checkpoint was saved as."""
     from emoe.modeling.auto import stock_classes
 
-    saved = source.config["emoe_source"].get("architectures") or []
+    saved = source_config(source.config)["architectures"] or []
     known = stock_classes(source.reader.spec.model_type)
     return next((auto for auto, name in known.items() if name in saved), "AutoModel")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.fresh import LOAD, run_fresh
 from support.tiny import LAYERS, VOCAB
 
 from emoe_kernels import use
@@ -23,33 +24,6 @@ TOKENS = torch.randint(5, VOCAB, (2, 16), generator=torch.Generator().manual_see
 @pytest.fixture
 def model(converted_llama):
     return transformers.AutoModelForCausalLM.from_pretrained(converted_llama).eval()
-
-
-def run_fresh(code: str, *arguments: object) -> str:
-    """Run code in a process of its own; its standard output."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-LOAD = """
-    import sys
-    folder, out, hide = sys.argv[1:]
-    if hide == "without":
-        sys.modules["emoe"] = sys.modules["emoe_kernels"] = None  # as if they were not installed
-    else:
-        import emoe
-    import torch
-    torch.set_num_threads(2)
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True if hide == "without" else None).eval()
-    tokens = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        save_file({"logits": model(tokens).logits}, out)
-    print(type(model).__module__)
-"""
 
 
 @pytest.mark.parametrize("hide", ["with", "without"])

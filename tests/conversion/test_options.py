@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.fresh import LOAD, run_fresh
 from support.masked import gate_tables, labels_of
 from support.tiny import CONFIGS, VOCAB, tiny_checkpoint
-from test_artefact import LOAD, run_fresh
 
 import emoe
 from emoe.config import resolve_config

@@ -141,7 +141,7 @@ def test_overwrite_touches_nothing_but_a_converted_checkpoint(tiny_llama, settin
         (source, "overlaps the model's own folder"),
         (source.parent, "overlaps the model's own folder"),
         (source / "inside", "overlaps the model's own folder"),
-        (tmp_path / "pictures", "is not a converted checkpoint, --overwrite will not touch it"),
+        (tmp_path / "pictures", "is not a checkpoint of ours, --overwrite will not touch it"),
     ):
         with pytest.raises(UserError, match=complaint):
             emoe.convert(str(source), output=output, overwrite=True, **settings)

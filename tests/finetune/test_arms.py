@@ -23,11 +23,11 @@ DENSE = [name for name, arm in arms.ARMS.items() if not arm.copied]
 
 
 @pytest.fixture
-def start(settings):
+def start(arm_settings):
     """Makes the model of an arm, with its texts and data."""
 
     def make(method: str, seed: int = 0, **changes):
-        config = settings(method=method, **changes)
+        config = arm_settings(method=method, **changes)
         task = get(config.task)
         tokenizer = load_tokenizer(Path(config.model))
         found = build(config, arms.get(method), Path(config.model), task, tokenizer.pad_token_id, seed)
@@ -91,7 +91,7 @@ def test_emoe_with_all_experts_trains_bit_for_bit_like_the_stock_class(start, ti
     torch.testing.assert_close(logits["original"], logits["stock"], rtol=1e-3, atol=1e-3)
 
 
-def test_every_arm_starts_with_the_same_weights_and_sees_the_same_batches(settings, tmp_path, monkeypatch):
+def test_every_arm_starts_with_the_same_weights_and_sees_the_same_batches(arm_settings, tmp_path, monkeypatch):
     seen, heads = {}, {}
     loss = Tuner.compute_loss
 
@@ -103,7 +103,7 @@ def test_every_arm_starts_with_the_same_weights_and_sees_the_same_batches(settin
 
     monkeypatch.setattr(Tuner, "compute_loss", record)
     for method in arms.ARMS:
-        (result,) = finetune(settings(method=method, max_steps=4, output=str(tmp_path / method)))
+        (result,) = finetune(arm_settings(method=method, max_steps=4, output=str(tmp_path / method)))
         assert result["steps"] == 4
         readings = set(result["readings"])
         assert readings == {"as-trained"} | ({"dense"} if arms.get(method).sparse else {"emoe"}) - (

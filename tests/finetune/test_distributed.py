@@ -29,11 +29,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "seed-0" / "model" / "model.safetensors")
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(settings, tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(arm_settings, tmp_path):
     """Losses on gates too, whose means are over the tokens of both."""
     given = {"method": "emoe-learn", "mi_weight": 0.1, "switch_weight": 0.1, "max_steps": 4}
-    (one,) = finetune(settings(**given, batch_size=8, output=str(tmp_path / "one")))
-    launch(settings(**given, batch_size=4, output=str(tmp_path / "two")))
+    (one,) = finetune(arm_settings(**given, batch_size=8, output=str(tmp_path / "one")))
+    launch(arm_settings(**given, batch_size=4, output=str(tmp_path / "two")))
     for name, expected in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], expected, rtol=1e-3, atol=2e-4, msg=name)
     two = json.loads((tmp_path / "two" / "seed-0" / "run.json").read_text())
@@ -43,11 +43,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(settings, tmp_path):
         assert two["readings"]["as-trained"][name]["score"] == pytest.approx(facts["score"], abs=0.05)
 
 
-def test_sharded_weights_train_and_are_saved_whole(settings, tiny_llama, tmp_path):
+def test_sharded_weights_train_and_are_saved_whole(arm_settings, tiny_llama, tmp_path):
     """From a dense model, which both processes cut into experts together."""
     cut = {"model": str(tiny_llama), "experts": 8, "top_k": 4, "layers": "2:4", "max_steps": 4}
-    (one,) = finetune(settings(**cut, batch_size=8, output=str(tmp_path / "one")))
-    launch(settings(**cut, batch_size=4, output=str(tmp_path / "two")), "--fsdp")
+    (one,) = finetune(arm_settings(**cut, batch_size=8, output=str(tmp_path / "one")))
+    launch(arm_settings(**cut, batch_size=4, output=str(tmp_path / "two")), "--fsdp")
     for name, expected in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], expected, rtol=1e-3, atol=2e-4, msg=name)
     folder = tmp_path / "two" / "seed-0" / "model"

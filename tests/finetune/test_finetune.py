@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_a_run_leaves_what_the_comparison_reads(settings, tmp_path):
-    first, second = finetune(settings(seeds="0,3", max_steps=30, learning_rate=3e-3))
+def test_a_run_leaves_what_the_comparison_reads(arm_settings, tmp_path):
+    first, second = finetune(arm_settings(seeds="0,3", max_steps=30, learning_rate=3e-3))
     folder = tmp_path / "out" / "seed-0"
     assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "model", "predictions", "run.json"]
     assert [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")] == []
@@ -65,8 +66,8 @@ def test_a_run_leaves_what_the_comparison_reads(settings, tmp_path):
 
 @pytest.mark.parametrize("method", ["vanilla", "emoe-learn", "gmoe"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "head"])
-def test_a_saved_model_scores_as_it_did(method, tuning, settings, tmp_path):
-    config = settings(method=method, tuning=tuning, max_steps=4)
+def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
+    config = arm_settings(method=method, tuning=tuning, max_steps=4)
     if method == "gmoe" and tuning != "full":
         with pytest.raises(UserError, match="use --tuning full"):
             finetune(config)
@@ -79,10 +80,10 @@ def test_a_saved_model_scores_as_it_did(method, tuning, settings, tmp_path):
             assert facts == sets[name], (reading, name)
 
 
-def test_bfloat16_is_scored_in_bfloat16(settings, tmp_path):
-    (record,) = finetune(settings(precision="bfloat16", max_steps=4))
+def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
+    (record,) = finetune(arm_settings(precision="bfloat16", max_steps=4))
     assert record["precision"] == "bfloat16"
-    finetune(settings(max_steps=4, output=str(tmp_path / "whole")))
+    finetune(arm_settings(max_steps=4, output=str(tmp_path / "whole")))
     folders = [tmp_path / name / "seed-0" for name in ("out", "whole")]
     half, whole = ([r["scores"] for r in lines(f / "predictions/as-trained/far.jsonl")] for f in folders)
     assert half != whole
@@ -94,52 +95,52 @@ def test_bfloat16_is_scored_in_bfloat16(settings, tmp_path):
     assert all(weight.dtype == torch.float32 for weight in weights(folders[0]).values())
 
 
-def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(settings, tmp_path, experts):
-    finetune(settings(max_steps=2, eval_steps=2))
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(arm_settings, tmp_path, experts):
+    finetune(arm_settings(max_steps=2, eval_steps=2))
     before = (tmp_path / "out" / "seed-0" / "run.json").read_text()
     with pytest.raises(UserError, match="--top-k: 9"):
-        finetune(settings(overwrite=True, top_k=9))
+        finetune(arm_settings(overwrite=True, top_k=9))
     assert (tmp_path / "out" / "seed-0" / "run.json").read_text() == before
-    (record,) = finetune(settings(overwrite=True, max_steps=4))
+    (record,) = finetune(arm_settings(overwrite=True, max_steps=4))
     assert record["steps"] == 4
     (tmp_path / "cat" / "seed-0").mkdir(parents=True)
     (tmp_path / "cat" / "seed-0" / "cat.png").write_bytes(b"cat")
     with pytest.raises(UserError, match="is not a run of ours"):
-        finetune(settings(overwrite=True, output=str(tmp_path / "cat")))
+        finetune(arm_settings(overwrite=True, output=str(tmp_path / "cat")))
 
 
-def test_lora_trains_its_matrices_and_the_head_only(settings, tmp_path):
+def test_lora_trains_its_matrices_and_the_head_only(arm_settings, tmp_path):
     for target, matrices in (("attention", 2 * 4 * 4), ("attention+ffn", 2 * 7 * 4)):
-        finetune(settings(tuning="lora", lora_target=target, lora_r=4, output=str(tmp_path / target)))
+        finetune(arm_settings(tuning="lora", lora_target=target, lora_r=4, output=str(tmp_path / target)))
         saved = load_file(tmp_path / target / "seed-0" / "model" / "adapter_model.safetensors")
         assert len([name for name in saved if "lora_" in name]) == matrices
         assert [name for name in saved if "lora_" not in name] == ["base_model.model.score.weight"]
 
 
-def test_auxiliary_losses_spread_or_gather_the_load(settings, tmp_path):
+def test_auxiliary_losses_spread_or_gather_the_load(arm_settings, tmp_path):
     entropies = {}
     for loss in ("mi_weight", "concentration_weight"):
         given = {"method": "emoe-learn", "output": str(tmp_path / loss), "max_steps": 20, "learning_rate": 1e-2}
-        finetune(settings(**given, **{loss: 5.0}))
+        finetune(arm_settings(**given, **{loss: 5.0}))
         last = [e for e in lines(tmp_path / loss / "seed-0" / "log.jsonl") if "router" in e][-1]
         entropies[loss] = last["router"]["2"]["entropy"]
     assert entropies["mi_weight"] > entropies["concentration_weight"] + 0.02
 
 
-def test_steps_in_parts_are_steps(settings, tmp_path):
+def test_steps_in_parts_are_steps(arm_settings, tmp_path):
     """Eight examples at once, or four and four."""
     found = []
     for batch, parts in ((8, 1), (4, 2)):
         output = str(tmp_path / str(parts))
-        finetune(settings(batch_size=batch, accumulation=parts, output=output, max_steps=4))
+        finetune(arm_settings(batch_size=batch, accumulation=parts, output=output, max_steps=4))
         found.append(weights(tmp_path / str(parts) / "seed-0"))
     for name, whole in found[0].items():
         torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(settings, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_undisturbed_one(arm_settings, tmp_path, monkeypatch):
     """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
-    wanted = finetune(settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
+    wanted = finetune(arm_settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
     loss, count = Tuner.compute_loss, [0]
 
     def crash(self, *arguments, **keywords):
@@ -150,17 +151,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(settings, tmp_path, monkeypatch
 
     monkeypatch.setattr(Tuner, "compute_loss", crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        finetune(settings(seeds="0,1"))
+        finetune(arm_settings(seeds="0,1"))
     monkeypatch.undo()
     out = tmp_path / "out"
     assert (out / "seed-0" / "run.json").exists()
     assert not (out / "seed-1" / "run.json").exists()
     with pytest.raises(UserError, match="add --resume to go on"):
-        finetune(settings(seeds="0,1"))
+        finetune(arm_settings(seeds="0,1"))
     with pytest.raises(UserError, match=r"--resume: .* was made with learning_rate=0.001"):
-        finetune(settings(seeds="0,1", resume=True, learning_rate=2e-3))
+        finetune(arm_settings(seeds="0,1", resume=True, learning_rate=2e-3))
     done = (out / "seed-0" / "run.json").stat().st_mtime_ns
-    found = finetune(settings(seeds="0,1", resume=True))
+    found = finetune(arm_settings(seeds="0,1", resume=True))
     assert (out / "seed-0" / "run.json").stat().st_mtime_ns == done
     for seed in (0, 1):
         resumed, undisturbed = weights(out / f"seed-{seed}"), weights(tmp_path / "whole" / f"seed-{seed}")
@@ -170,7 +171,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(settings, tmp_path, monkeypatch
         assert steps == [2, 4, 6, 8]
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(arm_settings, tmp_path, monkeypatch):
     loss = Tuner._stop_unless_finite
 
     def spoil(self, name, value):
@@ -178,26 +179,26 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, 
 
     monkeypatch.setattr(Tuner, "_stop_unless_finite", spoil)
     with pytest.raises(UserError, match=r"the loss is nan in step 7: lower --learning-rate; the last good .*point-4"):
-        finetune(settings())
+        finetune(arm_settings())
     kept = load_file(tmp_path / "out" / "seed-0" / ".training" / "checkpoint-4" / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in kept.values())
 
 
-def test_early_stopping_looks_at_validation_alone(settings, monkeypatch):
-    (record,) = finetune(settings(max_steps=40, eval_steps=2, patience=2, learning_rate=1e-9))
+def test_early_stopping_looks_at_validation_alone(arm_settings, monkeypatch):
+    (record,) = finetune(arm_settings(max_steps=40, eval_steps=2, patience=2, learning_rate=1e-9))
     assert record["steps"] == 6  # the first, and two that were no better
 
 
-def test_tensorboard_gets_curves(settings, tmp_path):
+def test_tensorboard_gets_curves(arm_settings, tmp_path):
     pytest.importorskip("tensorboardX")
-    finetune(settings(tensorboard=True, max_steps=4))
+    finetune(arm_settings(tensorboard=True, max_steps=4))
     assert list((tmp_path / "out" / "seed-0" / "tensorboard").glob("events*"))
 
 
-def test_instructions_train_on_answers(settings, tmp_path, tiny_llama):
+def test_instructions_train_on_answers(arm_settings, tmp_path, tiny_llama):
     data = [{"instruction": f"say {a}", "input": "", "output": a} for a, _ in sentences(200, 5)]
     (tmp_path / "alpaca.json").write_text(json.dumps(data))
-    config = settings(task=str(tmp_path / "alpaca.json"), max_steps=30, learning_rate=3e-3, max_length=128)
+    config = arm_settings(task=str(tmp_path / "alpaca.json"), max_steps=30, learning_rate=3e-3, max_length=128)
     (record,) = finetune(config)
     log = [entry["loss"] for entry in lines(tmp_path / "out" / "seed-0" / "log.jsonl") if "loss" in entry]
     assert log[-1] < 0.8 * log[0]
@@ -228,10 +229,10 @@ def test_instructions_train_on_answers(settings, tmp_path, tiny_llama):
         ({"task": "x.json", "tuning": "head"}, "--tuning head: a language model has no head"),
     ],
 )
-def test_bad_input(changes, complaint, settings, tiny_llama, capsys):
+def test_bad_input(changes, complaint, arm_settings, tiny_llama, capsys):
     changes = {k: str(tiny_llama) if v == "DENSE" else v for k, v in changes.items()}
     changes |= {"experts": 8} if changes.get("model") == str(tiny_llama) else {}
-    values = settings(**changes).model_dump(exclude_defaults=True)
+    values = arm_settings(**changes).model_dump(exclude_defaults=True)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     assert main(["finetune", "--quiet", *flags]) == 2
     error = capsys.readouterr().err
@@ -251,18 +252,18 @@ def test_bad_input(changes, complaint, settings, tiny_llama, capsys):
         ({}, [], "the training set of task 'neurons' is empty"),
     ],
 )
-def test_bad_tasks(changes, rows, complaint, settings, tmp_path):
+def test_bad_tasks(changes, rows, complaint, arm_settings, tmp_path):
     path = write_task(tmp_path / "bad", **changes)
     if rows is not None:
         write_csv(tmp_path / "bad" / "train.csv", rows)
     with pytest.raises(UserError) as caught:
-        finetune(settings(task=str(path)))
+        finetune(arm_settings(task=str(path)))
     assert complaint in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_refuses_what_does_not_fit(settings, tmp_path, tiny_llama, monkeypatch):
-    finetune(settings(max_steps=2, eval_steps=2, discard_model=True))
+def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monkeypatch):
+    finetune(arm_settings(max_steps=2, eval_steps=2, discard_model=True))
     run = tmp_path / "out" / "seed-0"
     three = write_task(tmp_path / "three", **{"'yes']": "'yes', 'perhaps']"})
     for given, complaint in (
@@ -278,7 +279,7 @@ def test_eval_refuses_what_does_not_fit(settings, tmp_path, tiny_llama, monkeypa
         assert complaint in str(caught.value)
     shutil.rmtree(run)
     for tuning in ("full", "lora"):
-        finetune(settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
+        finetune(arm_settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
         with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
             evaluate(EvalConfig(model=str(run), task=str(three)))
 
@@ -298,18 +299,18 @@ def test_settings_know_their_seeds():
         ("gpt2", {"tuning": "lora", "lora_target": "attention+ffn"}),  # transposed weights, no padding token of its own
     ],
 )
-def test_other_families_from_a_dense_model(family, changes, settings, tmp_path):
+def test_other_families_from_a_dense_model(family, changes, arm_settings, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family)
     cut = {"model": str(dense), "experts": 8, "top_k": 4, "layers": "2:4"}
     task = str(write_task(tmp_path / "task", train=400))
-    (record,) = finetune(settings(**cut, **changes, task=task, max_steps=4))
+    (record,) = finetune(arm_settings(**cut, **changes, task=task, max_steps=4))
     assert (record["num_experts"], record["top_k"], record["emoe_layers"]) == (8, 4, [2, 3])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["seed-0"]
     report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), read_as="dense", domains="far"))
     assert report["sets"]["far"] == record["readings"]["dense"]["far"]
 
 
-def test_benchmarks_get_the_loaded_model(settings, tmp_path, monkeypatch):
+def test_benchmarks_get_the_loaded_model(arm_settings, tmp_path, monkeypatch):
     """The package is played: its real benchmarks need the hub."""
     for name, code in {
         "__init__": "def simple_evaluate(model, tasks, limit):\n"
@@ -324,7 +325,9 @@ def test_benchmarks_get_the_loaded_model(settings, tmp_path, monkeypatch):
         path.write_text(code)
     monkeypatch.syspath_prepend(tmp_path / "packages")
     given = {"lm_eval": "mmlu, arc_easy", "limit": 3}
-    report = evaluate(EvalConfig(model=settings().model, read_as="dense", **given))
+    report = evaluate(EvalConfig(model=arm_settings().model, read_as="dense", **given))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        del sys.modules[name]  # later tests must not take it for the package
     assert report["lm_eval"] == {"mmlu": {"acc,none": 8.0}}
 
 
@@ -345,9 +348,10 @@ def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     assert "domain imdb is left out" in found.err
 
 
-def test_a_tuned_model_exported_as_dense_is_its_dense_reading(settings, task_file, tmp_path):
-    (record,) = finetune(settings(max_steps=8, learning_rate=3e-3))
-    assert emoe.export(tmp_path / "out" / "seed-0" / "model", tmp_path / "dense") == {"layers": 2, "identical": 0}
+def test_a_tuned_model_exported_as_dense_is_its_dense_reading(arm_settings, task_file, tmp_path):
+    (record,) = finetune(arm_settings(max_steps=8, learning_rate=3e-3))
+    exported = emoe.export(tmp_path / "out" / "seed-0" / "model", tmp_path / "dense")
+    assert (exported["layers"], exported["identical"]) == (2, 0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert type(model) is transformers.LlamaForSequenceClassification
     given = {"model": str(tmp_path / "dense"), "task": str(task_file), "domains": "own,far"}
@@ -360,6 +364,6 @@ def test_a_tuned_model_exported_as_dense_is_its_dense_reading(settings, task_fil
         torch.testing.assert_close(*(torch.tensor([r["scores"] for r in rows]) for rows in (ours, theirs)))
     with pytest.raises(UserError, match="only as-trained fits"):
         evaluate(EvalConfig(**given, read_as="dense"))
-    finetune(settings(method="gmoe", max_steps=2, eval_steps=2, output=str(tmp_path / "copies")))
+    finetune(arm_settings(method="gmoe", max_steps=2, eval_steps=2, output=str(tmp_path / "copies")))
     with pytest.raises(UserError, match="copies of whole FFNs"):
         emoe.export(tmp_path / "copies" / "seed-0" / "model", tmp_path / "no")

@@ -129,7 +129,7 @@ def test_overwrite_touches_nothing_but_a_converted_checkpoint(flags, tmp_path, c
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cat.png").write_bytes(b"cat")
     assert main([*flags, "--overwrite"]) == 2
-    assert "is not a converted checkpoint, --overwrite will not touch it" in capsys.readouterr().err
+    assert "is not a checkpoint of ours, --overwrite will not touch it" in capsys.readouterr().err
     assert (tmp_path / "out" / "cat.png").read_bytes() == b"cat"
 
 

@@ -6,44 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.routers import D, F, sparse_mlp
 
 from emoe.errors import UserError
 from emoe.gating import NAMES, get
 from emoe.gating.energies import ExpertEnergies, log_energies
-from emoe.modeling.auto import emoe_config_class
-from emoe.modeling.modeling_emoe import make_sparse
-
-D, F = 16, 24
-
-
-def sparse_mlp(gate: str, experts: int, top_k: int, seed: int = 0, routing: str = "top-k", shared: int = 0):
-    """A random Llama FFN with a router of this kind, buffers filled at random."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    layout = {"layers": "layers", "ffn": "", "host": "module", "gate": "gate_proj", "up": "up_proj"}
-    layout |= {"down": "down_proj", "fused": False, "dropout": None, "activation_key": "hidden_act"}
-    config = emoe_config_class("llama")(
-        hidden_size=D,
-        intermediate_size=F,
-        num_attention_heads=2,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        emoe_gate=gate,
-        emoe_routing=routing,
-        emoe_shared_experts=shared,
-        emoe_ffn=layout,
-    )
-    torch.manual_seed(seed)
-    ffn = make_sparse(LlamaMLP(config).eval(), config)
-    for name, buffer in ffn.router.named_buffers():
-        if name == "neuron":
-            buffer.copy_(torch.arange(experts) * (F // experts))
-        elif name == "bounds":
-            pass
-        else:
-            buffer.copy_(torch.randn(buffer.shape) if name == "weight" else torch.rand(buffer.shape) + 0.5)
-    return ffn
-
 
 routings = st.tuples(
     st.sampled_from(NAMES), st.sampled_from([2, 3, 4, 6, 8, 12, 24]), st.integers(1, 24), st.integers(0, 99)

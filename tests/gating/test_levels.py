@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gates import sparse_mlp
+from support.routers import sparse_mlp
 
 from emoe.gating.levels import LEAST, MOST, fit_levels, quantiles, share_budget
 from emoe.modeling.modeling_emoe import Level
@@ -33,7 +33,9 @@ def test_the_average_is_the_budget(rule, shared):
     """On the text that the levels were fitted to, and within bounds for every token; with all of them, all."""
     logits_NE = logits()
     found = router(rule, logits_NE, shared)
-    for k in range(shared + 1, E + 1):
+    found.top_k = E
+    assert (found.choose(logits_NE).sort(1).values == torch.arange(E)).all()
+    for k in range(shared + 1, E):
         found.top_k = k
         level, experts_NK = found.level(), found.choose(logits_NE)
         count_N = (experts_NK >= 0).sum(1)
