@@ -80,12 +80,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     for place, domain in enumerate(domains):
         axes = figure.add_subplot(1, len(domains), place + 1)
-        for name, cells in _by_way(report).items():
+        for number, (name, cells) in enumerate(_by_way(report).items()):
             points = sorted(
                 (100 * c["active"], c["domains"][domain]["ratio"] or c["domains"][domain]["value"])
                 for c in cells.values()
             )
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
         if report["measure"] != "hidden-state error":
             axes.set_yscale("log")
             axes.axhline(1.0, color="#57606a", linestyle="--", linewidth=1)
