@@ -18,7 +18,7 @@ DEFAULT_PRESET = "fast"
 WHY_DEFAULT_PRESET = "no --preset was given; it converts every layer with the best training-free gate"
 
 
-def _setting(default: Any, text: str, **limits: Any) -> Any:
+def setting(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
@@ -31,93 +31,91 @@ class Settings(BaseModel):
 class ConvertConfig(Settings):
     """Settings of a conversion."""
 
-    model: str = _setting("", "Dense checkpoint: an alias (see `emoe models`), a folder, a .gguf file or a hub id.")
-    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
-    preset: str | None = _setting(None, "Settings to start from: 'fast' (all layers) or 'finetune' (the paper's).")
+    model: str = setting("", "Dense checkpoint: an alias (see `emoe models`), a folder, a .gguf file or a hub id.")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
+    output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    preset: str | None = setting(None, "Settings to start from: 'fast' (all layers) or 'finetune' (the paper's).")
 
-    experts: int = _setting(64, "E: experts a layer, equal blocks of neurons.", ge=1)
-    top_k: int | None = _setting(None, "K: experts a token uses; default: --active times --experts.", ge=1)
-    active: float = _setting(0.5, "Share of the experts that a token uses, when --top-k is not given.", gt=0, le=1)
-    budget: float | None = _setting(
+    experts: int = setting(64, "E: experts a layer, equal blocks of neurons.", ge=1)
+    top_k: int | None = setting(None, "K: experts a token uses; default: --active times --experts.", ge=1)
+    active: float = setting(0.5, "Share of the experts that a token uses, when --top-k is not given.", gt=0, le=1)
+    budget: float | None = setting(
         None,
         "Share of the experts used on average, each layer getting what it needs: --active X with "
         "--allocation sensitivity.",
         gt=0,
         le=1,
     )
-    allocation: Literal["auto", "uniform", "sensitivity"] = _setting(
+    allocation: Literal["auto", "uniform", "sensitivity"] = setting(
         "auto",
         "How layers share the budget of experts: uniform, or by measured sensitivity. auto: the latter if text "
         "is read for the gate.",
     )
-    routing: Literal["auto", "top-k", "threshold", "energy-share"] = _setting(
+    routing: Literal["auto", "top-k", "threshold", "energy-share"] = setting(
         "auto",
         "How many experts a token gets: top-k, or as many as pass a threshold (K on average) or reach a share "
         "of predicted energy. auto: threshold if text is read for the gate.",
     )
-    shared_experts: int = _setting(0, "Experts that every token uses, made of the neurons of most energy.", ge=0)
-    compensate: bool = _setting(False, "Store and add the mean output of skipped experts, a vector a layer.")
-    refit_outputs: bool = _setting(
+    shared_experts: int = setting(0, "Experts that every token uses, made of the neurons of most energy.", ge=0)
+    compensate: bool = setting(False, "Store and add the mean output of skipped experts, a vector a layer.")
+    refit_outputs: bool = setting(
         False,
         "Solve each output matrix anew so that chosen experts make up for skipped ones; trains without gradients, and "
         "the dense model is then no longer inside.",
     )
-    layers: str = _setting(
+    layers: str = setting(
         "all", "Layers to convert: 'all', slices and numbers, such as '16:32:4' or '26,28' or '-4::2'."
     )
-    split: str = _setting(
-        "coactivation", "How neurons are grouped: coactivation, graph, weights, random or contiguous."
-    )
-    gate: str = _setting("discriminant", "How experts are chosen: discriminant, representative or average-key.")
-    features: Literal["binary", "graded", "tf-idf", "residual"] = _setting(
+    split: str = setting("coactivation", "How neurons are grouped: coactivation, graph, weights, random or contiguous.")
+    gate: str = setting("discriminant", "How experts are chosen: discriminant, representative or average-key.")
+    features: Literal["binary", "graded", "tf-idf", "residual"] = setting(
         "binary", "What co-activation compares: who fires (binary), how strongly (graded), tf-idf or residual."
     )
-    refine_rounds: int | None = _setting(
+    refine_rounds: int | None = setting(
         None,
         "Most rounds of moving neurons to where the gate finds their energy; 0 for none. Default: 8 with "
         "--split coactivation, 0 with other splits.",
         ge=0,
     )
-    prefix: Literal["auto", "converted", "dense"] = _setting(
+    prefix: Literal["auto", "converted", "dense"] = setting(
         "auto",
         "Inputs that a layer's gate is fitted on: after converted layers or after dense ones. auto: converted "
         "if text is read for the gate.",
     )
-    assignment: Literal["fast", "exact"] = _setting("fast", "Balanced assignment in clustering: fast or exact (slow).")
+    assignment: Literal["fast", "exact"] = setting("fast", "Balanced assignment in clustering: fast or exact (slow).")
 
-    calibration: list[str] = _setting(
+    calibration: list[str] = setting(
         ["builtin"], "Text: a file, a folder, a dataset 'name[:config[:split]]' or 'builtin'; several mix equally."
     )
-    calibration_tokens: int = _setting(8192, "Tokens to calibrate on.", ge=1)
-    held_out_tokens: int = _setting(
+    calibration_tokens: int = setting(8192, "Tokens to calibrate on.", ge=1)
+    held_out_tokens: int = setting(
         2048, "Tokens of the same text kept apart to measure quality; 0 for no report.", ge=0
     )
-    held_out: list[str] = _setting(
+    held_out: list[str] = setting(
         [], "Text of other domains to measure on as well, --held-out-tokens of each; as for --calibration."
     )
-    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
-    seed: int = _setting(0, "Seed of everything random.", ge=0)
+    sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
+    seed: int = setting(0, "Seed of everything random.", ge=0)
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Element type that calibration runs in; auto: the checkpoint's. Weights keep their own type on disk."
     )
-    calibrate_in: Literal["auto", "float32", "bfloat16"] = _setting(
+    calibrate_in: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Matrix products of a float32 model while it only gathers statistics; auto: bfloat16 where this processor "
         "multiplies that faster. Quality is always measured in the model's own type.",
     )
-    device: str = _setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
-    batch_tokens: int = _setting(1024, "Tokens a forward call.", ge=1)
-    cache_limit: float = _setting(
+    device: str = setting("auto", "Where layers run: auto, cpu, cuda, cuda:1, …")
+    batch_tokens: int = setting(1024, "Tokens a forward call.", ge=1)
+    cache_limit: float = setting(
         4.0, "GiB of hidden states kept in memory, all streams together; what is beyond lies on disk.", ge=0
     )
-    checkpoint_seconds: float = _setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
+    checkpoint_seconds: float = setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
 
-    resume: bool = _setting(False, "Go on with an interrupted conversion of the same settings.")
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
-    dry_run: bool = _setting(False, "Check everything, say what would be done and what it costs, write nothing.")
-    accept_license: bool = _setting(False, "Accept the licence of a packaged model that is not free for all use.")
+    resume: bool = setting(False, "Go on with an interrupted conversion of the same settings.")
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
+    dry_run: bool = setting(False, "Check everything, say what would be done and what it costs, write nothing.")
+    accept_license: bool = setting(False, "Accept the licence of a packaged model that is not free for all use.")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that the result depends on."""
@@ -132,122 +130,122 @@ class ConvertConfig(Settings):
 class RecoverConfig(Settings):
     """Settings of a light recovery: training a converted model to say what the dense one says."""
 
-    model: str = _setting("", "Folder of a converted checkpoint.")
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
-    teacher: str | None = _setting(None, "Dense teacher: a folder or alias; default: the model itself, all experts on.")
-    text: list[str] = _setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
-    budgets: list[float] = _setting(
+    model: str = setting("", "Folder of a converted checkpoint.")
+    output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    teacher: str | None = setting(None, "Dense teacher: a folder or alias; default: the model itself, all experts on.")
+    text: list[str] = setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    budgets: list[float] = setting(
         [], "Shares of experts to train for, one drawn for each step; default: the model's own."
     )
-    loss: Literal["kl", "hidden"] = _setting(
+    loss: Literal["kl", "hidden"] = setting(
         "kl", "What is compared with the teacher: kl (its predictions) or hidden (the last hidden states)."
     )
-    gates: Literal["fixed", "learned"] = _setting("fixed", "Whether the gates' tables are trained, too.")
-    train: Literal["all", "ffn"] = _setting("all", "What is trained: every weight, or those of converted FFNs.")
-    steps: int = _setting(300, "Optimizer steps.", ge=1)
-    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
-    tokens_per_step: int = _setting(2048, "Tokens an optimizer step.", ge=1)
-    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
-    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
-    learning_rate: float = _setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
-    held_out_tokens: int = _setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
-    held_out: list[str] = _setting([], "Text of other domains to measure on as well.")
-    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+    gates: Literal["fixed", "learned"] = setting("fixed", "Whether the gates' tables are trained, too.")
+    train: Literal["all", "ffn"] = setting("all", "What is trained: every weight, or those of converted FFNs.")
+    steps: int = setting(300, "Optimizer steps.", ge=1)
+    minutes: float | None = setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    tokens_per_step: int = setting(2048, "Tokens an optimizer step.", ge=1)
+    sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    learning_rate: float = setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    held_out_tokens: int = setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
+    held_out: list[str] = setting([], "Text of other domains to measure on as well.")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
     )
-    checkpoint_steps: int = _setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = _setting(0, "Seed of everything random.", ge=0)
-    resume: bool = _setting(False, "Go on with an interrupted recovery of the same settings.")
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+    checkpoint_steps: int = setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = setting(0, "Seed of everything random.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted recovery of the same settings.")
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
 class TuneConfig(Settings):
     """Settings of training a model further on plain text."""
 
-    model: str = _setting("", "Folder of a causal language model, with experts or without.")
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
-    text: list[str] = _setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
-    train: Literal["all", "router", "new-modules", "lora"] = _setting(
+    model: str = setting("", "Folder of a causal language model, with experts or without.")
+    output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    text: list[str] = setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    train: Literal["all", "router", "new-modules", "lora"] = setting(
         "all",
         "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
         "LoRA's matrices on every linear, merged at the end.",
     )
-    lora_rank: int = _setting(8, "Rank of LoRA's matrices.", ge=1)
-    loss: list[str] = _setting(
+    lora_rank: int = setting(8, "Rank of LoRA's matrices.", ge=1)
+    loss: list[str] = setting(
         [],
         "Losses on routers beside the next token's: concentration=X (few modules), balance=X, router=X (holds new or "
         "all gate rows back).",
     )
-    top_k: int | None = _setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
-    steps: int = _setting(300, "Optimizer steps.", ge=1)
-    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
-    tokens_per_step: int = _setting(2048, "Tokens an optimizer step.", ge=1)
-    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
-    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
-    learning_rate: float = _setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
-    held_out_tokens: int = _setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
-    held_out: list[str] = _setting([], "Text of other domains to measure on as well.")
-    evaluate_steps: int | None = _setting(None, "Optimizer steps between two measurements on the way.", ge=1)
-    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+    top_k: int | None = setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
+    steps: int = setting(300, "Optimizer steps.", ge=1)
+    minutes: float | None = setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    tokens_per_step: int = setting(2048, "Tokens an optimizer step.", ge=1)
+    sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    learning_rate: float = setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    held_out_tokens: int = setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
+    held_out: list[str] = setting([], "Text of other domains to measure on as well.")
+    evaluate_steps: int | None = setting(None, "Optimizer steps between two measurements on the way.", ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
     )
-    checkpoint_steps: int = _setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = _setting(0, "Seed of everything random.", ge=0)
-    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+    checkpoint_steps: int = setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = setting(0, "Seed of everything random.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
 class PretrainConfig(Settings):
     """Settings of pre-training: a new model on plain text of several domains."""
 
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
-    corpus: list[str] = _setting(
+    output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    corpus: list[str] = setting(
         [], "Text of one domain: a built-in corpus, or name=path for a file, a folder or a dataset; give several."
     )
-    mix: Literal["equal", "size"] = _setting("equal", "How often domains are drawn: equally, or by their size.")
-    corpus_tokens: int | None = _setting(None, "Most tokens read of each domain; default: all.", ge=1)
-    tokenizer: str = _setting("train", "A model's name or folder whose tokenizer to take, or 'train' for a new one.")
-    vocabulary: int = _setting(8192, "Tokens of a trained tokenizer (byte-level BPE).", ge=257)
-    architecture: dict[str, Any] = _setting({}, "model_type and fields of its transformers configuration.")
-    sequence_length: int = _setting(512, "Tokens a sequence; documents are packed end to end.", ge=8)
-    tokens_per_step: int = _setting(4096, "Tokens an optimizer step, all processes together.", ge=1)
-    batch_sequences: int = _setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
-    steps: int = _setting(1000, "Optimizer steps.", ge=1)
-    minutes: float | None = _setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
-    learning_rate: float = _setting(1e-3, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
-    weight_decay: float = _setting(0.1, "AdamW's decay of matrices.", ge=0)
-    gradient_checkpointing: bool = _setting(False, "Recompute layers in the backward pass, for less memory.")
-    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+    mix: Literal["equal", "size"] = setting("equal", "How often domains are drawn: equally, or by their size.")
+    corpus_tokens: int | None = setting(None, "Most tokens read of each domain; default: all.", ge=1)
+    tokenizer: str = setting("train", "A model's name or folder whose tokenizer to take, or 'train' for a new one.")
+    vocabulary: int = setting(8192, "Tokens of a trained tokenizer (byte-level BPE).", ge=257)
+    architecture: dict[str, Any] = setting({}, "model_type and fields of its transformers configuration.")
+    sequence_length: int = setting(512, "Tokens a sequence; documents are packed end to end.", ge=8)
+    tokens_per_step: int = setting(4096, "Tokens an optimizer step, all processes together.", ge=1)
+    batch_sequences: int = setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
+    steps: int = setting(1000, "Optimizer steps.", ge=1)
+    minutes: float | None = setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)
+    learning_rate: float = setting(1e-3, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
+    weight_decay: float = setting(0.1, "AdamW's decay of matrices.", ge=0)
+    gradient_checkpointing: bool = setting(False, "Recompute layers in the backward pass, for less memory.")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Matrix products; auto: bfloat16 where this processor multiplies that faster."
     )
-    held_out_share: float = _setting(0.05, "Share of each domain's text kept apart.", gt=0, lt=1)
-    held_out_tokens: int = _setting(16384, "Tokens of it that a domain is measured on.", ge=1)
-    evaluate_steps: int = _setting(250, "Optimizer steps between two evaluations.", ge=1)
-    log_steps: int = _setting(25, "Optimizer steps between two lines of the log.", ge=1)
-    checkpoint_steps: int = _setting(250, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = _setting(0, "Seed of everything random.", ge=0)
-    resume: bool = _setting(False, "Go on with an interrupted training of the same settings.")
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+    held_out_share: float = setting(0.05, "Share of each domain's text kept apart.", gt=0, lt=1)
+    held_out_tokens: int = setting(16384, "Tokens of it that a domain is measured on.", ge=1)
+    evaluate_steps: int = setting(250, "Optimizer steps between two evaluations.", ge=1)
+    log_steps: int = setting(25, "Optimizer steps between two lines of the log.", ge=1)
+    checkpoint_steps: int = setting(250, "Optimizer steps between two states that --resume can start from.", ge=1)
+    seed: int = setting(0, "Seed of everything random.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted training of the same settings.")
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
 class AnalyzeConfig(Settings):
     """Settings of a look inside: which modules a model uses on which text."""
 
-    model: str = _setting("", "Folder of a checkpoint with experts.")
-    output: str = _setting("", "Folder for tables, plots and page; must not exist unless --overwrite or --resume.")
-    domains: list[str] = _setting([], "Text by name, NAME=TEXT; TEXT as for `emoe convert --calibration`.")
-    tokens: int = _setting(16384, "Tokens of each domain.", ge=1)
-    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
-    batch_sequences: int = _setting(4, "Sequences a forward call.", ge=1)
-    top_k: int | None = _setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
-    energies: bool = _setting(True, "Also measure every expert's energy, and neurons; computes all of them.")
-    examples: int = _setting(10, "Tokens shown for each expert: those that activate it most.", ge=0)
-    knock_out: int = _setting(8, "Experts whose removal is tried on every domain: the most specialised.", ge=0)
-    knock_out_tokens: int = _setting(2048, "Tokens of each domain that a removal is tried on.", ge=1)
-    checkpoint_seconds: float = _setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
-    seed: int = _setting(0, "Seed of which blocks are drawn.", ge=0)
-    resume: bool = _setting(False, "Go on with an interrupted analysis of the same settings.")
-    overwrite: bool = _setting(False, "Replace an earlier analysis.")
+    model: str = setting("", "Folder of a checkpoint with experts.")
+    output: str = setting("", "Folder for tables, plots and page; must not exist unless --overwrite or --resume.")
+    domains: list[str] = setting([], "Text by name, NAME=TEXT; TEXT as for `emoe convert --calibration`.")
+    tokens: int = setting(16384, "Tokens of each domain.", ge=1)
+    sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = setting(4, "Sequences a forward call.", ge=1)
+    top_k: int | None = setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
+    energies: bool = setting(True, "Also measure every expert's energy, and neurons; computes all of them.")
+    examples: int = setting(10, "Tokens shown for each expert: those that activate it most.", ge=0)
+    knock_out: int = setting(8, "Experts whose removal is tried on every domain: the most specialised.", ge=0)
+    knock_out_tokens: int = setting(2048, "Tokens of each domain that a removal is tried on.", ge=1)
+    checkpoint_seconds: float = setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
+    seed: int = setting(0, "Seed of which blocks are drawn.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted analysis of the same settings.")
+    overwrite: bool = setting(False, "Replace an earlier analysis.")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that the measurements depend on."""
@@ -257,43 +255,43 @@ class AnalyzeConfig(Settings):
 class PruneConfig(Settings):
     """Settings of taking modules out."""
 
-    model: str = _setting("", "Folder of a checkpoint with experts.")
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite is given.")
-    text: list[str] = _setting([], "Text of the task, on which use is counted; as for `emoe convert --calibration`.")
-    task: str | None = _setting(None, "Labelled task whose training text is counted on, instead of --text.")
-    keep: float | None = _setting(None, "Fraction that stays.", gt=0, le=1)
-    threshold: float | None = _setting(None, "Instead of --keep: normalised use that a module needs to stay.", ge=0)
-    normalise: Literal["max", "sum"] = _setting("max", "Use is over the layer's largest (max) or over its sum.")
-    count: Literal["probability", "hard", "energy"] = _setting(
+    model: str = setting("", "Folder of a checkpoint with experts.")
+    output: str = setting("", "Folder to write; must not exist unless --overwrite is given.")
+    text: list[str] = setting([], "Text of the task, on which use is counted; as for `emoe convert --calibration`.")
+    task: str | None = setting(None, "Labelled task whose training text is counted on, instead of --text.")
+    keep: float | None = setting(None, "Fraction that stays.", gt=0, le=1)
+    threshold: float | None = setting(None, "Instead of --keep: normalised use that a module needs to stay.", ge=0)
+    normalise: Literal["max", "sum"] = setting("max", "Use is over the layer's largest (max) or over its sum.")
+    count: Literal["probability", "hard", "energy"] = setting(
         "probability", "What is counted: choices weighted by probability, choices, or energy."
     )
-    scope: Literal["model", "layer"] = _setting("model", "Whether --keep is of the whole model or of each layer.")
-    floor: int = _setting(1, "Modules that every layer keeps at least.", ge=0)
-    method: Literal["use", "random", "magnitude", "layers-uniform", "layers-top"] = _setting(
+    scope: Literal["model", "layer"] = setting("model", "Whether --keep is of the whole model or of each layer.")
+    floor: int = setting(1, "Modules that every layer keeps at least.", ge=0)
+    method: Literal["use", "random", "magnitude", "layers-uniform", "layers-top"] = setting(
         "use",
         "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (the result is a "
         "dense model), or whole layers, evenly spaced or the last ones.",
     )
-    remove: Literal["last", "added"] | None = _setting(
+    remove: Literal["last", "added"] | None = setting(
         None, "Instead of counting: take out what the last `emoe extend` added, or all that was ever added."
     )
-    top_k: int | None = _setting(None, "K of the result; default: the model's own, clipped to what is left.", ge=1)
-    tokens: int = _setting(16384, "Tokens of text to count on.", ge=1)
-    sequence_length: int = _setting(512, "Tokens a block of text.", ge=8)
-    batch_sequences: int = _setting(4, "Sequences a forward call.", ge=1)
-    seed: int = _setting(0, "Seed of everything random.", ge=0)
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+    top_k: int | None = setting(None, "K of the result; default: the model's own, clipped to what is left.", ge=1)
+    tokens: int = setting(16384, "Tokens of text to count on.", ge=1)
+    sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
+    batch_sequences: int = setting(4, "Sequences a forward call.", ge=1)
+    seed: int = setting(0, "Seed of everything random.", ge=0)
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
 class ExtendConfig(Settings):
     """Settings of adding modules."""
 
-    model: str = _setting("", "Folder of a checkpoint with experts.")
-    output: str = _setting("", "Folder to write; must not exist unless --overwrite is given.")
-    experts: int = _setting(0, "FFN experts to add to each layer, of the size of the others.", ge=0)
-    attention: int = _setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
-    seed: int = _setting(0, "Seed of the new modules' weights.", ge=0)
-    overwrite: bool = _setting(False, "Replace an existing output folder, once the new one is complete.")
+    model: str = setting("", "Folder of a checkpoint with experts.")
+    output: str = setting("", "Folder to write; must not exist unless --overwrite is given.")
+    experts: int = setting(0, "FFN experts to add to each layer, of the size of the others.", ge=0)
+    attention: int = setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
+    seed: int = setting(0, "Seed of the new modules' weights.", ge=0)
+    overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
 def flag_of(key: str) -> str:

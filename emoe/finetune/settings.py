@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from emoe.config import Settings
-from emoe.config import _setting as setting
+from emoe.config import Settings, setting
 from emoe.errors import UserError, nearest
 
 SEED_LIMIT = 1000

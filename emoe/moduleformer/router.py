@@ -86,10 +86,11 @@ class Gate(nn.Module):
         p_NE = logits_NE.softmax(-1)
         if self.training and self.sampled:
             with torch.no_grad():
-                top_NK = p_NE.topk(self.top_k - self.sampled, dim=-1).indices
-                # A little for each, so that rows whose other probabilities underflowed can still be drawn from.
-                others_NE = (p_NE + 1e-6).scatter(1, top_NK, 0.0)
-                experts_NK = torch.cat([top_NK, torch.multinomial(others_NE, self.sampled)], 1)
+                top_NK = logits_NE.topk(self.top_k - self.sampled, dim=-1).indices
+                # The s largest of logits plus Gumbel noise are s draws without replacement; nothing underflows.
+                noise_NE = -torch.empty_like(logits_NE).exponential_().log()
+                drawn_NK = (logits_NE + noise_NE).scatter(1, top_NK, -torch.inf).topk(self.sampled, dim=-1).indices
+                experts_NK = torch.cat([top_NK, drawn_NK], 1)
             return experts_NK, p_NE.gather(1, experts_NK)
         weights_NK, experts_NK = p_NE.topk(self.top_k, dim=-1)
         return experts_NK, weights_NK
