@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import emoe
 from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
+from emoe.finetune.loop import Watch
 from emoe.finetune.states import same_settings, states
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
@@ -184,28 +184,6 @@ class _Pretrainer(Trainer):
         )
 
 
-class _Watch(TrainerCallback):
-    """Progress, the time limit, and a stop before a loss that is no number does harm."""
-
-    def __init__(self, config: PretrainConfig, progress: Progress) -> None:
-        self.config, self.progress, self.start = config, progress, time.perf_counter()
-        self.shown = "training"
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
-                )
-            self.shown = f"loss {loss:.3f}"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress(self.shown, state.global_step, self.config.steps)
-        if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
-            control.should_training_stop = True
-
-
 def _trainer(config, model, train_set, domains, work: Path, target: Path, group: Group, progress) -> _Pretrainer:
     per_step = config.tokens_per_step // config.sequence_length // group.size
     batch = min(config.batch_sequences, per_step)
@@ -243,7 +221,7 @@ def _trainer(config, model, train_set, domains, work: Path, target: Path, group:
         args=arguments,
         train_dataset=train_set,
         data_collator=_collate,
-        callbacks=[_Watch(config, progress)],
+        callbacks=[Watch(config, progress)],
         eval_dataset=domains,
         tokens_per_step=batch * accumulated * config.sequence_length * group.size,
         log_file=target / LOG,

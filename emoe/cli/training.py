@@ -1,0 +1,47 @@
+"""What verbs that make one checkpoint from settings have in common: settings, progress, the report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from emoe.config import Settings, merge_settings
+
+
+def perform(
+    kind: type[Settings],
+    flags: dict[str, Any],
+    config: Path | None,
+    json_output: bool,
+    quiet: bool,
+    run: str,
+    show: str,
+) -> None:
+    """Run a verb and print its report.
+
+    Args:
+        kind: its settings.
+        flags: those given on the command line.
+        config: file with further ones.
+        run: ``module:function`` that takes settings and progress and returns the report; imported late, so that
+            ``--help`` and bad settings answer at once.
+        show: name of the function in `emoe.report.tables` that prints the report.
+    """
+    settings = merge_settings(kind, flags, config)
+
+    from emoe.cli.progress import progress_bar, silence_libraries
+
+    silence_libraries()
+    module, _, function = run.partition(":")
+    verb = getattr(importlib.import_module(module), function)
+    with progress_bar(quiet, unit="steps") as progress:
+        report = verb(settings, progress)
+    if json_output:
+        print(json.dumps(report, indent=2))
+    elif not quiet:
+        getattr(importlib.import_module("emoe.report.tables"), show)(report)
+        for note in report.get("notes", []):
+            print(f"note: {note}")
+        print(f"written: {settings.output}")
