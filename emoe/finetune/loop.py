@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from emoe.checkpoint.digests import check_digests
+from emoe.conversion.workspace import Workspace
+from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.finetune.states import states
+from emoe.finetune.states import same_settings, states
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +67,41 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
         return config, []
     note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
     return config.model_copy(update={"sequence_length": longest}), [note]
+
+
+@contextmanager
+def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, Path]]:
+    """The unfinished output and the folder for the Trainer's states; the output appears when the block ends well.
+
+    Args:
+        config: settings with output, resume and overwrite.
+        folder: the model that is trained; its weights are checked against their digests.
+        what: the kind of run, for messages: "recovery".
+
+    Raises:
+        UserError: an output in the way, damaged weights, the states of another run, or a disk that is full.
+    """
+    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
+    training = workspace.state_folder / "training"
+    with workspace.open(Group()):
+        try:
+            check_digests(folder)
+            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
+            same_settings(settings, training, resume=config.resume, what=what)
+            yield workspace.folder, training
+            workspace.publish()
+        except UserError:
+            if not states(training):  # nothing is lost
+                workspace.abandon()
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"--output: cannot write {workspace.output} ({reason}); the model is untouched; make room and add "
+                "--resume"
+            ) from None
 
 
 def arguments(config: Any, work: Path) -> TrainingArguments:

@@ -19,8 +19,6 @@ from emoe.calibration.text import load_blocks
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import TuneConfig
-from emoe.conversion.workspace import Workspace
-from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetune.loop import (
     Progress,
@@ -30,8 +28,8 @@ from emoe.finetune.loop import (
     fit_sequences,
     perplexities,
     run,
+    training_into,
 )
-from emoe.finetune.states import same_settings, states
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -51,19 +49,8 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     parse_losses(config.loss)
     folder = Path(config.model)
-    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
-    training = workspace.state_folder / "training"
-    with workspace.open(Group()):
-        try:
-            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
-            same_settings(settings, training, resume=config.resume, what="training")
-            report = _tune(config, folder, workspace.folder, training, progress)
-            workspace.publish()
-            return report
-        except UserError:
-            if not states(training):  # nothing is lost
-                workspace.abandon()
-            raise
+    with training_into(config, folder, "training") as (target, training):
+        return _tune(config, folder, target, training, progress)
 
 
 def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:

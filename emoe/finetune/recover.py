@@ -18,23 +18,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import Trainer
 
 import emoe
 from emoe.calibration.text import TokenBlocks, load_blocks
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
-from emoe.checkpoint.digests import check_digests, write_digests
+from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
-from emoe.conversion.workspace import Workspace
-from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run
-from emoe.finetune.states import same_settings, states
+from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run, training_into
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 
@@ -54,28 +50,8 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     folder = _checked_model(config)
     if not config.output:
         raise UserError("--output: missing; name the folder to write")
-    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
-    training = workspace.state_folder / "training"
-    with workspace.open(Group()):
-        try:
-            check_digests(folder)
-            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
-            same_settings(settings, training, resume=config.resume, what="recovery")
-            report = _recover(config, folder, workspace.folder, training, progress)
-            workspace.publish()
-            return report
-        except UserError:
-            if not states(training):  # nothing is lost
-                workspace.abandon()
-            raise
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)):
-                raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(
-                f"--output: cannot write {workspace.output} ({reason}); the model is untouched; make room and add "
-                "--resume"
-            ) from None
+    with training_into(config, folder, "recovery") as (target, training):
+        return _recover(config, folder, target, training, progress)
 
 
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
