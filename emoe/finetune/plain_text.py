@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 import emoe
 from emoe.calibration.text import load_blocks
 from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import TuneConfig
 from emoe.errors import UserError
@@ -180,6 +181,7 @@ def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path
     copy_companions(folder, target)
     if (folder / PARTITION).is_file():
         shutil.copyfile(folder / PARTITION, target / PARTITION)
+    write_digests(target)
     write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
     for file in target.iterdir():
         with open(file, "rb+") as handle:

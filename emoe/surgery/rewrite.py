@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.reader import shard_map
 from emoe.checkpoint.writer import ShardWriter
 from emoe.conversion.workspace import Workspace
@@ -72,7 +73,7 @@ def rewrite(
     with workspace.open(Group()):
         try:
             require_space(workspace.output.parent, before.bytes, "--output")
-            _write_weights(source, workspace.folder, edit, progress)
+            digests = _write_weights(source, workspace.folder, edit, progress)
             _write_files(source, workspace.folder, config, companions)
             after = sizes_of(workspace.folder)
             report = report | {
@@ -80,6 +81,7 @@ def rewrite(
                 "bytes": {"before": before.bytes, "after": after.bytes},
             }
             write_text(workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2) + "\n")
+            write_digests(workspace.folder, digests)
             workspace.publish()
         except OSError as error:
             workspace.abandon()
@@ -90,7 +92,8 @@ def rewrite(
     return report
 
 
-def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -> None:
+def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -> dict[str, str]:
+    """Every weight file, edited; digests by file name."""
     shards = shard_map(source)
     files = sorted(set(shards.values()))
     writer = ShardWriter(target, len(files))
@@ -101,6 +104,7 @@ def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -
             writer.write(number, dict(item for item in edited if item is not None))
     writer.finish()
     progress("done", len(files), len(files))
+    return writer.digests
 
 
 def _write_files(source: Path, target: Path, config: dict[str, Any], companions: Callable[[Path], None]) -> None:

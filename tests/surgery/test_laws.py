@@ -10,7 +10,9 @@ import transformers
 from support.tiny import tiny_checkpoint
 
 import emoe
+from emoe.checkpoint.digests import check_digests
 from emoe.cli.main import main
+from emoe.errors import UserError
 
 FAMILIES = ("llama", "gpt2", "phi3", "opt", "bert")
 """Gated; transposed and biased; fused; written inline; an encoder."""
@@ -156,3 +158,15 @@ def test_a_pruned_model_is_the_model_without_those_experts(converted, text, tmp_
     with torch.no_grad():
         expected = model(tokens).logits
     torch.testing.assert_close(logits(tmp_path / "small"), expected, rtol=0, atol=1e-5)
+
+
+def test_every_step_records_its_files(converted_llama, run):
+    """The next verb, which compares them, takes no other file for its own."""
+    big = run("extend", converted_llama, "big", "--experts", 1)
+    for folder in (big, run("prune", big, "again", "--remove", "last")):
+        assert check_digests(folder) == len(list(folder.glob("*.safetensors")))
+    weights = next(big.glob("model*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="is not what was written"):
+        check_digests(big)
