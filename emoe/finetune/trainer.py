@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from emoe.conversion.convert import Progress
 from emoe.errors import UserError
@@ -41,6 +42,26 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+class LikeLengths(LengthGroupedSampler):
+    """Examples of like length side by side, in an order that only the seed and the epoch decide.
+
+    transformers' own draws from the global generator, which arms with and without dropout leave in different states.
+    """
+
+    def __init__(self, batch_size: int, rows: Rows, seed: int) -> None:
+        lengths = [len(row["input_ids"]) for row in rows.rows]
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch, also of a resumed run."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
+
+
 class Tuner(Trainer):
     """Trainer with the loss of a task plus those on gates.
 
@@ -55,6 +76,12 @@ class Tuner(Trainer):
         super().__init__(*args, **kwargs)
         self.texts, self.losses, self.probe = texts, losses, probe
         self.model_accepts_loss_kwargs = True  # has the Trainer count labels and leave the scale of the loss to us
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        examples = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LikeLengths(examples, self.train_dataset, self.args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -172,6 +199,7 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
         **steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.rate(),
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",

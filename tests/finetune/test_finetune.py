@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.finetune.evaluate import evaluate
 from emoe.finetune.settings import EvalConfig, FinetuneConfig
-from emoe.finetune.trainer import Tuner
+from emoe.finetune.trainer import LikeLengths, Rows, Tuner
 from emoe.finetune.tune import finetune
 
 
@@ -138,8 +139,10 @@ def test_steps_in_parts_are_steps(arm_settings, tmp_path):
         torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(arm_settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path, monkeypatch):
     """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
+    arm_settings = partial(arm_settings, group_by_length=grouped)
     wanted = finetune(arm_settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
     loss, count = Tuner.compute_loss, [0]
 
@@ -169,6 +172,21 @@ def test_a_resumed_run_equals_an_undisturbed_one(arm_settings, tmp_path, monkeyp
         assert found[seed]["readings"] == wanted[seed]["readings"]
         steps = [entry["step"] for entry in lines(out / f"seed-{seed}" / "log.jsonl") if "loss" in entry]
         assert steps == [2, 4, 6, 8]
+
+
+def test_batches_of_like_length_have_one_order_for_all_arms():
+    """Whatever an arm drew from the global generator; another order for each epoch; less padding."""
+    rows = Rows([{"input_ids": [0] * (1 + 7 * i % 40)} for i in range(200)])
+    orders = []
+    for draws, epoch in ((0, 0), (5, 0), (0, 1)):
+        torch.rand(draws)
+        sampler = LikeLengths(8, rows, seed=3)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(200))
+    padded = [8 * max(len(rows[i]["input_ids"]) for i in orders[0][start : start + 8]) for start in range(0, 200, 8)]
+    assert sum(padded) < 1.2 * sum(len(row["input_ids"]) for row in rows.rows)
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(arm_settings, tmp_path, monkeypatch):
