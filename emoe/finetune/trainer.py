@@ -68,17 +68,26 @@ class Tuner(Trainer):
     A step's loss is the mean over all its labels, whatever forward calls and processes they were spread over: the sum
     of a forward call is divided by the labels of the whole step, and multiplied by the processes, over which gradients
     are averaged afterwards.
+
+    Args:
+        group_by_length: of training; the Trainer's own setting would also reorder what is evaluated, and its answers.
     """
 
     def __init__(
-        self, *args: Any, texts: Classification, losses: dict[str, float], probe: Probe | None, **kwargs: Any
+        self,
+        *args: Any,
+        texts: Classification,
+        losses: dict[str, float],
+        probe: Probe | None,
+        group_by_length: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.texts, self.losses, self.probe = texts, losses, probe
+        self.texts, self.losses, self.probe, self.group_by_length = texts, losses, probe, group_by_length
         self.model_accepts_loss_kwargs = True  # has the Trainer count labels and leave the scale of the loss to us
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
+        if not self.group_by_length:
             return super()._get_train_sampler(train_dataset)
         examples = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LikeLengths(examples, self.train_dataset, self.args.data_seed)
@@ -199,7 +208,6 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
         **steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.rate(),
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
@@ -286,6 +294,7 @@ def make_tuner(
         texts=texts,
         losses=config.losses(),
         probe=Probe(dict(batch)),
+        group_by_length=config.group_by_length,
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         tuner.remove_callback(callback)

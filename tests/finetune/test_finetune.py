@@ -68,7 +68,7 @@ def test_a_run_leaves_what_the_comparison_reads(arm_settings, tmp_path):
 @pytest.mark.parametrize("method", ["vanilla", "emoe-learn", "gmoe"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "head"])
 def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
-    config = arm_settings(method=method, tuning=tuning, max_steps=4)
+    config = arm_settings(method=method, tuning=tuning, max_steps=4, group_by_length=True)
     if method == "gmoe" and tuning != "full":
         with pytest.raises(UserError, match="use --tuning full"):
             finetune(config)
@@ -79,6 +79,11 @@ def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
         assert list(report["sets"]) == ["own", "far"]
         for name, facts in report["sets"].items():
             assert facts == sets[name], (reading, name)
+    validated = [
+        entry["validation"] for entry in lines(tmp_path / "out" / "seed-0" / "log.jsonl") if "validation" in entry
+    ]
+    (own,) = (facts for facts in record["readings"]["as-trained"].values() if facts["role"] == "id-validation")
+    assert own["score"] == pytest.approx(max(validated))
 
 
 def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
