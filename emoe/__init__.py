@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING
 from emoe._on_import import after_import
 
 if TYPE_CHECKING:
+    from emoe.api import analyze as analyze
+    from emoe.api import compare as compare
+    from emoe.api import evaluate as evaluate
+    from emoe.api import extend as extend
+    from emoe.api import finetune as finetune
+    from emoe.api import pretrain as pretrain
+    from emoe.api import prune as prune
+    from emoe.api import recover as recover
+    from emoe.api import tune as tune
     from emoe.config import ConvertConfig as ConvertConfig
     from emoe.conversion.convert import convert as convert
+    from emoe.exporting import export as export
     from emoe.modeling.configuration_moduleformer import ModuleFormerConfig as ModuleFormerConfig
     from emoe.modeling.modeling_moduleformer import ModuleFormerForCausalLM as ModuleFormerForCausalLM
     from emoe.modeling.modeling_moduleformer import (
@@ -47,6 +57,9 @@ _LAZY = {
     "convert": "emoe.conversion.convert",
     "ConvertConfig": "emoe.config",
     "export": "emoe.exporting",
+    **dict.fromkeys(
+        ("finetune", "evaluate", "compare", "recover", "tune", "analyze", "prune", "extend", "pretrain"), "emoe.api"
+    ),
     "ModuleFormerConfig": "emoe.modeling.configuration_moduleformer",
     "ModuleFormerModel": "emoe.modeling.modeling_moduleformer",
     "ModuleFormerForCausalLM": "emoe.modeling.modeling_moduleformer",

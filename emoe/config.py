@@ -335,6 +335,10 @@ def merge_settings(
     values = {**(under or {}), **(read_config_file(config_file, kind=kind) if config_file else {})}
     values |= {key: value for key, value in flags.items() if value is not None}
     for key, value in values.items():
+        if isinstance(value, Path):
+            values[key] = value = str(value)
+        if key not in kind.model_fields:
+            raise UserError(f"{flag_of(key)}: there is no such setting{nearest(key, kind.model_fields)}")
         if isinstance(value, str) and kind.model_fields[key].annotation == list[str]:
             values[key] = [value]
     try:

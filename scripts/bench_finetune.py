@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from emoe.distributed import Group
-from emoe.finetune import arms
-from emoe.finetune.model import build, converted_folder, load_tokenizer
-from emoe.finetune.settings import FinetuneConfig
+from emoe.finetuning import arms
+from emoe.finetuning.model import build, converted_folder, load_tokenizer
+from emoe.finetuning.settings import FinetuneConfig
 from emoe.tasks import get
 
 

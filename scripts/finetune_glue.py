@@ -14,8 +14,8 @@ from pathlib import Path
 
 from emoe.config import merge_settings, read_config_file
 from emoe.errors import UserError
-from emoe.finetune.settings import FinetuneConfig
-from emoe.finetune.tune import finetune
+from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.tune import finetune
 
 RECIPES = Path(__file__).parents[1] / "configs" / "finetune"
 

@@ -18,8 +18,8 @@ import transformers
 import emoe
 from emoe.calibration.text import load_blocks, read_source
 from emoe.config import ExtendConfig, PruneConfig, TuneConfig
-from emoe.finetune.loop import perplexities
-from emoe.finetune.plain_text import tune
+from emoe.finetuning.loop import perplexities
+from emoe.finetuning.plain_text import tune
 from emoe.runtime import write_text
 from emoe.surgery.extend import extend
 from emoe.surgery.prune import prune

@@ -28,10 +28,10 @@ from emoe.cli.progress import progress_bar, silence_libraries
 from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED
 from emoe.moduleformer.usage import domain_divergence
-from emoe.pretrain.evaluate import evaluate
-from emoe.pretrain.text import load_domain, parse_domains
-from emoe.pretrain.tokenizer import load_tokenizer
-from emoe.pretrain.train import LOG, pretrain
+from emoe.pretraining.evaluate import evaluate
+from emoe.pretraining.text import load_domain, parse_domains
+from emoe.pretraining.tokenizer import load_tokenizer
+from emoe.pretraining.train import LOG, pretrain
 from emoe.runtime import write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "moduleformer"

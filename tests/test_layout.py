@@ -20,8 +20,8 @@ FLOORS = {
     **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,
     **dict.fromkeys(("conversion", "exporting", "surgery"), 5),
-    **dict.fromkeys(("finetune", "pretrain", "evaluation", "analysis", "report"), 6),
-    "cli": 7,
+    **dict.fromkeys(("finetuning", "pretraining", "evaluation", "analysis", "report"), 6),
+    **dict.fromkeys(("api", "cli"), 7),
 }
 """A module imports from its own floor and those beneath; `conversion` calls `report` through lazy imports only."""
 

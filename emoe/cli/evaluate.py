@@ -11,7 +11,7 @@ import typer
 
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import merge_settings
-from emoe.finetune.settings import EvalConfig
+from emoe.finetuning.settings import EvalConfig
 
 _As = Annotated[str | None, typer.Option("--as", help="Short for --read-as.", metavar="TEXT")]
 
@@ -32,7 +32,7 @@ def evaluate(
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
-    from emoe.finetune.evaluate import evaluate as run
+    from emoe.finetuning.evaluate import evaluate as run
 
     with progress_bar(quiet, unit="sets") as show:
         report = run(settings, show, None if quiet else lambda line: print(line, file=sys.stderr))

@@ -9,7 +9,7 @@ from typing import Any
 
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import merge_settings
-from emoe.finetune.settings import FinetuneConfig
+from emoe.finetuning.settings import FinetuneConfig
 
 
 @with_settings(settings=FinetuneConfig)
@@ -22,7 +22,7 @@ def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
-    from emoe.finetune.tune import finetune as run
+    from emoe.finetuning.tune import finetune as run
 
     with progress_bar(quiet, unit="steps") as show:
         records = run(settings, show, None if quiet else lambda line: print(line, file=sys.stderr))

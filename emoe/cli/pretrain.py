@@ -12,4 +12,4 @@ from emoe.config import PretrainConfig
 @with_settings(leave_out=frozenset({"architecture"}), settings=PretrainConfig)
 def pretrain(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Train a new language model, ModuleFormer or other, on plain text; its architecture stands in --config."""
-    perform(PretrainConfig, flags, config, json_output, quiet, "emoe.pretrain.train:pretrain", "print_pretraining")
+    perform(PretrainConfig, flags, config, json_output, quiet, "emoe.pretraining.train:pretrain", "print_pretraining")

@@ -12,4 +12,4 @@ from emoe.config import RecoverConfig
 @with_settings(settings=RecoverConfig)
 def recover(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Train a converted model on plain text, with the dense model as its teacher."""
-    perform(RecoverConfig, flags, config, json_output, quiet, "emoe.finetune.recover:recover", "print_recovery")
+    perform(RecoverConfig, flags, config, json_output, quiet, "emoe.finetuning.recover:recover", "print_recovery")

@@ -12,4 +12,4 @@ from emoe.config import TuneConfig
 @with_settings(settings=TuneConfig)
 def tune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Train a model further on plain text: all of it, its gates, what `emoe extend` added, or LoRA."""
-    perform(TuneConfig, flags, config, json_output, quiet, "emoe.finetune.plain_text:tune", "print_tuning")
+    perform(TuneConfig, flags, config, json_output, quiet, "emoe.finetuning.plain_text:tune", "print_tuning")

@@ -41,14 +41,18 @@ def prepare(config: ConvertConfig, notes: list[str] | None = None, measured: lis
 
 
 def convert(
-    model: str | None = None, *, output: str | Path | None = None, progress: Progress | None = None, **settings: Any
+    model: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> dict:
     """Convert ``model`` into ``output``; ``settings`` are the fields of `ConvertConfig`. Returns the report.
 
     Raises:
         UserError: bad input; the message names the command's flag for the setting.
     """
-    config, note = resolve_config({"model": model, "output": str(output) if output else None, **settings})
+    config, note = resolve_config({"model": model, "output": output, **settings})
     return run(prepare(config, [note]), progress or (lambda stage, done, total: None))
 
 

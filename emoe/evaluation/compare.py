@@ -122,6 +122,12 @@ class Comparison:
         ood = [domain.name for domain in self.domains if domain.role == OOD]
         return [domain.name for domain in self.domains] + ([OOD_MEAN] if len(ood) > 1 else [])
 
+    def __str__(self) -> str:
+        """The table in Markdown."""
+        from emoe.report.comparison import formats
+
+        return formats()["md"](self)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
         return asdict(self)

@@ -143,14 +143,14 @@ def settings_of(cell: Cell, output: Path) -> Any:
     Raises:
         UserError: a value of the wrong kind.
     """
-    from emoe.finetune.settings import FinetuneConfig
+    from emoe.finetuning.settings import FinetuneConfig
 
     own = {"output": str(output / cell.candidate.folder), "seeds": str(cell.seed), "resume": True}
     return merge_settings(FinetuneConfig, {**cell.candidate.settings, **own})
 
 
 def _finetune() -> Train:
-    from emoe.finetune.tune import finetune
+    from emoe.finetuning.tune import finetune
 
     return finetune
 

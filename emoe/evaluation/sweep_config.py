@@ -146,7 +146,7 @@ def _variant(config: SweepConfig, arm: str, own: dict, shared: dict, point: dict
 
 
 def _check_names(settings: dict[str, Any]) -> None:
-    from emoe.finetune.settings import FinetuneConfig
+    from emoe.finetuning.settings import FinetuneConfig
 
     for key in settings:
         if key in OWN:
@@ -170,7 +170,7 @@ def slug(text: str) -> str:
 
 def seed_list(text: str, key: str) -> list[int]:
     """``0,1,2`` or ``0:5``, as `emoe finetune --seeds` takes them."""
-    from emoe.finetune.settings import FinetuneConfig
+    from emoe.finetuning.settings import FinetuneConfig
 
     try:
         return FinetuneConfig(seeds=text).seed_list()

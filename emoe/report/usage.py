@@ -70,12 +70,13 @@ def _save(figure, path: Path) -> None:
 def heat_map(axes, values: list[list[float]], names: list[str], title: str) -> None:
     """A square table of domains as colours, with its numbers."""
     values_CC = np.array(values)
-    axes.imshow(values_CC, cmap="Blues", vmin=0)
+    highest = max(1e-9, values_CC.max())  # domains that use modules alike differ by rounding, which may be negative
+    axes.imshow(values_CC, cmap="Blues", vmin=0, vmax=highest)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    middle = values_CC.max() / 2
     for (i, j), value in np.ndenumerate(values_CC):
-        axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color="w" if value > middle else "k")
+        colour = "w" if value > highest / 2 else "k"
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_title(title, fontsize=9)
 
 

@@ -13,7 +13,7 @@ from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.evaluation.sweep import estimate, settings_of, sweep
 from emoe.evaluation.sweep_config import SweepConfig, read_sweep, seed_list, variants
-from emoe.finetune import arms as known_arms
+from emoe.finetuning import arms as known_arms
 from emoe.report.sweep import write_summary
 
 QUIET = lambda stage, done, total: None  # noqa: E731

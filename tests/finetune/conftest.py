@@ -40,7 +40,7 @@ def experts(tiny_llama, tmp_path_factory) -> Path:
 @pytest.fixture
 def arm_settings(experts, task_file, tmp_path):
     """Makes a `FinetuneConfig` that trains eight steps in fp32."""
-    from emoe.finetune.settings import FinetuneConfig
+    from emoe.finetuning.settings import FinetuneConfig
 
     def make(**changes: Any) -> FinetuneConfig:
         given: dict[str, Any] = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from emoe.finetune import arms
-from emoe.finetune.model import build, load_tokenizer
-from emoe.finetune.texts import texts_of
-from emoe.finetune.trainer import Tuner, Watch, make_tuner
-from emoe.finetune.tune import finetune
+from emoe.finetuning import arms
+from emoe.finetuning.model import build, load_tokenizer
+from emoe.finetuning.texts import texts_of
+from emoe.finetuning.trainer import Tuner, Watch, make_tuner
+from emoe.finetuning.tune import finetune
 from emoe.modeling.modeling_emoe import RULES, Router
 from emoe.tasks import get
 from emoe.tasks.data import load_task

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from emoe.finetune.tune import finetune
+from emoe.finetuning.tune import finetune
 
 
 def launch(config, *more: str) -> None:

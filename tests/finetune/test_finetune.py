@@ -18,10 +18,10 @@ from support.tiny import tiny_checkpoint
 import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
-from emoe.finetune.evaluate import evaluate
-from emoe.finetune.settings import EvalConfig, FinetuneConfig
-from emoe.finetune.trainer import LikeLengths, Rows, Tuner
-from emoe.finetune.tune import finetune
+from emoe.finetuning.evaluate import evaluate
+from emoe.finetuning.settings import EvalConfig, FinetuneConfig
+from emoe.finetuning.trainer import LikeLengths, Rows, Tuner
+from emoe.finetuning.tune import finetune
 
 
 def lines(path) -> list[dict]:

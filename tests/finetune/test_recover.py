@@ -65,7 +65,7 @@ def test_a_step_in_parts_is_a_step(flags, tmp_path):
 
 def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     """Stopped by a crash in step 7, gone on from the state of step 4."""
-    from emoe.finetune import recover
+    from emoe.finetuning import recover
 
     flags = [*flags, "--steps", "10", "--checkpoint-steps", "4", "--budgets", "0.25", "--budgets", "0.5", "--quiet"]
     assert main(flags) == 0

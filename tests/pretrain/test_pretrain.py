@@ -15,9 +15,9 @@ from emoe.cli.main import main
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
 from emoe.moduleformer.sizes import parameters_of
-from emoe.pretrain.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces
-from emoe.pretrain.tokenizer import train_tokenizer
-from emoe.pretrain.train import new_model_config, pretrain
+from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces
+from emoe.pretraining.tokenizer import train_tokenizer
+from emoe.pretraining.train import new_model_config, pretrain
 
 ARCHITECTURE = {
     "model_type": "moduleformer",

@@ -120,7 +120,7 @@ def _serve() -> None:
     import emoe.conversion.convert
     import emoe.conversion.frontier
     import emoe.exporting.dense
-    import emoe.finetune.recover
+    import emoe.finetuning.recover
     import emoe.report.inspect  # noqa: F401
     from emoe.cli.main import main
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emoe.errors import UserError
-from emoe.finetune.arms import Arm
-from emoe.finetune.model import Start, attention_linears
-from emoe.finetune.settings import FinetuneConfig
+from emoe.finetuning.arms import Arm
+from emoe.finetuning.model import Start, attention_linears
+from emoe.finetuning.settings import FinetuneConfig
 from emoe.surgery.modules import anatomy_of
 from emoe.surgery.training import Frozen, train_only
 from emoe.tasks.spec import Task

@@ -26,13 +26,13 @@ from emoe import tasks
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.finetune import arms
-from emoe.finetune.model import build, converted_folder, hide_neurons, load_tokenizer
-from emoe.finetune.readings import read_all, write_predictions
-from emoe.finetune.settings import FinetuneConfig
-from emoe.finetune.texts import texts_of
-from emoe.finetune.trainer import Watch, last_state, make_tuner
-from emoe.finetune.tuning import check_tuning, choose_parameters, freeze, trainable
+from emoe.finetuning import arms
+from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
+from emoe.finetuning.readings import read_all, write_predictions
+from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.texts import texts_of
+from emoe.finetuning.trainer import Watch, last_state, make_tuner
+from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.runtime import peak_memory, reset_peak_memory, write_text
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where

@@ -20,9 +20,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from emoe.conversion.convert import Progress
 from emoe.errors import UserError
-from emoe.finetune.routing import Probe, auxiliary_loss, watched
-from emoe.finetune.settings import FinetuneConfig
-from emoe.finetune.texts import Classification, Encoded
+from emoe.finetuning.routing import Probe, auxiliary_loss, watched
+from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.texts import Classification, Encoded
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 SELECTED_BY = "eval_score"

@@ -19,7 +19,7 @@ from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.finetune.states import same_settings, states
+from emoe.finetuning.states import same_settings, states
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 Progress = Callable[[str, int, int], None]

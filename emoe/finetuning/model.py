@@ -24,8 +24,8 @@ from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetune.arms import Arm
-from emoe.finetune.settings import FinetuneConfig
+from emoe.finetuning.arms import Arm
+from emoe.finetuning.settings import FinetuneConfig
 from emoe.modeling.modeling_emoe import EMoEModelMixin, Router
 from emoe.tasks.spec import Task
 

@@ -17,14 +17,14 @@ from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.finetune import arms
-from emoe.finetune.model import build, converted_folder, load_tokenizer
-from emoe.finetune.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
-from emoe.finetune.settings import EvalConfig, FinetuneConfig
-from emoe.finetune.texts import texts_of
-from emoe.finetune.trainer import scorer
-from emoe.finetune.tune import RECORD, read_data
-from emoe.finetune.tuning import choose_parameters
+from emoe.finetuning import arms
+from emoe.finetuning.model import build, converted_folder, load_tokenizer
+from emoe.finetuning.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
+from emoe.finetuning.settings import EvalConfig, FinetuneConfig
+from emoe.finetuning.texts import texts_of
+from emoe.finetuning.trainer import scorer
+from emoe.finetuning.tune import RECORD, read_data
+from emoe.finetuning.tuning import choose_parameters
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 from emoe.tasks.data import TaskData, load_task

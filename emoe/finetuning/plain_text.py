@@ -21,7 +21,7 @@ from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import TuneConfig
 from emoe.errors import UserError
-from emoe.finetune.loop import (
+from emoe.finetuning.loop import (
     Progress,
     Sequences,
     Watch,

@@ -30,7 +30,7 @@ from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run, training_into
+from emoe.finetuning.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run, training_into
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 

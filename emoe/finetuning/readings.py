@@ -13,10 +13,10 @@ from typing import Any
 
 from emoe.conversion.convert import Progress
 from emoe.errors import UserError
-from emoe.finetune.arms import Arm
-from emoe.finetune.model import Start
-from emoe.finetune.texts import Classification
-from emoe.finetune.trainer import Rows, Tuner
+from emoe.finetuning.arms import Arm
+from emoe.finetuning.model import Start
+from emoe.finetuning.texts import Classification
+from emoe.finetuning.trainer import Rows, Tuner
 from emoe.runtime import write_text
 from emoe.tasks.data import TaskData
 from emoe.tasks.spec import Example

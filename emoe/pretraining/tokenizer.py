@@ -11,7 +11,7 @@ import transformers
 
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
-from emoe.pretrain.text import Domain, pieces
+from emoe.pretraining.text import Domain, pieces
 
 END, PADDING = "<|endoftext|>", "<|padding|>"
 

@@ -23,13 +23,13 @@ from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
-from emoe.finetune.loop import Watch
-from emoe.finetune.states import same_settings, states
+from emoe.finetuning.loop import Watch
+from emoe.finetuning.states import same_settings, states
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
-from emoe.pretrain.evaluate import evaluate
-from emoe.pretrain.text import Domain, load_domain, mixed, parse_domains
-from emoe.pretrain.tokenizer import load_tokenizer
+from emoe.pretraining.evaluate import evaluate
+from emoe.pretraining.text import Domain, load_domain, mixed, parse_domains
+from emoe.pretraining.tokenizer import load_tokenizer
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 LOG = "log.jsonl"
