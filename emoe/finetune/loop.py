@@ -104,17 +104,28 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
             ) from None
 
 
+def sequences_per_step(config: Any) -> int:
+    """Sequences of an optimizer step: as many whole ones as --tokens-per-step holds, at least one."""
+    return max(1, config.tokens_per_step // config.sequence_length)
+
+
+def text_tokens(config: Any, steps: int) -> int:
+    """Tokens that so many optimizer steps train on."""
+    return steps * sequences_per_step(config) * config.sequence_length
+
+
 def arguments(config: Any, work: Path) -> TrainingArguments:
     """The Trainer's settings. No weight decay: what gets no gradient must stay as it is."""
-    per_step = max(1, config.tokens_per_step // config.sequence_length)
-    batch = min(config.batch_sequences, per_step)
+    per_step = sequences_per_step(config)
+    # Forward calls of one size: the Trainer takes the mean over them, and any more would be further text.
+    batch = next(size for size in range(min(config.batch_sequences, per_step), 0, -1) if per_step % size == 0)
     on_cpu = not torch.cuda.is_available()
     half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     return TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=-(-per_step // batch),
+        gradient_accumulation_steps=per_step // batch,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, config.steps // 20),
@@ -146,13 +157,13 @@ def run(trainer: Trainer, work: Path) -> int:
 
 @torch.no_grad()
 def perplexities(model: torch.nn.Module, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of the next token, by domain."""
+    """Of the next token, by domain; in the type of the weights, also where the Trainer has put autocast around them."""
     model.eval()
-    found = {}
+    forward, found = getattr(model, "_original_forward", model.forward), {}  # accelerate keeps what it wraps there
     for domain, tokens in held_out.items():
         nats = 0.0
         for sequence in tokens.to(model.device):
-            logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
+            logits = forward(sequence[None], use_cache=False).logits[0, :-1].float()
             nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
         found[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
     return found

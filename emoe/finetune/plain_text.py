@@ -29,6 +29,7 @@ from emoe.finetune.loop import (
     fit_sequences,
     perplexities,
     run,
+    text_tokens,
     training_into,
 )
 from emoe.runtime import write_text
@@ -61,7 +62,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         config.text,
         transformers.AutoTokenizer.from_pretrained(folder),
         length=config.sequence_length,
-        calibration_tokens=config.steps * config.tokens_per_step,
+        calibration_tokens=text_tokens(config, config.steps),
         held_out_tokens=config.held_out_tokens,
         held_out=config.held_out,
         seed=config.seed,
@@ -97,7 +98,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         "model": config.model,
         "steps": steps,
         "minutes": round(minutes, 2),
-        "tokens": steps * config.tokens_per_step,
+        "tokens": text_tokens(config, steps),
         "trained": trained,
         "parameters": sum(p.numel() for p in model.parameters()),
         "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},

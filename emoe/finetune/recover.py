@@ -30,7 +30,17 @@ from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetune.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run, training_into
+from emoe.finetune.loop import (
+    Progress,
+    Sequences,
+    Watch,
+    arguments,
+    fit_sequences,
+    perplexities,
+    run,
+    text_tokens,
+    training_into,
+)
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 
@@ -81,7 +91,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
         "model": config.model,
         "steps": steps,
         "minutes": round(minutes, 2),
-        "tokens": steps * config.tokens_per_step,
+        "tokens": text_tokens(config, steps),
         "text": config.text,
         "num_experts": student.config.num_experts,
         "dense": dense["perplexity"],
@@ -127,7 +137,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
         config.text,
         tokenizer,
         length=config.sequence_length,
-        calibration_tokens=config.steps * config.tokens_per_step,
+        calibration_tokens=text_tokens(config, config.steps),
         held_out_tokens=config.held_out_tokens,
         held_out=config.held_out,
         seed=config.seed,
