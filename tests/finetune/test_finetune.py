@@ -313,6 +313,15 @@ def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monk
             evaluate(EvalConfig(model=str(run), task=str(three)))
 
 
+def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):
+    """Else the run's own: at two tokens beside the special ones, most texts have lost what tells their class."""
+    (record,) = finetune(arm_settings(max_steps=30, learning_rate=3e-3, max_length=32))
+    run = str(tmp_path / "out" / "seed-0")
+    scores = {length: evaluate(EvalConfig(model=run, max_length=length))["sets"] for length in (None, 32, 4)}
+    assert scores[None] == scores[32] != scores[4]
+    assert scores[None]["far"]["score"] == pytest.approx(record["readings"]["as-trained"]["far"]["score"])
+
+
 def test_settings_know_their_seeds():
     assert FinetuneConfig(seeds="0:5").seed_list() == [0, 1, 2, 3, 4]
     assert FinetuneConfig(seeds="7, 2").seed_list() == [7, 2]
