@@ -50,6 +50,21 @@ class TokenBlocks:
     """Hex sha256 over the token ids."""
 
 
+def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again") -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        UserError: there is none that works; ``advice`` says what to do.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model: no usable tokenizer in {folder} ({problem}); {advice}") from None
+
+
 def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     """Pieces of text from one value of ``--calibration`` or another flag that takes text.
 

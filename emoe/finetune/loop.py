@@ -61,8 +61,15 @@ class Watch(TrainerCallback):
 
 
 def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
-    """The settings with sequences that the model has positions for, and what to tell the user about it."""
-    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    """The settings with sequences that the model has positions for, and what to tell the user about it.
+
+    Raises:
+        UserError: the folder holds no model that transformers knows.
+    """
+    try:
+        longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
     if longest is None or config.sequence_length <= longest:
         return config, []
     note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"

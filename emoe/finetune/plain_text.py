@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import emoe
-from emoe.calibration.text import load_blocks
+from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
@@ -60,7 +60,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
     config, notes = fit_sequences(config, folder)
     blocks = load_blocks(
         config.text,
-        transformers.AutoTokenizer.from_pretrained(folder),
+        read_tokenizer(folder),
         length=config.sequence_length,
         calibration_tokens=text_tokens(config, config.steps),
         held_out_tokens=config.held_out_tokens,

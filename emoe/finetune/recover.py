@@ -21,7 +21,7 @@ import transformers
 from transformers import Trainer
 
 import emoe
-from emoe.calibration.text import TokenBlocks, load_blocks
+from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import write_digests
@@ -66,7 +66,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
 
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
     transformers.set_seed(config.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     config, notes = fit_sequences(config, folder)
     blocks = _read_text(config, tokenizer)
     progress("loading", 0, config.steps)

@@ -141,6 +141,29 @@ def test_bad_input(arguments, complaint, flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_tokenizer(flags, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(flags[2], model)
+    (model / "tokenizer.json").unlink()
+    for verb in ("recover", "tune"):
+        assert main([verb, "--model", str(model), *flags[3:], "--steps", "1"]) == 2
+        assert f"--model: no usable tokenizer in {model}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "lama"}'])
+def test_a_folder_that_is_no_model(config, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(config)
+    assert main(["tune", "--model", str(folder), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"--model: {folder} is not the folder of a model" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, capsys):
     dense = [str(tiny_llama) if f == str(converted_llama) else f for f in flags]
     assert main(dense) == 2
