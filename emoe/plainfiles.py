@@ -21,13 +21,23 @@ LARGEST_YAML = 1 << 20
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe values only, each written out where it stands."""
+    """Safe values only, each written out where it stands; 5:10 is text, not the number 310 to the base of 60."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write the value out", mark)
         return super().compose_node(parent, index)
+
+    def number_or_text(self, node: yaml.ScalarNode) -> int | float | str:
+        """A number, unless it is one by YAML 1.1's base of 60 alone, which YAML 1.2 has given up."""
+        if ":" in node.value:
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.number_or_text)
 
 
 def read_json(path: Path, flag: str = "--model") -> dict[str, Any]:

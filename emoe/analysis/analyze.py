@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from emoe.analysis.collect import DomainUse
 from emoe.analysis.findings import describe_domains, findings
+from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
 from emoe.errors import UserError
@@ -135,7 +135,7 @@ class _Analysis:
             )
             for name, source in domains.items()
         }
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(anatomy.folder)
+        self.tokenizer = read_tokenizer(anatomy.folder)
         self.model = load_model(anatomy.folder, head=True)
         set_budget(self.model, config.top_k)
         self.use: dict[str, DomainUse] = {}

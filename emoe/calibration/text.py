@@ -50,6 +50,21 @@ class TokenBlocks:
     """Hex sha256 over the token ids."""
 
 
+def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again") -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        UserError: there is none that works; ``advice`` says what to do.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model: no usable tokenizer in {folder} ({problem}); {advice}") from None
+
+
 def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     """Pieces of text from one value of ``--calibration`` or another flag that takes text.
 
@@ -181,8 +196,11 @@ def load_blocks(
         flag: what errors call the sources.
 
     Raises:
-        UserError: a source is empty or too short.
+        UserError: a source is empty or too short, or one of `held_out` is among the sources.
     """
+    for source in held_out:
+        if held_out_tokens and any(_same_text(source, read) for read in sources):
+            raise UserError(f"--held-out: {source} is among {flag}, whose end is held out already; name other text")
     share = lambda tokens: -(-tokens // (length * len(sources)))  # noqa: E731 - blocks a source, rounded up
     num_calibration, num_held_out = share(calibration_tokens), share(held_out_tokens)
     minimum = share(min(MINIMUM_TOKENS, calibration_tokens)) + (1 if held_out_tokens else 0)
@@ -211,6 +229,12 @@ def load_blocks(
     digest = hashlib.sha256(json.dumps([calibration, *domains.values()]).encode()).hexdigest()
     as_tensor = lambda blocks: torch.tensor(blocks, dtype=torch.int64).reshape(-1, length)  # noqa: E731
     return TokenBlocks(as_tensor(calibration), {name: as_tensor(b) for name, b in domains.items()}, digest)
+
+
+def _same_text(one: str, other: str) -> bool:
+    """Whether two sources are one by name or, of files and folders, on the disk."""
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def _domain_name(source: str, taken: dict[str, list]) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 import emoe
 from emoe.calibration.stream import HiddenStates, StreamedModel
-from emoe.calibration.text import TokenBlocks, load_blocks
+from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.partition import digest_ffn
 from emoe.conversion.artefact import emoe_config
 from emoe.conversion.layer import ORACLE, RouterFit, let_go_of_file, let_oracle_choose, put_in_order, reordered
@@ -116,16 +116,9 @@ class Engine:
                 self._share_text()
 
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.reader.folder, trust_remote_code=False)
-        except Exception as error:
-            problem = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--model: no usable tokenizer in {self.reader.folder} ({problem}); without one only "
-                "--split weights --gate average-key --held-out-tokens 0 works"
-            ) from None
+        return read_tokenizer(
+            self.reader.folder, "without one only --split weights --gate average-key --held-out-tokens 0 works"
+        )
 
     def _read_text(self) -> TokenBlocks:
         c = self.config

@@ -129,7 +129,7 @@ def read_predictions(path: Path) -> Predictions:
     if table.num_rows == 0:
         raise UserError(f"compare: {path} holds no prediction")
     ids, labels, predictions = (table[name].to_numpy(zero_copy_only=False) for name in wanted.names)
-    if any(table[name].null_count for name in wanted.names) or not np.isfinite(predictions).all():
+    if any(table[name].null_count for name in wanted.names) or not np.isfinite([labels, predictions]).all():
         raise UserError(f"compare: {path} has lines without id, label or a finite prediction; score the run again")
     ids = ids.astype(str)
     order = np.argsort(ids, kind="stable")

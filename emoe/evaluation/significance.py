@@ -18,6 +18,9 @@ from emoe.evaluation.resampling import Resampled, entropy_of
 EXHAUSTIVE_SEEDS = 14
 """Up to here all 2^S assignments of arms to runs are tried."""
 
+ROUNDING = 1e-9
+"""Differences closer than this are ties, which rounding has parted. One answer of a million examples is 1e-6."""
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -87,10 +90,13 @@ def seeds_test(differences_S: np.ndarray, seed: int) -> float:
     """Paired permutation test over seeds, two-sided: exact for up to `EXHAUSTIVE_SEEDS`."""
     if len(differences_S) < 2:
         return 1.0
+    # scipy's own allowance for rounding is relative to the observed mean, too little for a mean near 0.
+    least = abs(differences_S.mean()) - ROUNDING
     found = stats.permutation_test(
         (differences_S,),
-        np.mean,
+        lambda signed, axis: (np.abs(signed.mean(axis)) >= least).astype(float),  # as far from 0 as what was observed
         permutation_type="samples",
+        alternative="greater",
         vectorized=True,
         n_resamples=2**EXHAUSTIVE_SEEDS,
         rng=np.random.default_rng(entropy_of(seed, "seeds exchanged")),
@@ -106,7 +112,7 @@ def _signs(resamples: int, seeds: int, seed: int) -> np.ndarray:
 
 def _extreme(permuted_R: np.ndarray, observed: float) -> float:
     """Share of permutations as far from 0 as what was observed, which counts as one of them."""
-    far = np.abs(permuted_R) >= abs(observed) - 1e-9  # ties are ties in spite of rounding
+    far = np.abs(permuted_R) >= abs(observed) - ROUNDING
     return float((1 + far.sum()) / (1 + len(permuted_R)))
 
 
@@ -138,8 +144,8 @@ def friedman(scores: dict[str, dict[str, float]]) -> Ranking:
         scores: arm → domain → mean score; the same domains for all.
     """
     domains = list(next(iter(scores.values())))
-    table = np.array([[of_arm[d] for d in domains] for of_arm in scores.values()])  # (arms, domains)
-    ranks = stats.rankdata(-table.round(12), axis=0).mean(axis=1) if domains else np.full(len(scores), np.nan)
+    table = np.array([[of_arm[d] for d in domains] for of_arm in scores.values()]).round(9)  # (arms, domains); ties
+    ranks = stats.rankdata(-table, axis=0).mean(axis=1) if domains else np.full(len(scores), np.nan)
     p = None
     if len(scores) >= 3 and len(domains) >= 2:
         with np.errstate(invalid="ignore"):  # all arms equal everywhere

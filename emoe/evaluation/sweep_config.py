@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe.errors import UserError, nearest
+from emoe.plainfiles import read_yaml
 
 OWN = {"output", "seeds", "resume", "overwrite"}
 """Settings of `emoe finetune` that a sweep gives by itself."""
@@ -86,10 +86,7 @@ def read_sweep(path: Path) -> SweepConfig:
     Raises:
         UserError: unreadable, an unknown key or setting, no arms, an empty list.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"sweep: cannot read {path} ({' '.join(str(error).split())})") from None
+    values = read_yaml(path, "sweep")
     if not isinstance(values, dict):
         raise UserError(f"sweep: {path} must hold 'base:', 'arms:' and 'seeds:'; see configs/sweeps")
     for key in values:

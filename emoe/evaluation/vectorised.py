@@ -110,8 +110,12 @@ def _correlation(x_RN: np.ndarray, y_RN: np.ndarray, weights_RN: np.ndarray) -> 
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, and 0 where nothing is below: what sklearn says of an F1 or correlation without positives."""
-    return np.divide(above, below, out=np.zeros_like(np.asarray(above, np.float64)), where=below > 0)
+    """above / below, and 0 where nothing is below: what sklearn says of an F1 or correlation without positives.
+
+    In fp64: sums are counts, exact in fp32, but of their fp32 ratios equal differences between runs would come out
+    unequal, and permutation tests count ties.
+    """
+    return np.divide(above, below, out=np.zeros(np.shape(above)), where=below > 0, dtype=np.float64)
 
 
 def _accuracy_terms(labels_N: np.ndarray, predictions_SN: np.ndarray, classes_C: np.ndarray) -> np.ndarray:

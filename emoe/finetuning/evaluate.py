@@ -20,7 +20,7 @@ from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, load_tokenizer
 from emoe.finetuning.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
-from emoe.finetuning.settings import EvalConfig, FinetuneConfig
+from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import scorer
 from emoe.finetuning.tune import RECORD, read_data
@@ -175,8 +175,8 @@ def _read_as(config: EvalConfig, loaded: Loaded) -> None:
 def _score(
     config: EvalConfig, loaded: Loaded, data: TaskData, work: Path, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    settings = (loaded.record or {}).get("settings", {})
-    texts = texts_of(data.task, loaded.tokenizer, settings.get("max_length", config.max_length))
+    own = (loaded.record or {}).get("settings", {}).get("max_length", MAX_LENGTH)
+    texts = texts_of(data.task, loaded.tokenizer, config.max_length or own)
     half = (loaded.record or {}).get("precision") == "bfloat16"
     tuner = scorer(loaded.model, texts, config.batch_size, half, work)
     sets, predictions = {}, {}

@@ -61,8 +61,15 @@ class Watch(TrainerCallback):
 
 
 def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
-    """The settings with sequences that the model has positions for, and what to tell the user about it."""
-    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    """The settings with sequences that the model has positions for, and what to tell the user about it.
+
+    Raises:
+        UserError: the folder holds no model that transformers knows.
+    """
+    try:
+        longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
     if longest is None or config.sequence_length <= longest:
         return config, []
     note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
@@ -104,17 +111,28 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
             ) from None
 
 
+def sequences_per_step(config: Any) -> int:
+    """Sequences of an optimizer step: as many whole ones as --tokens-per-step holds, at least one."""
+    return max(1, config.tokens_per_step // config.sequence_length)
+
+
+def text_tokens(config: Any, steps: int) -> int:
+    """Tokens that so many optimizer steps train on."""
+    return steps * sequences_per_step(config) * config.sequence_length
+
+
 def arguments(config: Any, work: Path) -> TrainingArguments:
     """The Trainer's settings. No weight decay: what gets no gradient must stay as it is."""
-    per_step = max(1, config.tokens_per_step // config.sequence_length)
-    batch = min(config.batch_sequences, per_step)
+    per_step = sequences_per_step(config)
+    # Forward calls of one size: the Trainer takes the mean over them, and any more would be further text.
+    batch = next(size for size in range(min(config.batch_sequences, per_step), 0, -1) if per_step % size == 0)
     on_cpu = not torch.cuda.is_available()
     half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     return TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=-(-per_step // batch),
+        gradient_accumulation_steps=per_step // batch,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, config.steps // 20),
@@ -146,13 +164,13 @@ def run(trainer: Trainer, work: Path) -> int:
 
 @torch.no_grad()
 def perplexities(model: torch.nn.Module, held_out: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of the next token, by domain."""
+    """Of the next token, by domain; in the type of the weights, also where the Trainer has put autocast around them."""
     model.eval()
-    found = {}
+    forward, found = getattr(model, "_original_forward", model.forward), {}  # accelerate keeps what it wraps there
     for domain, tokens in held_out.items():
         nats = 0.0
         for sequence in tokens.to(model.device):
-            logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
+            logits = forward(sequence[None], use_cache=False).logits[0, :-1].float()
             nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
         found[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
     return found

@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 
 import emoe
+from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
@@ -110,7 +111,7 @@ def _cut(config: FinetuneConfig, target: Path, sample: Path, progress: Progress)
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer, padding on the right with a token that it has."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

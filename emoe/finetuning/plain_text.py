@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import emoe
-from emoe.calibration.text import load_blocks
+from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
@@ -29,6 +29,7 @@ from emoe.finetuning.loop import (
     fit_sequences,
     perplexities,
     run,
+    text_tokens,
     training_into,
 )
 from emoe.runtime import write_text
@@ -59,9 +60,9 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
     config, notes = fit_sequences(config, folder)
     blocks = load_blocks(
         config.text,
-        transformers.AutoTokenizer.from_pretrained(folder),
+        read_tokenizer(folder),
         length=config.sequence_length,
-        calibration_tokens=config.steps * config.tokens_per_step,
+        calibration_tokens=text_tokens(config, config.steps),
         held_out_tokens=config.held_out_tokens,
         held_out=config.held_out,
         seed=config.seed,
@@ -97,7 +98,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         "model": config.model,
         "steps": steps,
         "minutes": round(minutes, 2),
-        "tokens": steps * config.tokens_per_step,
+        "tokens": text_tokens(config, steps),
         "trained": trained,
         "parameters": sum(p.numel() for p in model.parameters()),
         "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},

@@ -21,7 +21,7 @@ import transformers
 from transformers import Trainer
 
 import emoe
-from emoe.calibration.text import TokenBlocks, load_blocks
+from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import write_digests
@@ -30,7 +30,17 @@ from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.families import family
-from emoe.finetuning.loop import Progress, Sequences, Watch, arguments, fit_sequences, perplexities, run, training_into
+from emoe.finetuning.loop import (
+    Progress,
+    Sequences,
+    Watch,
+    arguments,
+    fit_sequences,
+    perplexities,
+    run,
+    text_tokens,
+    training_into,
+)
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
 
@@ -56,7 +66,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
 
 def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
     transformers.set_seed(config.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     config, notes = fit_sequences(config, folder)
     blocks = _read_text(config, tokenizer)
     progress("loading", 0, config.steps)
@@ -81,7 +91,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
         "model": config.model,
         "steps": steps,
         "minutes": round(minutes, 2),
-        "tokens": steps * config.tokens_per_step,
+        "tokens": text_tokens(config, steps),
         "text": config.text,
         "num_experts": student.config.num_experts,
         "dense": dense["perplexity"],
@@ -127,7 +137,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
         config.text,
         tokenizer,
         length=config.sequence_length,
-        calibration_tokens=config.steps * config.tokens_per_step,
+        calibration_tokens=text_tokens(config, config.steps),
         held_out_tokens=config.held_out_tokens,
         held_out=config.held_out,
         seed=config.seed,

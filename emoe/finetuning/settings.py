@@ -10,6 +10,9 @@ from emoe.errors import UserError, nearest
 SEED_LIMIT = 1000
 """Most seeds in one call; more is a typing error."""
 
+MAX_LENGTH = 128
+"""Tokens of an example, where nothing else is said."""
+
 
 class FinetuneConfig(Settings):
     """Settings of a fine-tuning: one arm, some seeds."""
@@ -40,7 +43,7 @@ class FinetuneConfig(Settings):
     data_dir: str | None = setting(None, "Folder DIR/SET/SPLIT.csv (.tsv, .jsonl, .json, .parquet) instead of the hub.")
     train_limit: int | None = setting(None, "Training examples, at most; the same ones for every seed and arm.", ge=2)
     test_limit: int | None = setting(None, "Examples of each set that is scored, at most.", ge=1)
-    max_length: int = setting(128, "Tokens of an example; what is longer is cut.", ge=4)
+    max_length: int = setting(MAX_LENGTH, "Tokens of an example; what is longer is cut.", ge=4)
 
     experts: int = setting(64, "E: experts a converted layer, when a dense model is given.", ge=1)
     top_k: int | None = setting(None, "K: experts a token uses. [default: --active times --experts]", ge=1)
@@ -136,7 +139,7 @@ class EvalConfig(Settings):
     read_as: Literal["as-trained", "dense", "emoe"] = setting(
         "as-trained", "How the weights are read: as-trained, dense (all experts), or emoe (the run's --top-k)."
     )
-    max_length: int = setting(128, "Tokens of an example. [default: the run's own]", ge=4)
+    max_length: int | None = setting(None, "Tokens of an example. [default: the run's own, else 128]", ge=4)
     batch_size: int = setting(64, "Examples a forward call.", ge=1)
     lm_eval: str | None = setting(
         None, "Benchmarks of the lm-eval package, by commas, instead of a task (mmlu,arc_easy)."

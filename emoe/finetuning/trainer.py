@@ -22,6 +22,7 @@ from emoe.conversion.convert import Progress
 from emoe.errors import UserError
 from emoe.finetuning.routing import Probe, auxiliary_loss, watched
 from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.states import states
 from emoe.finetuning.texts import Classification, Encoded
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
@@ -123,8 +124,8 @@ class Tuner(Trainer):
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad.float().reshape(1).to(self.args.device), "sum").gt(0).all()
         if bad.item():
-            kept = last_state(Path(self.args.output_dir))
-            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            kept = states(Path(self.args.output_dir))
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
                 f"the {name} is {value.item()} in step {self.state.global_step + 1}: lower --learning-rate; {where}"
             )
@@ -155,7 +156,7 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in old if _step_of(line) <= state.global_step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -166,6 +167,14 @@ class Log(TrainerCallback):
         if state.is_world_process_zero and ("loss" in entry or "validation" in entry):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of log.jsonl; none is as late as that of a line which a killed process left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class Watch(TrainerCallback):
@@ -188,12 +197,6 @@ class Watch(TrainerCallback):
             self.shown = f"{self.label}, loss {logs['loss']:.3f}"
         if logs and SELECTED_BY in logs:
             self.shown = f"{self.label}, validation {100 * logs[SELECTED_BY]:.1f}"
-
-
-def last_state(folder: Path) -> Path | None:
-    """The latest complete state of the Trainer."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -> TrainingArguments:
@@ -226,6 +229,7 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
         save_steps=config.eval_steps or 500,
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how often --patience has been tried
         metric_for_best_model=SELECTED_BY,
         greater_is_better=True,
         report_to="none",

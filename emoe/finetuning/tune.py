@@ -30,8 +30,9 @@ from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
 from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.states import states
 from emoe.finetuning.texts import texts_of
-from emoe.finetuning.trainer import Watch, last_state, make_tuner
+from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.runtime import peak_memory, reset_peak_memory, write_text
 from emoe.tasks.data import TaskData, load_task
@@ -177,8 +178,8 @@ class Run:
         tuner = make_tuner(self.config, self.model, self.texts, train, (validation, encoded), *places, watch)
         rate = 1 - self.start.top_k / self.start.model.config.num_experts
         hooks = hide_neurons(self.start.model, rate) if self.arm.dropout else []
-        state = last_state(self.folder / ".training") if self.config.resume else None
-        tuner.train(resume_from_checkpoint=str(state) if state else None)
+        found = states(self.folder / ".training") if self.config.resume else []
+        tuner.train(resume_from_checkpoint=str(found[-1]) if found else None)
         for hook in hooks:
             hook.remove()
         if self.frozen:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from emoe.calibration.text import load_blocks
+from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery.modules import Anatomy, Seen
@@ -46,7 +46,7 @@ def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, s
     """
     longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
     length = min(length, longest or length)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     found = load_blocks(
         sources, tokenizer, length=length, calibration_tokens=tokens, held_out_tokens=0, seed=seed, flag=flag
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,7 +76,7 @@ def load_task(
         where: where files may be found.
 
     Raises:
-        UserError: an unknown domain, no ID data, an empty split, or only one class to learn.
+        UserError: an unknown domain, no ID data, an empty split, an id that is there twice, or only one class to learn.
     """
     where = where or Where()
     wanted = _wanted(task, domains)
@@ -152,6 +153,13 @@ def _check(task: Task, train: list[Example], tests: dict[str, TestSet]) -> None:
     for name, examples in {"training": train, **{name: test.examples for name, test in tests.items()}}.items():
         if not examples:
             raise UserError(f"--task: the {name} set of task '{task.name}' is empty; give more data or other files")
+    for name, test in tests.items():
+        identity, times = Counter(example.id for example in test.examples).most_common(1)[0]
+        if times > 1:
+            raise UserError(
+                f"--task: the {name} set of task '{task.name}' has the id '{identity}' {times} times; runs are "
+                "compared example by example, so name a column of different ids, or none"
+            )
     if task.kind == "classification":
         classes = {example.label for example in train}
         if len(classes) < 2:

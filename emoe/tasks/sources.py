@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Columns:
         raw = str(raw).strip()
         try:
             label = self.classes(raw) if callable(self.classes) else self.classes[raw]
+            if label is not None and not math.isfinite(label):
+                raise ValueError
         except (KeyError, ValueError):
             known = "" if callable(self.classes) else f"; known labels: {', '.join(self.classes)}"
             raise UserError(
@@ -158,7 +161,10 @@ def read_table(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return iter(pyarrow.parquet.read_table(path).to_pylist())
+        try:
+            return iter(pyarrow.parquet.read_table(path).to_pylist())
+        except pyarrow.ArrowException as error:
+            raise UserError(f"--task: {path} is not a parquet file ({' '.join(str(error).split())[:120]})") from None
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"--task: {path} is none of {', '.join(SUFFIXES)}")
     try:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe.errors import UserError, nearest
+from emoe.plainfiles import read_yaml
 from emoe.tasks.metrics import METRICS
 from emoe.tasks.sources import Columns, File, read_table
 from emoe.tasks.spec import Domain, Example, Source, Task, Where
@@ -60,13 +60,9 @@ def task_from_yaml(path: Path) -> Task:
     Raises:
         UserError: unreadable, an unknown key, an unknown metric, not exactly one ID domain, a domain without files.
     """
+    raw = read_yaml(path, "--task")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         entry = _TaskEntry(**raw)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task: cannot read {path} ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--task: {path} is not valid YAML ({' '.join(str(error).split())})") from None
     except TypeError:
         raise UserError(f"--task: {path} must hold 'key: value' lines") from None
     except ValidationError as error:

@@ -66,6 +66,15 @@ def test_further_domains_are_held_out_too(tokenizer, text_file, tmp_path):
         blocks([text_file], tokenizer, held_out=[str(tmp_path / "empty.txt")])
 
 
+def test_calibration_text_is_not_held_out_again(tokenizer, text_file):
+    """Blocks of it would be measured on that were calibrated on."""
+    for same in (text_file, text_file.parent / ".." / text_file.parent.name / text_file.name):
+        with pytest.raises(UserError, match=r"--held-out: .* is among --calibration, whose end is held out already"):
+            blocks([text_file], tokenizer, held_out=[str(same)])
+    with pytest.raises(UserError, match="--held-out: builtin is among --text"):
+        blocks(["builtin-code", "builtin"], tokenizer, held_out=["builtin"], flag="--text")
+
+
 def test_sources_mix_equally(tokenizer, text_file, tmp_path):
     (tmp_path / "other.txt").write_text("zebra " * 20_000)
     found = blocks([text_file, tmp_path / "other.txt"], tokenizer)

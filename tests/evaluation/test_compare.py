@@ -209,14 +209,14 @@ def test_too_few_seeds_are_named(tmp_path, seeds):
         (["{vanilla}", "{record}"], "run.json is not a record of a run: steps"),
         (["{vanilla}", "{spam}"], "the runs are of different tasks (sentiment, spam)"),
         (["{vanilla}", "{nan}"], "lines without id, label or a finite prediction"),
+        (["{vanilla}", "{infinite}"], "lines without id, label or a finite prediction"),
     ],
 )
 def test_bad_input(arguments, complaint, runs, tmp_path, capsys):
-    names = {
-        name: tmp_path / name for name in ("empty", "nowhere", "damaged", "gone", "twice", "record", "spam", "nan")
-    }
+    copies = ("damaged", "gone", "twice", "record", "nan", "infinite")
+    names = {name: tmp_path / name for name in ("empty", "nowhere", "spam", *copies)}
     names["empty"].mkdir()
-    for name in ("damaged", "gone", "twice", "record", "nan"):
+    for name in copies:
         if f"{{{name}}}" in arguments:
             shutil.copytree(runs / "equal", names[name])
     if "{spam}" in arguments:
@@ -227,6 +227,7 @@ def test_bad_input(arguments, complaint, runs, tmp_path, capsys):
         "gone": lambda p: (p / seed / "tweets.jsonl").unlink(),
         "twice": lambda p: (p / seed / "movies.jsonl").write_text('{"id":"x1","label":1,"prediction":1}\n' * 2),
         "nan": lambda p: (p / seed / "movies.jsonl").write_text('{"id":"x1","label":1}\n'),
+        "infinite": lambda p: (p / seed / "movies.jsonl").write_text('{"id":"x1","label":NaN,"prediction":1}\n'),
         "record": lambda p: (p / "seed-0" / "run.json").write_text(
             json.dumps({k: v for k, v in json.loads((p / "seed-0" / "run.json").read_text()).items() if k != "steps"})
         ),

@@ -15,6 +15,8 @@ from emoe.evaluation.significance import effect, friedman, holm, interval, seeds
 from emoe.evaluation.vectorised import metric
 
 ACCURACY = metric("accuracy")
+SIGNS = {seeds: np.array(list(itertools.product([1, -1], repeat=seeds))) for seeds in (5, 7)}
+"""All ways to exchange two arms within seeds."""
 
 
 def arms(generator, seeds, examples, shift=0.0, of_seeds=0.0, of_examples=0.0):
@@ -74,10 +76,23 @@ def test_a_shift_is_found_and_covered():
 
 def test_permutation_over_seeds_is_the_exhaustive_one():
     differences = np.random.default_rng(9).normal(0.3, 1, 7)
-    assignments = np.array(list(itertools.product([1, -1], repeat=7)))
-    means = (assignments * differences).mean(1)
+    means = (SIGNS[7] * differences).mean(1)
     expected = np.mean(np.abs(means) >= abs(differences.mean()) - 1e-12)
     assert seeds_test(differences, 0) == pytest.approx(expected)
+
+
+def test_ties_count_in_spite_of_rounding():
+    """Shares of 90 examples tie often: p is that of exact fractions, and of 0.1 + 0.2 - 0.3 it is that of 0."""
+    generator, labels = np.random.default_rng(18), np.ones(90)
+    for _ in range(40):
+        first, second = ((generator.random((5, 90)) < 0.8).astype(float) for _ in range(2))
+        right = (second.sum(1) - first.sum(1)).astype(int)
+        sums = np.abs([sum(s * r for s, r in zip(signs, right, strict=True)) for signs in SIGNS[5]])
+        found = resample(ACCURACY, labels, first, {"b": second}, 100, [4])["b"]
+        assert seeds_test(found.seeds_S, 0) == np.mean(sums >= abs(right.sum()))
+        swapped = np.rint(found.swapped_R * 450).astype(int)
+        assert effect(found, 0).p_examples == (1 + (np.abs(swapped) >= abs(right.sum())).sum()) / 101
+    assert seeds_test(np.array([0.1, 0.2, -0.3]), 0) == 1.0
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 10])
@@ -175,3 +190,5 @@ def test_friedman_ranks():
     assert found.p == pytest.approx(scipy.stats.friedmanchisquare([90, 80, 70], [80, 80, 60], [70, 70, 50]).pvalue)
     assert friedman({name: scores[name] for name in "ab"}).p is None
     assert friedman({name: {"x": 1.0, "y": 2.0} for name in "abc"}).p == 1.0
+    parted = {"a": {"x": 0.1 + 0.2, "y": 1.0}, "b": {"x": 0.3, "y": 2.0}, "c": {"x": 0.2, "y": 3.0}}
+    assert friedman(parted).p == friedman(parted | {"a": {"x": 0.3, "y": 1.0}}).p

@@ -170,6 +170,14 @@ def test_files_that_are_no_sweep(text, tmp_path, capsys):
     assert "emoe: sweep: " in capsys.readouterr().err
 
 
+def test_seeds_are_read_as_they_are_written(tmp_path):
+    """YAML 1.1 would read 5:10 as minutes and seconds: one seed, number 310."""
+    path = tmp_path / "sweep.yaml"
+    path.write_text("arms: {vanilla: {method: vanilla}}\nseeds: 5:10\nselect_seeds: 5\nseconds_per_run: 1.5\n")
+    config = read_sweep(path)
+    assert (config.seeds, config.select_seeds, config.seconds_per_run) == ("5:10", "5", 1.5)
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(SELECT | {"analysis": [{"kind": "gains"}]}))

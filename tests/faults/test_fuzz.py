@@ -19,7 +19,9 @@ from emoe.checkpoint.reader import CheckpointReader, shard_map
 from emoe.config import ConvertConfig, RecoverConfig, merge_settings, resolve_config
 from emoe.conversion.frontier import read_grid
 from emoe.errors import UserError
+from emoe.evaluation.sweep_config import read_sweep
 from emoe.plainfiles import read_json, read_yaml
+from emoe.tasks.user import task_from_yaml
 
 bounded = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -58,6 +60,8 @@ def test_any_bytes(content, survives, tmp_path):
         lambda: resolve_config({}, path),
         lambda: merge_settings(RecoverConfig, {}, path),
         lambda: read_grid(path),
+        lambda: read_sweep(path),
+        lambda: task_from_yaml(path),
         lambda: Partition.load(path),
     ):
         with survives():

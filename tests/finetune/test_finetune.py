@@ -144,23 +144,28 @@ def test_steps_in_parts_are_steps(arm_settings, tmp_path):
         torch.testing.assert_close(found[1][name], whole, rtol=1e-3, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path, monkeypatch):
-    """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
-    arm_settings = partial(arm_settings, group_by_length=grouped)
-    wanted = finetune(arm_settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
+def interrupted(config: FinetuneConfig, step: int, monkeypatch) -> None:
+    """A run that a crash ends in this step, counted over all its seeds."""
     loss, count = Tuner.compute_loss, [0]
 
     def crash(self, *arguments, **keywords):
         count[0] += 1
-        if count[0] == 15:
+        if count[0] == step:
             raise RuntimeError("power cut")
         return loss(self, *arguments, **keywords)
 
     monkeypatch.setattr(Tuner, "compute_loss", crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        finetune(arm_settings(seeds="0,1"))
+        finetune(config)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path, monkeypatch):
+    """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
+    arm_settings = partial(arm_settings, group_by_length=grouped)
+    wanted = finetune(arm_settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
+    interrupted(arm_settings(seeds="0,1"), 15, monkeypatch)
     out = tmp_path / "out"
     assert (out / "seed-0" / "run.json").exists()
     assert not (out / "seed-1" / "run.json").exists()
@@ -192,6 +197,30 @@ def test_batches_of_like_length_have_one_order_for_all_arms():
     assert sorted(orders[0]) == list(range(200))
     padded = [8 * max(len(rows[i]["input_ids"]) for i in orders[0][start : start + 8]) for start in range(0, 200, 8)]
     assert sum(padded) < 1.2 * sum(len(row["input_ids"]) for row in rows.rows)
+
+
+def test_a_resumed_run_is_as_patient_as_an_undisturbed_one(arm_settings, monkeypatch):
+    """Two of three validations without a better score lie before the crash."""
+    patient = {"max_steps": 40, "eval_steps": 2, "patience": 3, "learning_rate": 1e-9}
+    interrupted(arm_settings(**patient), 8, monkeypatch)
+    (record,) = finetune(arm_settings(**patient, resume=True))
+    assert record["steps"] == 8
+
+
+def test_files_that_a_kill_cut_short_are_left_out(arm_settings, tmp_path, monkeypatch):
+    """The Trainer's last file in one state, and a line of the log behind the first of its closing braces."""
+    (wanted,) = finetune(arm_settings(output=str(tmp_path / "whole")))
+    interrupted(arm_settings(), 7, monkeypatch)
+    folder = tmp_path / "out" / "seed-0"
+    cut = folder / ".training" / "checkpoint-6"
+    shutil.copytree(folder / ".training" / "checkpoint-4", cut)
+    facts = (cut / "trainer_state.json").read_text()
+    (cut / "trainer_state.json").write_text(facts[: len(facts) // 2])
+    log = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(log + log[: log.index("}") + 1])
+    (found,) = finetune(arm_settings(resume=True))
+    assert found["readings"] == wanted["readings"]
+    assert [entry["step"] for entry in lines(folder / "log.jsonl") if "loss" in entry] == [2, 4, 6, 8]
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(arm_settings, tmp_path, monkeypatch):
@@ -305,6 +334,15 @@ def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monk
         finetune(arm_settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
         with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
             evaluate(EvalConfig(model=str(run), task=str(three)))
+
+
+def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):
+    """Else the run's own: at two tokens beside the special ones, most texts have lost what tells their class."""
+    (record,) = finetune(arm_settings(max_steps=30, learning_rate=3e-3, max_length=32))
+    run = str(tmp_path / "out" / "seed-0")
+    scores = {length: evaluate(EvalConfig(model=run, max_length=length))["sets"] for length in (None, 32, 4)}
+    assert scores[None] == scores[32] != scores[4]
+    assert scores[None]["far"]["score"] == pytest.approx(record["readings"]["as-trained"]["far"]["score"])
 
 
 def test_settings_know_their_seeds():

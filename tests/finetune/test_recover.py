@@ -63,6 +63,33 @@ def test_a_step_in_parts_is_a_step(flags, tmp_path):
         torch.testing.assert_close(parts, whole[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("tokens", [320, 100, 32])  # five sequences a step, part of a second, less than one
+def test_it_trains_on_the_text_that_it_reports(tokens, flags, tmp_path, capsys, monkeypatch):
+    """No sequence twice, none but those of its steps, and every forward call of a step of the same size."""
+    from emoe.finetuning import recover
+
+    loss, calls = recover._Distiller.compute_loss, []
+
+    def noting(self, model, inputs, *arguments, **keywords):
+        calls.append((self.state.global_step, [tuple(row) for row in inputs["input_ids"].tolist()]))
+        return loss(self, model, inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(recover._Distiller, "compute_loss", noting)
+    assert main([*flags, "--tokens-per-step", str(tokens), "--steps", "4", "--json"]) == 0
+    seen = [row for _, rows in calls for row in rows]
+    assert json.loads(capsys.readouterr().out)["tokens"] == 64 * len(seen) == 64 * 4 * max(1, tokens // 64)
+    assert len(set(seen)) == len(seen)
+    assert len({len(rows) for _, rows in calls}) == 1
+
+
+def test_quality_is_measured_alike_before_and_after(flags, capsys):
+    """Trained in bfloat16, at a rate that changes nothing."""
+    flags = [*flags, "--precision", "bfloat16", "--learning-rate", "1e-12", "--steps", "1", "--json"]
+    assert main(flags) == 0
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert row["after"]["calibration domain"] == pytest.approx(row["before"]["calibration domain"], rel=1e-6)
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     """Stopped by a crash in step 7, gone on from the state of step 4."""
     from emoe.finetuning import recover
@@ -112,6 +139,29 @@ def test_bad_input(arguments, complaint, flags, tmp_path, capsys):
     assert main([*flags, *arguments]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer(flags, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(flags[2], model)
+    (model / "tokenizer.json").unlink()
+    for verb in ("recover", "tune"):
+        assert main([verb, "--model", str(model), *flags[3:], "--steps", "1"]) == 2
+        assert f"--model: no usable tokenizer in {model}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "lama"}'])
+def test_a_folder_that_is_no_model(config, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(config)
+    assert main(["tune", "--model", str(folder), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"--model: {folder} is not the folder of a model" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, capsys):

@@ -107,6 +107,37 @@ def test_a_file_of_one_s_own(tmp_path):
         load_task(found.task, domains=["fra"])
 
 
+@pytest.mark.parametrize("column", ["", ", id: text"])
+def test_an_id_stands_for_one_example(column, tmp_path):
+    """Found before a run whose predictions could not be paired with another's."""
+    path = write_task(tmp_path, **{"far.csv": f"far.csv{column}"})
+    with open(tmp_path / "far.csv", "a") as file:
+        file.write("once more,yes\nonce more,yes\n")
+    if column:
+        with pytest.raises(UserError, match=r"the far set of task 'neurons' has the id 'once more' 2 times"):
+            load_task(tasks.get(str(path)))
+    else:
+        assert len(load_task(tasks.get(str(path))).tests["far"].examples) == 29
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", ""])
+def test_a_score_is_a_number(label, tmp_path):
+    path = write_task(tmp_path, **{"labels: ['no', 'yes']\n": ""})
+    for part in ("train", "validation", "test", "far"):
+        (tmp_path / f"{part}.csv").write_text("text,label\n" + "".join(f"{part} {n},{n}\n" for n in range(9)))
+    assert load_task(tasks.get(str(path))).train[3].label == 3.0
+    (tmp_path / "train.csv").write_text(f"text,label\nfirst,1\nsecond,{label}\n")
+    with pytest.raises(UserError, match=f"row 2: label '{label}' does not belong"):
+        load_task(tasks.get(str(path)))
+
+
+def test_a_table_that_is_no_parquet(tmp_path):
+    path = write_task(tmp_path, **{"far.csv": "far.parquet"})
+    (tmp_path / "far.parquet").write_text("text,label\n")
+    with pytest.raises(UserError, match=r"far\.parquet is not a parquet file"):
+        load_task(tasks.get(str(path)))
+
+
 def test_glue_from_a_folder_leaves_out_what_is_not_there(tmp_path):
     for split, count in (("train", 60), ("validation", 20)):
         rows = [(text, str(int(label == "yes"))) for text, label in sentences(count, len(split))]
