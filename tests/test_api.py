@@ -32,7 +32,7 @@ def test_fine_tune_score_and_compare(experts, tmp_path):
     task = write_task(tmp_path / "task")
     little = {"max_steps": 2, "batch_size": 8, "seeds": "0,1", "top_k": 4}
     for method in ("vanilla", "emoe"):
-        records = emoe.finetuning(experts, task, tmp_path / method, method=method, **little)
+        records = emoe.finetune(experts, task, tmp_path / method, method=method, **little)
         assert [record["seed"] for record in records] == [0, 1]
     found = emoe.compare([tmp_path / "vanilla", tmp_path / "emoe"], resamples=200)
     assert found.baseline == "vanilla"
