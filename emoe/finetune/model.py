@@ -27,6 +27,7 @@ from emoe.families import family
 from emoe.finetune.arms import Arm
 from emoe.finetune.settings import FinetuneConfig
 from emoe.modeling.modeling_emoe import EMoEModelMixin, Router
+from emoe.runtime import write_text
 from emoe.tasks.spec import Task
 
 HEADS = {"classification": "ForSequenceClassification", "regression": "ForSequenceClassification"}
@@ -74,7 +75,14 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
                 "converted model, or average-key and weights, which need none"
             ) from None
         raise
+    group.first_then_all(lambda: _name_texts(target / "emoe_config.yaml", sample, config.task))
     return target
+
+
+def _name_texts(settings: Path, sample: Path, task: str) -> None:
+    """Tuned models keep the settings of their conversion: these must not name a file that is gone by then."""
+    text = settings.read_text(encoding="utf-8")
+    write_text(settings, text.replace(str(sample), f"training texts of {task}"))
 
 
 def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:

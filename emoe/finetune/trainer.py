@@ -21,6 +21,7 @@ from emoe.conversion.convert import Progress
 from emoe.errors import UserError
 from emoe.finetune.routing import Probe, auxiliary_loss, watched
 from emoe.finetune.settings import FinetuneConfig
+from emoe.finetune.states import states
 from emoe.finetune.texts import Classification, Encoded
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
@@ -87,8 +88,8 @@ class Tuner(Trainer):
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad.float().reshape(1).to(self.args.device), "sum").gt(0).all()
         if bad.item():
-            kept = last_state(Path(self.args.output_dir))
-            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            kept = states(Path(self.args.output_dir))
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
                 f"the {name} is {value.item()} in step {self.state.global_step + 1}: lower --learning-rate; {where}"
             )
@@ -107,6 +108,13 @@ class Tuner(Trainer):
             if found:
                 logs["router"] = found
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        if self.probe is not None and self.args.should_save:  # before the file that makes the state a complete one
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.probe.save(folder)
+        super()._save_checkpoint(model, trial)
 
 
 class Log(TrainerCallback):
@@ -152,12 +160,6 @@ class Watch(TrainerCallback):
             self.shown = f"{self.label}, loss {logs['loss']:.3f}"
         if logs and SELECTED_BY in logs:
             self.shown = f"{self.label}, validation {100 * logs[SELECTED_BY]:.1f}"
-
-
-def last_state(folder: Path) -> Path | None:
-    """The latest complete state of the Trainer."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -> TrainingArguments:
