@@ -1,7 +1,7 @@
 """The model that an arm starts from: the same weights, head and order of neurons for every arm.
 
 All arms are one class. A dense arm is the converted model with all experts on, whose FFN is the stock arithmetic on the
-stock weights (`modeling_emoe.SparseFFN.ffn`): it trains bit for bit like the stock class (tests/finetune/test_arms.py).
+stock weights (`ffn_emoe.SparseFFN.ffn`): it trains bit for bit like the stock class (tests/finetune/test_arms.py).
 
 Legend: E experts, K experts a token uses.
 """
@@ -26,7 +26,8 @@ from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetune.arms import Arm
 from emoe.finetune.settings import FinetuneConfig
-from emoe.modeling.modeling_emoe import EMoEModelMixin, Router
+from emoe.modeling.modeling_emoe import EMoEModelMixin
+from emoe.modeling.routing_emoe import Router
 from emoe.runtime import write_text
 from emoe.tasks.spec import Task
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from emoe.checkpoint.writer import save_tensors
 from emoe.gating import losses
-from emoe.modeling.modeling_emoe import Router, Routing
+from emoe.modeling.routing_emoe import Router, Routing
 
 PROBE = "probe.safetensors"
 
