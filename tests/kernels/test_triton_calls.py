@@ -27,6 +27,7 @@ from support.triton_ffn import (
 )
 
 import emoe_kernels.experts
+import emoe_kernels.linear
 from emoe_kernels import dispatch, use
 from emoe_kernels.experts import triton_configs as configs
 from emoe_kernels.experts import triton_host as host
