@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from emoe.errors import UserError
@@ -121,8 +121,13 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary folders of ``path`` whose process is gone: nobody holds their lock."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+    """Remove temporary folders of ``path``."""
+    _remove_unheld(path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"))
+
+
+def _remove_unheld(folders: Iterable[Path]) -> None:
+    """Remove folders whose process is gone: nobody holds their lock."""
+    for folder in folders:
         if folder.is_dir() and not folder.is_symlink():
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -132,6 +137,26 @@ def _remove_abandoned(path: Path) -> None:
                 pass  # somebody writes it now
             finally:
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_directory(folder: Path, siblings: str) -> Iterator[None]:
+    """``folder``, empty and ours until the end, when it goes; with it go those that killed processes left.
+
+    Args:
+        siblings: pattern of such folders beside it.
+
+    Raises:
+        UserError: as `sole_writer`.
+    """
+    with sole_writer(folder):
+        _remove_unheld(other for other in folder.parent.glob(siblings) if other != folder)
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

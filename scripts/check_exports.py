@@ -1,8 +1,9 @@
 """Export a real model in every format and compare each, loaded by stock transformers, with what it was made from.
 
 SmolLM2-135M with 64 experts in all layers and in layers 26 and 28 only, and made-up weights in the shapes of GPT-2 and
-Pythia (`make_checkpoint.py`), whose dense export is checked on real text all the same. Conversions are kept in
-``--folder`` and used again; exports are deleted when they have been measured. Results: docs/results/exports.*.
+Pythia (`make_checkpoint.py`), whose exports are checked on real text all the same. What a format cannot represent is a
+row, too: it says why. Conversions are kept in ``--folder`` and used again, as are the rows that an earlier run of this
+commit has measured; exports are deleted then. Results: docs/results/exports.*.
 
     python scripts/check_exports.py --folder /tmp/emoe-exports --output docs/results/exports.json
 """
@@ -10,6 +11,7 @@ Pythia (`make_checkpoint.py`), whose dense export is checked on real text all th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -39,21 +41,30 @@ CONVERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → model and settings beside 64 experts; "like:" stands for made-up weights in that shape."""
 
 EXPORTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("all-default", "gpt_oss", {"fix_k": 32}),
-    ("all-key", "granitemoe", {"fix_k": 56}),
-    ("late", "qwen2_moe", {}),
-    ("all-default", "dense", {}),
     ("late", "dense", {}),
+    ("late", "gguf", {}),
+    ("late", "qwen2_moe", {}),
+    ("late", "granitemoe", {}),
+    ("late", "gpt_oss", {}),
+    ("late", "mixtral", {"approximate": True}),
+    ("all-default", "dense", {}),
     ("all-default", "gguf", {}),
-    ("gpt2", "dense", {}),
+    ("all-default", "gpt_oss", {"fix_k": 32}),
+    ("all-default", "gpt_oss", {"fix_k": 32, "dtype": "bfloat16"}),
     ("all-discriminant", "gpt_oss", {}),
-    ("pythia-160m", "dense", {}),
-    ("all-key", "qwen2_moe", {"fix_k": 56}),
-    ("all-key", "mixtral", {"fix_k": 56, "approximate": True}),
+    ("all-discriminant", "mixtral", {"approximate": True}),
     ("all-key", "granitemoe", {}),
+    ("all-key", "granitemoe", {"fix_k": 56}),
+    ("all-key", "qwen2_moe", {"fix_k": 56}),
+    ("all-key", "mixtral", {"fix_k": 56}),
+    ("all-key", "mixtral", {"fix_k": 56, "approximate": True}),
+    ("gpt2", "dense", {}),
+    ("gpt2", "gguf", {}),
+    ("gpt2", "gpt_oss", {}),
+    ("pythia-160m", "dense", {}),
+    ("pythia-160m", "gguf", {}),
 ]
-"""Average-key with half of the experts in all layers leaves a model that is too broken to tell an export's error from
-its own chaos; with 56 of 64 it can be told."""
+"""Average-key with half of the experts in all layers leaves a broken model, of which 56 of 64 leave more."""
 
 
 def main() -> None:
@@ -66,13 +77,20 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     silence_libraries()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
+    rows = [row for row in rows if row.get("commit") == commit()]
     for name, to, options in EXPORTS:
-        key = {"conversion": name, "format": to, "options": options, "tokens": arguments.tokens}
+        key = {"conversion": name, "format": to, "options": options, "tokens": arguments.tokens, "commit": commit()}
         if (arguments.only and to not in arguments.only.split(",")) or any(key.items() <= row.items() for row in rows):
             continue
         rows.append(key | measure(converted(name, arguments.folder), to, options, arguments))
         publish(rows, arguments.output)
         print(json.dumps(rows[-1]), flush=True)
+
+
+@functools.cache
+def commit() -> str:
+    """Of the code that measures."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def converted(name: str, folder: Path) -> Path:
@@ -106,32 +124,43 @@ def publish(rows: list[dict[str, Any]], output: Path) -> None:
     """JSON and, beside it, a table."""
     result = {
         "command": " ".join(["python", "scripts/check_exports.py", *sys.argv[1:]]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "rows": rows,
     }
     write_text(output, json.dumps(result, indent=1) + "\n")
-    lines = [
-        "# Exports, read back by stock transformers",
-        "",
-        f"`{result['command']}`, commit {result['commit'][:12]}. Text: Python's reference documentation. The last line",
-        "of a routing model compares it with itself on other kernels: what rounding alone does to it.",
-        "",
-        "| conversion | format | compared with | tokens | max abs Δlogit | KL (nats) | same first choice | perplexity, export and reference |",  # noqa: E501
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    write_text(output.with_suffix(".md"), page(result["command"], rows))
+
+
+INTRODUCTION = """# Exports, read back by stock transformers
+
+`{command}`, commit {commit}. Text: Python's reference documentation. SmolLM2-135M, 64 experts: `late` in layers 26 and
+28, `all-…` in all; `gpt2` and `pythia-160m` are made-up weights in these shapes. The last row of a model that chooses
+compares it with the converted model made to choose as the export does: what is left is arithmetic. Beside it, how many
+choices (one a token and layer) the converted model would have made otherwise from the same input, and how far the worst
+of these takes an expert behind one that it leaves out, in standard deviations of the token's logits.
+
+| conversion | format | compared with | tokens | max abs Δlogit | KL (nats) | same first choice | perplexity, export and reference | choices that differ | worst |
+|---|---|---|---:|---:|---:|---:|---:|---:|---:|
+"""  # noqa: E501
+
+
+def page(command: str, rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines, refused = [], ["", "Refused, as it should be:", ""]
     for row in rows:
         options = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in row["options"].items())
         what = f"{row['format']}{f' ({options})' if options else ''}"
         if "refused" in row:
-            lines.append(f"| {row['conversion']} | {what} | refused: {row['refused']} | | | | | |")
+            refused.append(f"- {row['conversion']}, {what}: {row['refused']}")
         for c in row["comparisons"]:
             other, own = c["perplexity"]
+            choices = f"{c['changed']:,} of {c['choices']:,} | {c['margin']:.1e}" if c["choices"] else "|"
             lines.append(
                 f"| {row['conversion']} | {what} | {c['reference']} | {c['tokens']} | {c['max_difference']:.2e} | "
-                f"{c['kl']:.2e} | {100 * c['agreement']:.3f}% | {own:.4f}, {other:.4f} |"
+                f"{c['kl']:.2e} | {100 * c['agreement']:.3f}% | {own:.4f}, {other:.4f} | {choices} |"
             )
-    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+    text = INTRODUCTION.format(command=command, commit=commit()[:12])
+    return text + "\n".join(lines + (refused if len(refused) > 3 else [])) + "\n"
 
 
 if __name__ == "__main__":

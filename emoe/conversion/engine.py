@@ -31,7 +31,7 @@ from emoe.conversion.refit import refit_output
 from emoe.conversion.survey import Survey, split_neurons, survey_layer
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.modeling.modeling_emoe import SparseFFN, make_sparse
+from emoe.modeling.ffn_emoe import SparseFFN, make_sparse
 from emoe.runtime import Stopwatch, multiplies_bfloat16_fast
 
 CALIBRATION, DENSE = "calibration", "dense"

@@ -18,7 +18,7 @@ from emoe.distributed import Group
 from emoe.families.neurons import neuron_axis, reorder
 from emoe.gating.energies import ExpertEnergies, log_energies
 from emoe.gating.levels import fit_levels, sample_tokens
-from emoe.modeling.modeling_emoe import SparseFFN, WeightViews
+from emoe.modeling.ffn_emoe import SparseFFN, WeightViews
 
 SMALLEST = 4096
 """Entries of an expert's output matrix below which computing all and masking is faster than computing it alone."""

@@ -67,7 +67,8 @@ class Workspace:
                     f"--output: {self.output} is not a checkpoint of ours, --overwrite will not touch it; "
                     "choose another folder"
                 )
-        if self._unfinished() and not (self.resume or self.overwrite):
+        begun = (self.state_folder / STATE).exists()  # what a killed process left without a state serves nobody
+        if begun and not (self.resume or self.overwrite):
             raise UserError(
                 f"--output: an unfinished conversion lies in {self.folder}; "
                 "add --resume to go on with it or --overwrite to start again"
@@ -86,9 +87,6 @@ class Workspace:
             return str(read_json(folder / "config.json").get("model_type", "")).startswith(("emoe_", "moduleformer"))
         except UserError:
             return False
-
-    def _unfinished(self) -> bool:
-        return self.folder.exists() or (self.state_folder / STATE).exists()
 
     @contextlib.contextmanager
     def open(self, group: Group) -> Iterator[Workspace]:

@@ -14,7 +14,7 @@ import torch
 
 from emoe.exporting import stock
 from emoe.exporting.source import Source
-from emoe.exporting.spec import ROUTING_TOLERANCE, Capabilities, Cost, Format, Progress, load_stock
+from emoe.exporting.spec import Capabilities, Cost, Format, Progress, load_stock
 
 CAN = Capabilities(router_bias=True, compensation=True, query_bias=True, output_bias=True, window=True)
 UP_SCALE = 2.0**20
@@ -84,5 +84,4 @@ FORMAT = Format(
     cost=cost,
     write=write,
     load=load_stock,
-    tolerance=ROUTING_TOLERANCE,
 )

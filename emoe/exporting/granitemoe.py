@@ -13,7 +13,7 @@ import torch
 
 from emoe.exporting import stock
 from emoe.exporting.source import Source
-from emoe.exporting.spec import ROUTING_TOLERANCE, Capabilities, Cost, Format, Progress, load_stock
+from emoe.exporting.spec import Capabilities, Cost, Format, Progress, load_stock
 
 CAN = Capabilities(query_bias=True, output_bias=True)
 
@@ -64,5 +64,4 @@ FORMAT = Format(
     cost=cost,
     write=write,
     load=load_stock,
-    tolerance=ROUTING_TOLERANCE,
 )

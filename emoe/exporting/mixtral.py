@@ -56,5 +56,6 @@ FORMAT = Format(
     cost=cost,
     write=write,
     load=load_stock,
-    tolerance=None,
+    tolerance=stock.SOFTMAX_TOLERANCE,
+    margin=stock.SOFTMAX_MARGIN,
 )

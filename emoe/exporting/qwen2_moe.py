@@ -1,7 +1,7 @@
 """Qwen2-MoE: some layers may stay dense, some experts may be shared. The only stock format for a partial conversion.
 
 It takes a softmax over all E logits, then the K largest, then divides by their sum. Equal weights need logits close
-together, and close logits round into ties: `SOFTMAX_FIRST` weighs one against the other. Shared experts stand behind a
+together, and close logits round into ties: `SOFTMAX_SPREAD` weighs one against the other. Shared experts stand behind a
 sigmoid gate, which a row of zeros sets to one half; their output matrix is doubled.
 """
 
@@ -74,5 +74,6 @@ FORMAT = Format(
     cost=cost,
     write=write,
     load=load_stock,
-    tolerance=None,
+    tolerance=stock.SOFTMAX_TOLERANCE,
+    margin=stock.SOFTMAX_MARGIN,
 )

@@ -11,14 +11,10 @@ from emoe.checkpoint.digests import check_digests
 from emoe.errors import UserError
 from emoe.exporting.source import Source
 from emoe.exporting.spec import NARROW_TOLERANCE, Format, Progress
-from emoe.exporting.verify import ROUNDING, Comparison, verify
+from emoe.exporting.verify import Comparison, verify
 from emoe.runtime import atomic_directory, format_bytes, require_space, write_text
 
 REPORT = "emoe_export.json"
-
-TIMES_ROUNDING = 10.0
-"""An exact export may be so many times as far from the model as the model is from itself on other kernels: choices
-turn on the last bit, and a model that lost much in conversion passes each on, enlarged, to the next layer."""
 
 
 def run(
@@ -61,17 +57,21 @@ def run(
 
 
 def _check(comparisons: list[Comparison], source: Source, format: Format) -> None:
-    """Raise `UserError` when a format that is said to be exact is not: something in this model is unlike its family."""
-    comparison = comparisons[0]
+    """Raise `UserError` when a format computes something else than it is said to: something in this model is unlike its
+    family. Formats that choose experts are judged on the same choices; these must be as good as the model's own."""
+    comparison = comparisons[-1] if format.routes else comparisons[0]
     added = source.extended and not format.routes  # the gates of added experts go, which changes what is computed
-    if format.tolerance is None or comparison.kl is None or added:
+    if comparison.kl is None or added:
         return
     limit = NARROW_TOLERANCE if source.narrow else format.tolerance
-    rounding = next((row.kl for row in comparisons if row.reference == ROUNDING), 0.0)
-    limit = max(limit, TIMES_ROUNDING * rounding)
+    wrong = None
     if not comparison.kl <= limit:
+        wrong = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected; largest difference of a logit "
+        wrong += f"{comparison.max_difference:.2g}"
+    elif format.routes and not source.narrow and comparison.margin > format.margin:
+        wrong = f"it chose an expert {comparison.margin:.2g} standard deviations behind one it left out"
+    if wrong:
         raise UserError(
-            f"--to: the {format.name} export computes something else than the model (KL {comparison.kl:.2g} nats, at "
-            f"most {limit:g} was expected; largest difference of a logit {comparison.max_difference:.2g}); nothing was "
-            "written. Try --dtype float32, or --to dense"
+            f"--to: the {format.name} export computes something else than the model ({wrong}); nothing was written. "
+            "Try --dtype float32, or --to dense"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,15 @@ import torch
 from emoe.calibration.text import BUILTIN, read_blocks
 from emoe.checkpoint.companions import source_config
 from emoe.errors import UserError
+from emoe.exporting.choices import Choices
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Format, Progress
-from emoe_kernels.dispatch import resolve, use
 
 LENGTH = 512
 """Tokens a sequence, or as many as the model takes."""
 
-ROUNDING = "itself, on other kernels"
-"""The converted model compared with itself."""
-
-ROUNDING_TOKENS = 1024
-"""Tokens of that comparison, at most; it only has to tell an order of magnitude."""
+IMPOSED = "the same, choosing as the export does"
+"""The converted model with the export's choices imposed on it (`Choices`)."""
 
 SLICE = 128
 """Rows of (N, V) logits compared at a time: they stay in a processor's cache."""
@@ -39,7 +36,7 @@ class Comparison:
     """An export against one reference, over all tokens."""
 
     reference: str
-    """What it was compared with, in words; `ROUNDING` for the converted model compared with itself."""
+    """What it was compared with, in words; `IMPOSED` for the model that had to choose as the export did."""
     tokens: int
     max_difference: float
     """Largest |Δ| of a logit, or of a last hidden state where there is no language head."""
@@ -49,6 +46,12 @@ class Comparison:
     """Share of tokens with the same first choice; mean cosine without a language head."""
     perplexity: list[float] | None
     """Of the reference and of the export; None for models that do not predict the next token."""
+    choices: int | None = None
+    """Choices of experts made, one a token and layer; only where those of the export were imposed."""
+    changed: int | None = None
+    """How many of them the reference would have made otherwise from the same input."""
+    margin: float | None = None
+    """How much worse the worst of these was, by the reference's gate, in standard deviations of a token's logits."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -116,8 +119,7 @@ def verify(
 
     The first comparison is with the model that was to be written: fixed K under ``fix_k``, all experts for a format
     that does not route. If that is not what the checkpoint does by itself, a second one says how far it is from that.
-    The last one compares no export: it runs the converted model on other kernels, which add up in another order, and so
-    says how much rounding alone changes in a model that has to choose.
+    The last one is with the model that has to choose as the export did: what is left is arithmetic, without ties.
     Memory: both models, and two sequences' logits.
 
     Raises:
@@ -132,21 +134,24 @@ def verify(
     causal = auto == "AutoModelForCausalLM"
     wanted = _Sums(_what(source, format), language, causal)
     native = _Sums("the converted model as it routes", language, causal) if format.routes and source.fix_k else None
-    rounding = _Sums(ROUNDING, language, causal) if format.routes else None
+    same = _Sums(IMPOSED, language, causal) if format.routes else None
+    choices = Choices(theirs, ours, source.shared) if format.routes else None
     for number, block in enumerate(blocks):
         progress("verifying", number, len(blocks))
         block_1N = torch.tensor([block])
         result = _run(theirs, block_1N)
         with _as_written(ours, source, format):
-            expected = _run(ours, block_1N)
-            wanted.add(expected, result, block_1N[0])
-            if rounding and rounding.tokens < ROUNDING_TOKENS:
-                with use("portable" if resolve() != "portable" else "reference"):
-                    rounding.add(expected, _run(ours, block_1N), block_1N[0])
+            wanted.add(_run(ours, block_1N), result, block_1N[0])
+            if same:
+                with choices.imposed():
+                    same.add(_run(ours, block_1N), result, block_1N[0])
         if native:
             native.add(_run(ours, block_1N), result, block_1N[0])
     progress("done", len(blocks), len(blocks))
-    return [sums.finish() for sums in (wanted, native, rounding) if sums]
+    found = [sums.finish() for sums in (wanted, native, same) if sums]
+    if choices:
+        found[-1] = replace(found[-1], choices=choices.made, changed=choices.changed, margin=choices.margin)
+    return found
 
 
 def _auto_class(source: Source) -> str:

@@ -19,7 +19,7 @@ from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.finetuning.states import same_settings, states
+from emoe.finetuning.states import same_settings, states, train_from
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -157,7 +157,7 @@ def run(trainer: Trainer, work: Path) -> int:
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     found = states(work)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    train_from(trainer, found[-1] if found else None)
     write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return trainer.state.global_step
 

@@ -1,7 +1,7 @@
 """The model that an arm starts from: the same weights, head and order of neurons for every arm.
 
 All arms are one class. A dense arm is the converted model with all experts on, whose FFN is the stock arithmetic on the
-stock weights (`modeling_emoe.SparseFFN.ffn`): it trains bit for bit like the stock class (tests/finetune/test_arms.py).
+stock weights (`ffn_emoe.SparseFFN.ffn`): it trains bit for bit like the stock class (tests/finetune/test_arms.py).
 
 Legend: E experts, K experts a token uses.
 """
@@ -27,7 +27,9 @@ from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetuning.arms import Arm
 from emoe.finetuning.settings import FinetuneConfig
-from emoe.modeling.modeling_emoe import EMoEModelMixin, Router
+from emoe.modeling.modeling_emoe import EMoEModelMixin
+from emoe.modeling.routing_emoe import Router
+from emoe.runtime import write_text
 from emoe.tasks.spec import Task
 
 HEADS = {"classification": "ForSequenceClassification", "regression": "ForSequenceClassification"}
@@ -75,7 +77,14 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
                 "converted model, or average-key and weights, which need none"
             ) from None
         raise
+    group.first_then_all(lambda: _name_texts(target / "emoe_config.yaml", sample, config.task))
     return target
+
+
+def _name_texts(settings: Path, sample: Path, task: str) -> None:
+    """Tuned models keep the settings of their conversion: these must not name a file that is gone by then."""
+    text = settings.read_text(encoding="utf-8")
+    write_text(settings, text.replace(str(sample), f"training texts of {task}"))
 
 
 def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:

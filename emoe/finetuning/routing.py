@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from emoe.checkpoint.writer import save_tensors
 from emoe.gating import losses
-from emoe.modeling.modeling_emoe import Router, Routing
+from emoe.modeling.routing_emoe import Router, Routing
+
+PROBE = "probe.safetensors"
 
 
 @contextlib.contextmanager
@@ -83,6 +88,16 @@ class Probe:
             }
         self.before = chosen
         return found
+
+    def save(self, folder: Path) -> None:
+        """Keep what was chosen at the last logged step with the state that a run may go on from."""
+        save_tensors(folder / PROBE, {str(number): chosen_NE for number, chosen_NE in enumerate(self.before)})
+
+    def load(self, folder: Path) -> None:
+        """Go on from there."""
+        if (folder / PROBE).is_file():
+            found = load_file(folder / PROBE)
+            self.before = [found[str(number)] for number in range(len(found))]
 
 
 def _chosen(routing: Routing) -> torch.Tensor:

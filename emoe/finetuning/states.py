@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer, TrainerState
+
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import write_text
+
+STATE = "trainer_state.json"
 
 
 def states(training: Path) -> list[Path]:
@@ -21,9 +25,25 @@ def states(training: Path) -> list[Path]:
 def _is_complete(state: Path) -> bool:
     """Whether the Trainer came to the end of its last file, which it does not write atomically."""
     try:
-        return "global_step" in read_json(state / "trainer_state.json", "--resume")
+        return "global_step" in read_json(state / STATE, "--resume")
     except UserError:
         return False
+
+
+def train_from(trainer: Trainer, state: Path | None) -> None:
+    """Train, from `state` if there is one.
+
+    With a state that has made all steps the Trainer would make one more: that one is only loaded. Not with FSDP, whose
+    states take a wrapped model; there the further step has a learning rate of 0.
+    """
+    facts = TrainerState.load_from_json(str(state / STATE)) if state else None
+    if facts is None or facts.global_step < facts.max_steps or trainer.args.fsdp:
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
+        return
+    trainer.state = facts
+    trainer._load_from_checkpoint(str(state))
+    if trainer.args.load_best_model_at_end and facts.best_model_checkpoint:
+        trainer._load_best_model()
 
 
 def same_settings(settings: dict[str, Any], training: Path, *, resume: bool, what: str) -> None:

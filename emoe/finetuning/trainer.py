@@ -145,6 +145,13 @@ class Tuner(Trainer):
                 logs["router"] = found
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model, trial):
+        if self.probe is not None and self.args.should_save:  # before the file that makes the state a complete one
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.probe.save(folder)
+        super()._save_checkpoint(model, trial)
+
 
 class Log(TrainerCallback):
     """log.jsonl: one line a logged step or validation. Lines beyond the state that a run resumes from are dropped."""

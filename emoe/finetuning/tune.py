@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -30,11 +31,11 @@ from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
 from emoe.finetuning.settings import FinetuneConfig
-from emoe.finetuning.states import states
+from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
-from emoe.runtime import peak_memory, reset_peak_memory, write_text
+from emoe.runtime import peak_memory, reset_peak_memory, scratch_directory, write_text
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
 
@@ -65,24 +66,15 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         for note in data.notes:
             say(note)
         work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
-        try:
-            group.first_then_all(lambda: _fresh(work))
+        with contextlib.ExitStack() as held:
+            group.first_then_all(lambda: held.enter_context(scratch_directory(work, ".base-*")))
             texts = [example.text for example in data.train]
             base = converted_folder(config, work, texts, group, progress)
             for seed in todo:
                 run = Run(config, arm, data, base, seed, group, progress)
                 group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
                 run.finish()
-        finally:
-            if group.first:  # without waiting for the others: one of them may have failed alone
-                shutil.rmtree(work, ignore_errors=True)
     return [json.loads((output / f"seed-{seed}" / RECORD).read_text(encoding="utf-8")) for seed in seeds]
-
-
-def _fresh(folder: Path) -> None:
-    """An empty folder, whatever a killed call left there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def read_data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
@@ -178,8 +170,10 @@ class Run:
         tuner = make_tuner(self.config, self.model, self.texts, train, (validation, encoded), *places, watch)
         rate = 1 - self.start.top_k / self.start.model.config.num_experts
         hooks = hide_neurons(self.start.model, rate) if self.arm.dropout else []
-        found = states(self.folder / ".training") if self.config.resume else []
-        tuner.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        state = states(self.folder / ".training")[-1:] if self.config.resume else []
+        if state:
+            tuner.probe.load(state[0])
+        train_from(tuner, state[0] if state else None)
         for hook in hooks:
             hook.remove()
         if self.frozen:

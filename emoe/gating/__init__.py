@@ -1,4 +1,4 @@
-"""Gates from cluster centroids. A further gate is one new file, one line here, a branch of `modeling_emoe.Router`."""
+"""Gates from cluster centroids. A further gate is one new file, one line here, a branch of `routing_emoe.Router`."""
 
 from __future__ import annotations
 

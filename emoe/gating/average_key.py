@@ -1,4 +1,4 @@
-"""Average-key gate: the paper's. Nothing to fit; the router derives it from the weights (`modeling_emoe.Router`)."""
+"""Average-key gate: the paper's. Nothing to fit; the router derives it from the weights (`routing_emoe.Router`)."""
 
 from emoe.gating.spec import GateMethod
 

@@ -68,7 +68,7 @@ def fit_levels(logits_NE: torch.Tensor, share_E: torch.Tensor, rule: str, shared
     Args:
         logits_NE: gate logits on calibration text.
         share_E: this layer's share of its experts under each budget.
-        rule: "top-k", "threshold" or "energy-share" (`modeling_emoe.Router`).
+        rule: "top-k", "threshold" or "energy-share" (`routing_emoe.Router`).
         shared: the first so many experts are always chosen.
     """
     num_tokens, num_experts = logits_NE.shape

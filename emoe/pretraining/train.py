@@ -24,7 +24,7 @@ from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
 from emoe.finetuning.loop import Watch
-from emoe.finetuning.states import same_settings, states
+from emoe.finetuning.states import same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
 from emoe.pretraining.evaluate import evaluate
@@ -95,7 +95,7 @@ def _pretrain(
     trainer = _trainer(config, model, mixed(parts, config.mix, config.seed), tokens, training, target, group, progress)
     kept = states(training)
     start, first = time.perf_counter(), int(kept[-1].name.split("-")[1]) if kept else 0
-    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    train_from(trainer, kept[-1] if kept else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
     results = trainer.measure()
     counts = count_parameters(model)
@@ -163,7 +163,9 @@ class _Pretrainer(Trainer):
                 logs["gates"] = gates
         super().log(logs, *args, **kwargs)
         if self.group.first:
-            write_text(self.log_file, "".join(json.dumps(entry) + "\n" for entry in self.state.log_history))
+            # without the Trainer's last line: times and a mean loss of what came after the last interruption
+            entries = (entry for entry in self.state.log_history if "train_runtime" not in entry)
+            write_text(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What the Trainer calls now and then: a line of the log with the perplexity of each domain."""

@@ -26,7 +26,7 @@ from emoe.checkpoint.reader import CheckpointReader
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.modeling.auto import emoe_config_class
-from emoe.modeling.modeling_emoe import SparseFFN, make_sparse
+from emoe.modeling.ffn_emoe import SparseFFN, make_sparse
 
 MOST_TOKENS = 16_384
 """Tokens of all domains together; at F 11,008 what is kept of three layers then takes 0.5 GiB."""

@@ -215,3 +215,10 @@ def print_export(report: dict[str, Any]) -> None:
         agreement = f"{100 * row['agreement']:.3f}%"
         table.add_row(row["reference"], f"{row['max_difference']:.2e}", kl, agreement, own, theirs)
     console.print(table)
+    choices = report["comparisons"][-1]
+    if choices["choices"]:
+        console.print(
+            f"{choices['changed']:,} of {choices['choices']:,} choices of experts differ, none by more than "
+            f"{choices['margin']:.1e} standard deviations of a token's logits",
+            highlight=False,
+        )

@@ -21,7 +21,8 @@ from emoe.checkpoint.reader import CheckpointReader
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
 from emoe.gating.energies import ExpertEnergies
-from emoe.modeling.modeling_emoe import SparseFFN, code_files
+from emoe.modeling.ffn_emoe import SparseFFN
+from emoe.modeling.modeling_emoe import code_files
 from emoe.surgery.modules import ModuleSet, Seen, Slot
 
 GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron", "cosine.centroids.weight": "random"}

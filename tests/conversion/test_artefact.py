@@ -184,7 +184,7 @@ def test_saving_again_keeps_everything(model, converted_llama, tmp_path):
     copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
         assert torch.equal(copy(TOKENS).logits, model(TOKENS).logits)
-    for name in ("partition.safetensors", "modeling_emoe.py", "configuration_emoe.py", "portable.py"):
+    for name in ("partition.safetensors", "modeling_emoe.py", "ffn_emoe.py", "routing_emoe.py", "portable.py"):
         assert (tmp_path / "again" / name).read_bytes() == (converted_llama / name).read_bytes()
     run_fresh(LOAD, tmp_path / "again", tmp_path / "logits.safetensors", "without")
 

@@ -17,7 +17,7 @@ from emoe.config import resolve_config
 from emoe.conversion import engine as engine_module
 from emoe.conversion.convert import prepare
 from emoe.conversion.engine import CALIBRATION, CONVERT, Engine
-from emoe.modeling.modeling_emoe import SparseFFN
+from emoe.modeling.ffn_emoe import SparseFFN
 
 TOKENS = torch.randint(5, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2))
 

@@ -15,6 +15,7 @@ import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.exporting import stock
+from emoe.exporting.source import Source
 from emoe.exporting.verify import kl_divergence
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -44,10 +45,13 @@ EXACT = [
 def test_an_exact_format_is_exact(to, family, shape, given, converted, tmp_path):
     source = converted(family, shape, **given)
     report = emoe.export(source, tmp_path / "out", to, verify_tokens=256)
-    comparison, rounding = report["comparisons"]
+    comparison, imposed = report["comparisons"]
     assert comparison["kl"] < 1e-10
     assert comparison["agreement"] == 1.0
-    assert rounding["reference"] == "itself, on other kernels"
+    assert imposed["reference"] == "the same, choosing as the export does"
+    assert imposed["kl"] < 1e-10
+    assert imposed["choices"] == 4 * comparison["tokens"]
+    assert imposed["changed"] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == to
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=2e-4)
@@ -72,8 +76,10 @@ NEAR = [
 def test_a_near_format_is_near(to, family, shape, given, converted, tmp_path):
     source = converted(family, shape, **given)
     report = emoe.export(source, tmp_path / "out", to, approximate=to == "mixtral", verify_tokens=256)
-    assert 1e-12 < report["comparisons"][0]["kl"] < 1e-3
-    assert report["comparisons"][0]["agreement"] > 0.97
+    free, imposed = report["comparisons"]
+    assert 1e-12 < imposed["kl"] <= free["kl"] < 1e-3
+    assert free["agreement"] > 0.97
+    assert imposed["margin"] < 1e-2
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == to
     if "layers" in given:
@@ -141,11 +147,45 @@ def test_bfloat16_is_read_back_in_bfloat16(converted, tmp_path):
     assert "rounded to 16 bits" in report["exactness"]
 
 
-def test_an_export_that_computes_something_else_is_thrown_away(converted, tmp_path, monkeypatch):
+def router_weight(monkeypatch, change) -> None:
+    """Exports whose routers are not the model's."""
+    table = Source.table
+
+    def changed(self, index):
+        own = table(self, index)
+        return own._replace(weight_ED=change(own.weight_ED))
+
+    monkeypatch.setattr(Source, "table", changed)
+
+
+@pytest.mark.parametrize("to", ["granitemoe", "qwen2_moe"])
+def test_an_export_that_computes_something_else_is_thrown_away(to, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "RAW_SCALE", 1.0)  # weights that follow the logits instead of being alike
+    monkeypatch.setattr(stock, "SOFTMAX_SPREAD", 1.0)
     with pytest.raises(UserError, match=r"computes something else than the model .*nothing was written"):
-        emoe.export(converted(**KEY), tmp_path / "out", "granitemoe", verify_tokens=256)
+        emoe.export(converted(**KEY), tmp_path / "out", to, verify_tokens=256)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["granitemoe", "qwen2_moe"])
+def test_an_export_that_chooses_otherwise_is_thrown_away(to, converted, tmp_path, monkeypatch):
+    """On its own choices it computes what the model would: these must be as good, too."""
+    router_weight(monkeypatch, lambda weight_ED: weight_ED.flip(0))
+    with pytest.raises(UserError, match=r"chose an expert .* standard deviations behind one it left out"):
+        emoe.export(converted(**KEY), tmp_path / "out", to, verify_tokens=256)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ties_are_told_from_errors(converted, tmp_path, monkeypatch):
+    """A router off by less than rounding is: its few other choices are counted, and the export is kept."""
+    noise = torch.Generator().manual_seed(0)
+    wrong = lambda weight_ED: weight_ED * (1 + 1e-4 * torch.randn(weight_ED.shape, generator=noise))  # noqa: E731
+    router_weight(monkeypatch, wrong)
+    report = emoe.export(converted(**KEY), tmp_path / "out", "granitemoe", verify_tokens=2048)
+    free, imposed = report["comparisons"]
+    assert imposed["changed"] > 0
+    assert imposed["margin"] < 1e-3
+    assert imposed["kl"] < 1e-10 < free["kl"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "opt", "phi3", "gpt_neox", "bert"])

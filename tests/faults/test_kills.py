@@ -28,6 +28,9 @@ def drill(nursery, inputs, tmp_path_factory) -> Drill:
         ("recover", 1),
         ("export", 1),
         ("frontier", 1),
+        ("finetune", 1),
+        ("prune", 1),
+        ("pretrain", 1),
     ],
 )
 def test_killed_and_gone_on_with(verb, number, drill):

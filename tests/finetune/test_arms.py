@@ -14,7 +14,7 @@ from emoe.finetuning.model import build, load_tokenizer
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Tuner, Watch, make_tuner
 from emoe.finetuning.tune import finetune
-from emoe.modeling.modeling_emoe import RULES, Router
+from emoe.modeling.routing_emoe import RULES, Router
 from emoe.tasks import get
 from emoe.tasks.data import load_task
 

@@ -7,7 +7,7 @@ import torch
 from support.routers import sparse_mlp
 
 from emoe.gating.levels import LEAST, MOST, fit_levels, quantiles, share_budget
-from emoe.modeling.modeling_emoe import Level
+from emoe.modeling.routing_emoe import Level
 
 N, E = 3000, 12
 

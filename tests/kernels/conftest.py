@@ -1,6 +1,23 @@
 """Fixtures of several files of kernel tests."""
 
 import pytest
+import torch
+from support.expert_ffn import FAST
+
+
+@pytest.fixture(params=FAST)
+def fast(request):
+    """The name of an implementation that computes the chosen experts only."""
+    return request.param
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """torch.empty gives NaN, so that a row which no expert or program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

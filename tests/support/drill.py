@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from support.nursery import Nursery
 
-CLOCK = {"seconds", "seconds_per_step", "peak_bytes", "peak_memory_bytes", "minutes"}
+CLOCK = {"when", "seconds", "seconds_per_step", "tokens_per_second", "peak_bytes", "peak_memory_bytes", "minutes"}
 """Keys of JSON files that differ from run to run."""
 
 
@@ -59,12 +59,13 @@ def _plain(value: Any) -> Any:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file; of JSON, without what the clock says."""
+    """Digest of every file; of JSON and lines of JSON without what the clock says."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
-        if path.suffix == ".json":
-            data = json.dumps(_plain(json.loads(data)), sort_keys=True).encode()
+        if path.suffix in (".json", ".jsonl"):
+            parts = [data] if path.suffix == ".json" else data.splitlines()
+            data = json.dumps([_plain(json.loads(part)) for part in parts], sort_keys=True).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

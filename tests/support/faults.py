@@ -16,23 +16,46 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from safetensors.torch import load_file, save_file
+from support.labelled import write_task
 from support.nursery import Nursery
 from support.tiny import TEXT, tiny_checkpoint
+
+from emoe.pretraining.text import PIECE
 
 MEMORY = 3 << 29
 SHORT = ["--experts", "8", "--calibration-tokens", "2048", "--held-out-tokens", "0", "--sequence-length", "64"]
 
 
+ARCHITECTURE = {
+    "model_type": "moduleformer",
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "att_hidden": 8,
+    "ffd_hidden": 16,
+    "gating_size": 8,
+    "n_att_experts": 4,
+    "n_mlp_experts": 4,
+}
+"""Of the model that `emoe pretrain` begins with."""
+
+
 def make_inputs(folder: Path, nursery: Nursery) -> dict[str, Path]:
-    """A dense checkpoint, a converted one and a text, by name."""
+    """A dense checkpoint, a converted one, two texts, a labelled task and a new model's architecture, by name."""
     folder.mkdir(parents=True)
     inputs = {
         "dense": tiny_checkpoint(folder / "dense"),
         "text": folder / "text.txt",
+        "long_text": folder / "long.txt",
         "converted": folder / "converted",
+        "task": write_task(folder / "task"),
+        "architecture": folder / "architecture.yaml",
     }
+    inputs["architecture"].write_text(yaml.safe_dump({"architecture": ARCHITECTURE}))
     inputs["text"].write_text(TEXT * 60)
+    inputs["long_text"].write_text(TEXT * (4 * PIECE // len(TEXT)))  # pieces for training and one that is held out
     done = nursery.run(*convert(inputs["dense"], inputs, inputs["converted"]), "--held-out-tokens", 256)
     assert done.status == 0, done.text
     return inputs

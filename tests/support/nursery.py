@@ -74,14 +74,17 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"},
+            env=environment
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+            | {"EMOE_HOME": str(self.folder / "home")},
         )
         assert self.process.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.process.kill()  # it holds nothing, and takes its time to end by itself where the machine is busy
+        self.process.wait()
         self.process.stdin.close()
-        self.process.wait(timeout=30)
 
     def ask(self, request: dict) -> int:
         """One request, one number."""
@@ -121,7 +124,10 @@ def _serve() -> None:
     import emoe.conversion.frontier
     import emoe.exporting.dense
     import emoe.finetuning.recover
-    import emoe.report.inspect  # noqa: F401
+    import emoe.finetuning.tune
+    import emoe.pretraining.train
+    import emoe.report.inspect
+    import emoe.surgery.prune  # noqa: F401
     from emoe.cli.main import main
 
     transformers.utils.logging.set_verbosity_error()

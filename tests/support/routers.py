@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from emoe.modeling.auto import emoe_config_class
-from emoe.modeling.modeling_emoe import make_sparse
+from emoe.modeling.ffn_emoe import make_sparse
 
 D, F = 16, 24
 

@@ -83,6 +83,30 @@ def break_sticks(z, visible, carry):
 
 
 @triton.jit
+def weigh(
+    q, q_ptr, rows, q_t, row_ok,
+    k, k_ptr, keys, k_l,
+    mask_ptr, b, carry, T, L,
+    A: tl.constexpr, SCALE: tl.constexpr, CURRENT: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(z, visible, weights, spent) of a tile of queries and one of keys, the same in all kernels; see `products`."""
+    visible = visible_keys(mask_ptr, b, rows, row_ok, keys, T, L, CURRENT)
+    z = products(q, q_ptr, rows, q_t, row_ok, k, k_ptr, keys, k_l, keys < L, A, WIDTH, PRECISION, UPCAST) * SCALE
+    weights, spent = break_sticks(z, visible, carry)
+    return z, visible, weights, spent
+
+
+@triton.jit
+def query_tile(T, BM: tl.constexpr, PIECES: tl.constexpr):
+    """(piece of the width, tile of queries, head of the launch) of a program; tiles with most keys come first."""
+    tiles = tl.cdiv(T, BM)
+    piece = tl.program_id(0) % PIECES
+    tile = tiles - 1 - tl.program_id(0) // PIECES % tiles
+    return piece, tile, tl.program_id(0) // PIECES // tiles
+
+
+@triton.jit
 def dlogits(z, dlog, visible, before):
     """The derivative by z from that by the logarithms of the weights; `before`: the sum over all keys to the left."""
     taken = tl.exp2(tl.minimum(z, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(z))))
@@ -102,10 +126,7 @@ def forward_kernel(
 ):  # fmt: skip
     """y and what is left of the sticks; one program a (head, BM queries, WIDTH columns)."""
     PIECES: tl.constexpr = (A + WIDTH - 1) // WIDTH if y_ptr is not None else 1
-    tiles = tl.cdiv(T, BM)
-    piece = tl.program_id(0) % PIECES
-    tile = tiles - 1 - tl.program_id(0) // PIECES % tiles  # those with most keys first
-    index = tl.program_id(0) // PIECES // tiles
+    piece, tile, index = query_tile(T, BM, PIECES)
     b, h, g = place(index, g0, G, GN, H // G)
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + g * k_g
@@ -118,10 +139,11 @@ def forward_kernel(
     for i in range(0, blocks):
         block = blocks - 1 - i
         keys = block * BN + tl.arange(0, BN)
-        visible = visible_keys(mask_ptr, b, rows, row_ok, keys, T, L, CURRENT)
         k = load_tile(k_ptr, keys, k_l, keys < L, 0, A, WIDTH)
-        z = products(q, q_ptr, rows, q_t, row_ok, k, k_ptr, keys, k_l, keys < L, A, WIDTH, PRECISION, UPCAST) * SCALE
-        weights, spent = break_sticks(z, visible, carry)
+        _, _, weights, spent = weigh(
+            q, q_ptr, rows, q_t, row_ok, k, k_ptr, keys, k_l, mask_ptr, b, carry, T, L,
+            A, SCALE, CURRENT, WIDTH, PRECISION, UPCAST,
+        )  # fmt: skip
         if carry_ptr is not None:
             at = (index.to(tl.int64) * tl.cdiv(L, BN) + block) * T + rows
             tl.store(carry_ptr + at, carry, mask=row_ok)
@@ -152,10 +174,7 @@ def grad_query_kernel(
 ):  # fmt: skip
     """dq; one program a (head, BM queries, WIDTH columns), block by block from the left. SCALE is of base 2."""
     PIECES: tl.constexpr = (A + WIDTH - 1) // WIDTH
-    tiles = tl.cdiv(T, BM)
-    piece = tl.program_id(0) % PIECES
-    tile = tiles - 1 - tl.program_id(0) // PIECES % tiles
-    index = tl.program_id(0) // PIECES // tiles
+    piece, tile, index = query_tile(T, BM, PIECES)
     b, h, g = place(index, g0, G, GN, H // G)
     row0 = (b * H + h) * T
     q_ptr += b * q_b + h * q_h
@@ -172,14 +191,15 @@ def grad_query_kernel(
     for block in range(0, blocks):
         keys = block * BN + tl.arange(0, BN)
         key_ok = keys < L
-        visible = visible_keys(mask_ptr, b, rows, row_ok, keys, T, L, CURRENT)
         k = load_tile(k_ptr, keys, k_l, key_ok, 0, A, WIDTH)
         v = load_tile(v_ptr, keys, v_l, key_ok, 0, A, WIDTH)
-        z = products(q, q_ptr, rows, q_t, row_ok, k, k_ptr, keys, k_l, key_ok, A, WIDTH, PRECISION, UPCAST) * SCALE
         slope = products(dy, dy_ptr, rows, A, row_ok, v, v_ptr, keys, v_l, key_ok, A, WIDTH, PRECISION, UPCAST)
         at = (index.to(tl.int64) * tl.cdiv(L, BN) + block) * T + rows
         carry = tl.load(carry_ptr + at, mask=row_ok, other=0.0)
-        weights, spent = break_sticks(z, visible, carry)
+        z, visible, weights, spent = weigh(
+            q, q_ptr, rows, q_t, row_ok, k, k_ptr, keys, k_l, mask_ptr, b, carry, T, L,
+            A, SCALE, CURRENT, WIDTH, PRECISION, UPCAST,
+        )  # fmt: skip
         if block == 0:  # here all that was spent is known
             before *= tl.exp2(-carry - tl.sum(spent, 1))
         if piece == 0:
@@ -229,16 +249,17 @@ def grad_key_kernel(
         for tile in range(first, tl.cdiv(T, BM)):
             rows = tile * BM + tl.arange(0, BM)
             row_ok = rows < T
-            visible = visible_keys(mask_ptr, b, rows, row_ok, keys, T, L, CURRENT)
             q = load_tile(q_head, rows, q_t, row_ok, 0, A, WIDTH)
             dy = load_tile(dy_head, rows, A, row_ok, 0, A, WIDTH)
-            z = products(q, q_head, rows, q_t, row_ok, k, k_ptr, keys, k_l, key_ok, A, WIDTH, PRECISION, UPCAST) * SCALE
             slope = products(dy, dy_head, rows, A, row_ok, v, v_ptr, keys, v_l, key_ok, A, WIDTH, PRECISION, UPCAST)
             at = (index.to(tl.int64) * blocks + block) * T + rows
             # rows that do not see the block may have been written by nobody: `visible` keeps them out
             carry = tl.load(carry_ptr + at, mask=row_ok, other=0.0)
             before = tl.load(before_ptr + at, mask=row_ok, other=0.0)
-            weights, _ = break_sticks(z, visible, carry)
+            z, visible, weights, _ = weigh(
+                q, q_head, rows, q_t, row_ok, k, k_ptr, keys, k_l, mask_ptr, b, carry, T, L,
+                A, SCALE, CURRENT, WIDTH, PRECISION, UPCAST,
+            )  # fmt: skip
             dz = dlogits(z, weights * slope, visible, before)
             if PIECES > 1:
                 q = load_tile(q_head, rows, q_t, row_ok, piece * WIDTH, A, WIDTH)
