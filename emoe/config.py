@@ -5,6 +5,7 @@ Precedence: defaults, then the preset, then ``--config``, then flags.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,14 +340,39 @@ def merge_settings(
             values[key] = value = str(value)
         if key not in kind.model_fields:
             raise UserError(f"{flag_of(key)}: there is no such setting{nearest(key, kind.model_fields)}")
-        if isinstance(value, str) and kind.model_fields[key].annotation == list[str]:
+        annotation = kind.model_fields[key].annotation
+        if isinstance(value, str) and annotation == list[str]:
             values[key] = [value]
+        elif annotation in (list[int], list[float]):
+            items = value if isinstance(value, list) else [value]
+            values[key] = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        raise UserError(f"{flag_of(key)}: {first['msg']}, got {shortened(first['input'])}") from None
+        raise UserError(f"{flag_of(key)}: {_demand(first)}, got {shortened(first['input'])}") from None
+
+
+def _demand(error: Any) -> str:
+    """What pydantic found missing in a value, said as to a user."""
+    limits = error.get("ctx", {})
+    number = {"int": "a whole number", "float": "a number"}
+    match error["type"].split("_"):
+        case ["greater", "than", "equal"]:
+            return f"must be at least {limits['ge']:g}"
+        case ["greater", "than"]:
+            return f"must be above {limits['gt']:g}"
+        case ["less", "than", "equal"]:
+            return f"must be at most {limits['le']:g}"
+        case ["less", "than"]:
+            return f"must be below {limits['lt']:g}"
+        case [("int" | "float") as kind, *_]:
+            return f"must be {number[kind]}"
+        case ["literal", "error"]:
+            known = re.findall(r"'([^']+)'", limits["expected"])
+            return f"must be one of {', '.join(known)}{nearest(str(error['input']), known)}"
+    return error["msg"]
 
 
 def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tuple[ConvertConfig, str]:
@@ -357,6 +383,8 @@ def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tu
     """
     given = read_config_file(config_file) if config_file else {}
     given |= {key: value for key, value in flags.items() if value is not None}
+    if {"active", "budget"} <= given.keys():
+        raise UserError("--budget: says how many experts are used, as --active does; give one of them")
     preset = str(given.get("preset") or DEFAULT_PRESET)
     known = presets()
     if preset not in known:

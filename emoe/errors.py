@@ -11,6 +11,11 @@ class UserError(ValueError):
     """Input that the user can put right. The command line prints it as one line and exits with status 2."""
 
 
+class Finished(UserError):  # noqa: N818 - it is no error
+    """What was to be gone on with is complete. One line as well, but exit status 0: a job that is started again after
+    it has ended has not failed."""
+
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 

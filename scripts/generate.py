@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="tokens to write")
     arguments = parser.parse_args()
 
+    if not Path(arguments.model, "config.json").is_file():
+        parser.error(f"--model: {arguments.model} is no folder of a model; `emoe convert` makes one")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     # The checkpoint brings its own modelling code; the flag says that we trust it. (The tokenizer has none, but

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from emoe.assets.corpora import read_corpus
-from emoe.errors import UserError
+from emoe.assets.corpora import CORPORA, read_corpus
+from emoe.errors import UserError, nearest
 
 IN_DOMAIN = "calibration domain"
 """Name of the held-out text that comes from the calibration sources."""
@@ -65,6 +65,21 @@ def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again") 
         raise UserError(f"--model: no usable tokenizer in {folder} ({problem}); {advice}") from None
 
 
+def check_source(source: str, flag: str = "--calibration") -> None:
+    """Raise `UserError` for a source that cannot be read, as far as that shows without reading it."""
+    path = Path(source).expanduser()
+    if source in (BUILTIN, BUILTIN_CODE) or path.exists():
+        return
+    if source.startswith(CORPUS):
+        name = source.removeprefix(CORPUS)
+        if name not in CORPORA:
+            raise UserError(f"{flag}: unknown corpus '{name}'{nearest(name, CORPORA)}. Known: {', '.join(CORPORA)}")
+    elif path.suffix in (".txt", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
+        raise UserError(f"{flag}: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
+    elif "/" not in source and (hint := nearest(source, (BUILTIN, BUILTIN_CODE))):
+        raise UserError(f"{flag}: no text '{source}'{hint}; a dataset of that name is written owner/{source}")
+
+
 def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     """Pieces of text from one value of ``--calibration`` or another flag that takes text.
 
@@ -76,6 +91,7 @@ def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
     Raises:
         UserError: nothing of that name, or text that is not UTF-8.
     """
+    check_source(source, flag)
     path = Path(source).expanduser()
     if source == BUILTIN:
         from pydoc_data.topics import topics
@@ -97,8 +113,6 @@ def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
             yield from _read_file(file, flag)
     elif path.is_file():
         yield from _read_file(path, flag)
-    elif path.suffix in (".txt", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
-        raise UserError(f"{flag}: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
     else:
         yield from _read_dataset(source, flag)
 
@@ -139,7 +153,8 @@ def _read_dataset(name: str, flag: str) -> Iterator[str]:
     except Exception as error:  # the library raises a dozen kinds; the user needs the one line
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{flag}: no file, folder or reachable dataset '{name}' ({type(error).__name__}: {first_line})"
+            f"{flag}: no file, folder or reachable dataset '{name}' ({type(error).__name__}: {first_line}); give "
+            "a text file, a folder or 'builtin'"
         ) from None
 
 

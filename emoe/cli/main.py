@@ -29,7 +29,7 @@ from emoe.cli import (
     sweep,
     tune,
 )
-from emoe.errors import UserError
+from emoe.errors import Finished, UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
     from typer._click import exceptions as click
@@ -84,6 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
         return status if isinstance(status, int) else 0  # a command that failed in part exits with 1
+    except Finished as done:
+        print(f"emoe: {done}", file=sys.stderr)
+        return 0
     except UserError as error:
         message = str(error)
     except click.NoArgsIsHelpError as error:

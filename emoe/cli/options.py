@@ -21,7 +21,9 @@ def _flag(name: str, settings: type[Settings]) -> inspect.Parameter:
         kind = int if kind == (int | None) else float
     elif kind not in (int, float, bool, list[str], list[float]):
         kind = str
-    metavar = {bool: None, int: "N", float: "X"}.get(kind, "TEXT")
+    metavar = {bool: None, int: "N", float: "X", list[float]: "X,X"}.get(kind, "TEXT")
+    if kind == list[float]:  # with commas or as several flags; `merge_settings` takes them apart
+        kind = list[str]
     default = "" if field.default in (None, "", False, []) else f" [default: {_shown(field.default)}]"
     # A bool has no --no- form: files may turn it on, a flag on top of that can only do the same.
     option = typer.Option(flag_of(name), help=(field.description or "") + default, show_default=False, metavar=metavar)

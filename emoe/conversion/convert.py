@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emoe.calibration.text import check_source
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
@@ -34,6 +35,9 @@ def prepare(config: ConvertConfig, notes: list[str] | None = None, measured: lis
 
     if not config.model:
         raise UserError("--model: missing; give an alias (see `emoe models`), a folder, a .gguf file or a hub id")
+    for flag, sources in (("--calibration", config.calibration), ("--held-out", config.held_out)):
+        for source in sources:
+            check_source(source, flag)
     resolved = resolve_model(config.model, accept_license=config.accept_license, revision=config.revision)
     # A folder's whole path says more of its owner than of the model.
     origin = f"folder {resolved.folder.name}" if resolved.kind == "folder" else resolved.source

@@ -116,6 +116,8 @@ def frontier(
             raise UserError(f"--active: {active} is not a share above 0 and at most 1")
     cells = [Cell(name, settings, active) for name, settings in ways.items() for active in actives]
     plans = [_plan(base, cell) for cell in cells]  # every bad setting comes up before any work
+    if output.is_dir() and any(output.iterdir()) and not (output / "cells").is_dir():
+        raise UserError(f"--output: {output} holds other things than a frontier; choose another folder")
     try:
         with sole_writer(output):
             report = _report(base, _measure_all(cells, plans, output, progress))

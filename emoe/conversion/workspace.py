@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from emoe.checkpoint.writer import save_tensors
 from emoe.distributed import Group
-from emoe.errors import UserError
+from emoe.errors import Finished, UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
 
@@ -60,6 +60,8 @@ class Workspace:
         if self.output.is_mount():
             raise UserError(f"--output: {self.output} is a mount point, which cannot be renamed; choose a folder in it")
         if self.output.exists() and any(self.output.iterdir()):
+            if self.resume and not self.overwrite and not self.folder.exists() and self._is_ours(self.output):
+                raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
             if not self.overwrite:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
             if not self._is_ours(self.output):

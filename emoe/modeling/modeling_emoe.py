@@ -66,8 +66,10 @@ class EMoEModelMixin:
         Where the number differs by token or layer, `top_k` is the average that calibration text had.
 
         Raises:
-            ValueError: `top_k` is not between 1 and ``config.num_experts``.
+            ValueError: `top_k` is no whole number between 1 and ``config.num_experts``.
         """
+        if not isinstance(top_k, int):
+            raise ValueError(f"top_k={top_k!r} must be a whole number")
         if not 1 <= top_k <= self.config.num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.config.num_experts}")
         self.config.num_experts_per_tok = top_k

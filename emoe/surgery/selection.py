@@ -79,7 +79,9 @@ def _with_floor(found: ModuleSet, kept_E: torch.Tensor, score_E: torch.Tensor, f
     """At least `floor` modules of the budget, and all that are pinned."""
     kept_E = kept_E | (torch.arange(found.count) < found.pinned)
     budget = found.groups[0]
-    missing = min(floor, budget) - int(kept_E[:budget].sum())
+    if floor > budget:
+        raise UserError(f"--floor: layer {found.layer} has {budget} {found.kind} experts, fewer than {floor}")
+    missing = floor - int(kept_E[:budget].sum())
     if missing > 0:
         rest_E = torch.where(kept_E[:budget], -1.0, score_E[:budget])
         kept_E[rest_E.argsort(descending=True, stable=True)[:missing]] = True

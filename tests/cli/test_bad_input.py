@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emoe.cli.main import main
+from emoe.config import RecoverConfig, merge_settings
+from emoe.errors import UserError
 
 
 @pytest.fixture
@@ -46,7 +48,11 @@ def flags(text_file, tmp_path) -> list:
     ("arguments", "complaint"),
     [
         (["--experts", 10], "--experts: FFN width 48 is not divisible by 10; try 8 or 12"),
-        (["--experts", 0], "--experts: "),
+        (["--experts", 0], "--experts: must be at least 1, got 0"),
+        (["--experts", "x"], "--experts"),
+        (["--routing", "topk"], "--routing: must be one of "),
+        (["--routing", "topk"], "(did you mean 'top-k'?)"),
+        (["--active", 0.5, "--budget", 0.25], "--budget: says how many experts are used, as --active does"),
         (["--top-k", 9], "--top-k: 9 is more than --experts 8"),
         (["--layers", "4"], "--layers: layer 4 is out of range; the model has 4 layers, 0 to 3"),
         (["--layers", "2:9"], "--layers: '2:9' is out of range"),
@@ -57,6 +63,13 @@ def flags(text_file, tmp_path) -> list:
         (["--gate", "averagekey"], "did you mean 'average-key'?"),
         (["--preset", "fats"], "--preset: unknown preset 'fats' (did you mean 'fast'?)"),
         (["--calibration", "nowhere.txt"], "--calibration: nowhere.txt does not exist"),
+        (["--calibration", "nowhere.txt", "--dry-run"], "--calibration: nowhere.txt does not exist"),
+        (["--calibration", "builtn"], "--calibration: no text 'builtn' (did you mean 'builtin'?)"),
+        (
+            ["--calibration", "corpus:germn", "--dry-run"],
+            "--calibration: unknown corpus 'germn' (did you mean 'german'?)",
+        ),
+        (["--held-out", "nowhere.md", "--dry-run"], "--held-out: nowhere.md does not exist"),
         (["--calibration-tokens", "many"], "--calibration-tokens"),
         (["--dtype", "float8"], "--dtype"),
         (["--bogus", 1], "--bogus"),
@@ -74,6 +87,31 @@ def test_settings(arguments, complaint, refused, tiny_llama, text_file, tmp_path
     assert complaint in line
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.emoe-partial").exists()
+
+
+def test_resuming_what_is_finished_is_no_failure(tiny_llama, text_file, tmp_path, capsys):
+    command = ["convert", "--model", tiny_llama, *flags(text_file, tmp_path), "--layers", "3", "--quiet", "--resume"]
+    command = [str(word) for word in command]
+    assert main(command) == 0
+    before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert "out is finished: nothing to go on with" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == before
+    assert main([word for word in command if word != "--resume"]) == 2
+
+
+def test_a_frontier_keeps_out_of_foreign_folders(refused, tiny_llama, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("miaow")
+    line = refused("frontier", "--model", tiny_llama, "--experts", 8, "--output", tmp_path / "photos")
+    assert "photos holds other things than a frontier; choose another folder" in line
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_several_numbers_may_stand_behind_one_flag():
+    assert merge_settings(RecoverConfig, {"budgets": ["0.25,0.5", "0.75"]}).budgets == [0.25, 0.5, 0.75]
+    with pytest.raises(UserError, match="--budgets: must be a number, got 'half'"):
+        merge_settings(RecoverConfig, {"budgets": ["0.25,half"]})
 
 
 @pytest.mark.parametrize(("text", "complaint"), [("", "is empty or shorter"), ("short " * 100, "at least")])

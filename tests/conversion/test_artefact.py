@@ -176,6 +176,8 @@ def test_top_k_is_checked(model):
     for wrong in (0, 9, -1):
         with pytest.raises(ValueError, match=f"top_k={wrong} must lie between 1 and num_experts=8"):
             model.set_top_k(wrong)
+    with pytest.raises(ValueError, match=r"top_k=2\.5 must be a whole number"):
+        model.set_top_k(2.5)
 
 
 def test_saving_again_keeps_everything(model, converted_llama, tmp_path):

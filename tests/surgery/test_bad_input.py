@@ -28,11 +28,12 @@ def refused(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--keep", 0], "--keep: Input should be greater than 0"),
-        (["--keep", 1.5], "--keep: Input should be less than or equal to 1"),
+        (["--keep", 0], "--keep: must be above 0"),
+        (["--keep", 1.5], "--keep: must be at most 1, got 1.5"),
         ([], "--keep: give exactly one of --keep, --threshold and --remove"),
         (["--keep", 0.5, "--threshold", 0.1], "--keep: give exactly one of"),
         (["--threshold", 1.5], "--threshold: 1.5 removes all; the most used module has 1"),
+        (["--keep", 0.5, "--floor", 99], "experts, fewer than 99"),
         (["--threshold", 1, "--floor", 0, "--normalise", "sum"], "--threshold: 1.0 removes all"),
         (["--keep", 0.25, "--scope", "layer", "--top-k", 3], "--top-k: 3 is more than the 2 experts that remain"),
         (["--remove", "last"], "--remove: nothing was ever added to this model"),
