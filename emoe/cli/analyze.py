@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,4 +37,4 @@ def analyze(
         print(json.dumps(report, indent=2))
     elif not quiet:
         print_usage(report)
-        print(f"written: {settings.output}/index.html, usage.json and plots")
+        print(f"written: {Path(settings.output)}/index.html, usage.json and plots")

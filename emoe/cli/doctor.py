@@ -132,15 +132,16 @@ def _processor() -> str:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from emoe.report.terminal import terminal
 
     table = Table()
     for heading in ("device", "kernels", "why"):
         table.add_column(heading)
     for row in found["devices"]:
         table.add_row(row["device"], row["implementation"] or "none", row["reason"])
-    Console().print(table)
+    terminal().print(table)
 
     cpu, extension = found["cpu"], found["extension"]
     asked = found["EMOE_KERNELS"]

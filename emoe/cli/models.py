@@ -23,8 +23,9 @@ def models(json_output: Json = False, quiet: Quiet = False) -> None:
     if quiet:
         print("\n".join(row.alias for row in rows))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from emoe.report.terminal import terminal
 
     table = Table()
     for heading in ("alias", "family", "parameters", "where", "licence", "here"):
@@ -33,7 +34,7 @@ def models(json_output: Json = False, quiet: Quiet = False) -> None:
         where = f"package {row.package}" if row.package else f"hub {row.hub_id}"
         licence = row.licence + (", gated" if row.gated else "") + (", --accept-license" * row.needs_acceptance)
         table.add_row(row.alias, row.family, _millions(row.parameters), where, licence, "yes" if row.cached else "")
-    Console().print(table)
+    terminal().print(table)
 
 
 def _millions(count: int) -> str:

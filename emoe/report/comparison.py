@@ -6,19 +6,15 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from emoe.evaluation.compare import LEVEL, Comparison, Cost, Difference, Row, Scores
+from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
-
-FILE_WIDTH = 160
-"""Characters a line where there is no terminal to ask."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +159,7 @@ def _by_seed(found: Comparison) -> Grid:
 
 def print_comparison(found: Comparison, per_seed: bool = False) -> None:
     """On the terminal."""
-    width = None if sys.stdout.isatty() else FILE_WIDTH
-    console = Console(markup=False, highlight=False, width=width)  # names come from files that others wrote
+    console = terminal(highlight=False)
     for grid in grids(found, per_seed):
         table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, heading in enumerate(grid.head):

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from emoe.report.terminal import terminal
 from emoe.runtime import atomic_write, write_text
 
 
@@ -67,7 +67,7 @@ def print_frontier(report: dict[str, Any]) -> None:
         for name, cells in _by_way(report).items():
             experts = str(next(iter(cells.values()))["experts"])
             table.add_row(name, experts, *(_shown(cells.get(w), domain) for w in wanted))
-        Console(markup=False).print(table)  # names come from files that others wrote
+        terminal().print(table)  # names come from files that others wrote
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

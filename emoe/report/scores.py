@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from emoe.report.terminal import terminal
 
 
 def print_runs(records: list[dict[str, Any]]) -> None:
@@ -21,7 +22,7 @@ def print_runs(records: list[dict[str, Any]]) -> None:
         for name, facts in sets.items():
             scores = [f"{100 * record['readings'][reading][name]['score']:.2f}" for record in records]
             table.add_row(name, facts["role"], reading, facts["metric"], *scores)
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     console.print(table)
     cost = ", ".join(f"{record['seconds']:.0f} s" for record in records)
     console.print(f"{first['steps']} steps, {cost}; {first['trainable_parameters']:,} trained parameters")
@@ -38,4 +39,4 @@ def print_scores(report: dict[str, Any]) -> None:
         for metric, value in facts.items():
             if isinstance(value, float):
                 table.add_row(task, "lm-eval", "", metric, f"{100 * value:.2f}")
-    Console(markup=False).print(table)
+    terminal().print(table)

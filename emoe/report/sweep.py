@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from emoe.checkpoint.reader import read_json
 from emoe.evaluation.compare import Comparison, compare
 from emoe.evaluation.runs import read_run
@@ -14,6 +12,7 @@ from emoe.evaluation.sweep import Estimate, SweepResult
 from emoe.evaluation.sweep_config import slug
 from emoe.report.comparison import as_json, as_markdown, points, print_comparison
 from emoe.report.comparison_html import as_html
+from emoe.report.terminal import terminal
 from emoe.runtime import write_text
 
 
@@ -58,7 +57,7 @@ def print_sweep(result: SweepResult, found: list[Comparison], output: Path, tabl
     """On the terminal."""
     for comparison in found:
         print_comparison(comparison)
-    console = Console(markup=False, highlight=False)
+    console = terminal(highlight=False)
     for arm, scores in result.selection.items():
         shown = ", ".join(f"{name} {points(score)}" for name, score in scores.items())
         console.print(f"{arm}: {result.chosen[arm]} was chosen on ID validation ({shown})")
@@ -69,7 +68,7 @@ def print_sweep(result: SweepResult, found: list[Comparison], output: Path, tabl
 
 def print_estimate(found: Estimate, output: Path) -> None:
     """Cells, and the time they need."""
-    console = Console(markup=False, highlight=False)
+    console = terminal(highlight=False)
     for name in found.left:
         console.print(f"to run: {name}")
     for name in found.done:

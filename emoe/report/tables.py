@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
 
 
 def print_report(report: dict[str, Any]) -> None:
     """Quality against active experts, load, time and memory of a conversion."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     if report.get("quality"):
         console.print(quality_table(report))
     summary = load_line(report)
@@ -60,7 +60,7 @@ def load_line(report: dict[str, Any]) -> str | None:
 
 def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     """What `emoe inspect` shows; `brief` leaves the report out."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     provenance = found["provenance"]
     if found["model_type"] == "moduleformer":
         console.print(_moduleformer_table(found))
@@ -135,7 +135,7 @@ def history_line(step: dict[str, Any]) -> str:
 
 def print_surgery(report: dict[str, Any]) -> None:
     """What pruning or extending changed."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     table = Table(title=f"{report['verb']} {report['model']}")
     for heading in ("", "before", "after", "share"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -149,7 +149,7 @@ def print_surgery(report: dict[str, Any]) -> None:
 
 def print_tuning(report: dict[str, Any]) -> None:
     """Perplexity before and after, a row a domain."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     title = f"{report['model']}: {report['steps']} steps in {report['minutes']:.1f} min"
     table = Table(title=f"{title}, {report['trained']:,} of {report['parameters']:,} parameters trained")
     for heading in ("domain", "perplexity before", "after"):
@@ -161,7 +161,7 @@ def print_tuning(report: dict[str, Any]) -> None:
 
 def print_recovery(report: dict[str, Any]) -> None:
     """Perplexity over dense before and after, a row a number of experts and domain."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     table = Table(title=f"{report['model']}: {report['steps']} steps in {report['minutes']:.1f} min")
     for heading in ("domain", "experts a token", "active", "perplexity before", "after", "over dense before", "after"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
@@ -176,7 +176,7 @@ def print_recovery(report: dict[str, Any]) -> None:
 
 def print_pretraining(report: dict[str, Any]) -> None:
     """Perplexity and, where there are gates, the mean entropies of their choices, a row a domain."""
-    console = Console(markup=False)
+    console = terminal()
     total, active = (report["parameters"][key] / 1e6 for key in ("total", "active"))
     table = Table(
         title=f"{report['model_type']}, {total:.1f} M parameters, {active:.1f} M active: {report['steps']} steps, "
@@ -193,7 +193,7 @@ def print_pretraining(report: dict[str, Any]) -> None:
 
 def print_export(report: dict[str, Any]) -> None:
     """How an export compares with the model it was made from."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     if "identical" in report:
         same = f"{report['identical']} of {report['layers']}"
         console.print(f"{same} converted layers equal the source bit for bit", highlight=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from emoe.report.terminal import terminal
 from emoe.runtime import atomic_write, write_text
 
 
@@ -113,7 +113,7 @@ def plot_usage(report: dict[str, Any], kind: str, path: Path) -> None:
 
 def print_usage(report: dict[str, Any]) -> None:
     """Domains, divergences and the most specialised modules on the terminal."""
-    console = Console(markup=False)  # names come from files that others wrote
+    console = terminal()
     names = list(report["domains"])
     table = Table(title=report["model"])
     for heading in ("domain", "tokens", "perplexity"):
