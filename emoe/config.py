@@ -78,11 +78,10 @@ class ConvertConfig(Settings):
         "--split coactivation, 0 with other splits.",
         ge=0,
     )
-    prefix: Literal["auto", "half", "converted", "dense"] = setting(
+    prefix: Literal["auto", "converted", "dense"] = setting(
         "auto",
-        "Inputs that a layer's gate is fitted on: after converted layers with as many experts as asked for "
-        "(converted), with half of them at least (half), or after dense ones. auto: half if text is read for the "
-        "gate; converted with --compensate and --refit-outputs.",
+        "Inputs that a layer's gate is fitted on: after converted layers or after dense ones. auto: converted "
+        "if text is read for the gate.",
     )
     assignment: Literal["fast", "exact"] = setting("fast", "Balanced assignment in clustering: fast or exact (slow).")
 

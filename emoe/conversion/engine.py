@@ -339,7 +339,7 @@ class Engine:
     def _fit(self, layer, ffn, index, states, tensors) -> dict[str, torch.Tensor]:
         """Fit the layer's router, and its outputs if that is wanted; advance the text. Returns the tensors refitted."""
         found: dict[str, torch.Tensor] = {}
-        converted, adds = self.plan.prefix != "dense", self.reader.spec.adds_output
+        converted, adds = self.plan.prefix == "converted", self.reader.spec.adds_output
         with self.watch("gate"):
             before = states.copy(self.stream) if converted and not adds else None
             fit = RouterFit(self.stream, ffn, self.plan, self.group, self._shares[index])
@@ -354,7 +354,6 @@ class Engine:
         with self.watch("calibration"):
             if self.config.compensate:
                 fit.compensate()
-            ffn.router.top_k = self.plan.prefix_top_k
             if converted and adds:
                 fit.make_sparse(states)
             elif converted:

@@ -97,15 +97,6 @@ class Plan:
         return gating.get(self.config.gate, measuring=True)
 
     @property
-    def prefix_top_k(self) -> int:
-        """Experts a token uses in the layers behind which the next one is fitted.
-
-        Few experts in every layer leave hidden states that are hardly text any more; a gate fitted on those chooses
-        worse at that very budget than one fitted on what half of the experts leave (docs/results/frontier_options.md).
-        """
-        return max(self.top_k, -(-self.config.experts // 2)) if self.prefix == "half" else self.top_k
-
-    @property
     def needs_survey(self) -> bool:
         """Whether text goes once through the dense model, to cluster its neurons or to share out the budget."""
         return self.split.needs == "features" or self.allocation == "sensitivity" or self.config.shared_experts > 0
@@ -252,7 +243,7 @@ def automatic(config: ConvertConfig, calibrated: bool) -> dict[str, Any]:
     return {
         "allocation": pick(config.allocation, "sensitivity", "uniform"),
         "routing": pick(config.routing, "threshold", "top-k"),
-        "prefix": pick(config.prefix, "converted" if config.compensate or config.refit_outputs else "half", "dense"),
+        "prefix": pick(config.prefix, "converted", "dense"),
         "refine_rounds": rounds if config.refine_rounds is None else config.refine_rounds,
     }
 
