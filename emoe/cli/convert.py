@@ -24,7 +24,7 @@ def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
     from emoe.conversion.convert import prepare, run, workspace_of
     from emoe.runtime import require_space
 
-    plan = prepare(settings, [note])
+    plan = prepare(settings, [note], say=None if quiet else lambda line: print(line, file=sys.stderr))
     workspace = workspace_of(plan)
     if not quiet:
         print("\n".join(plan.describe()), file=sys.stderr)

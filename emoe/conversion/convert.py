@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,19 @@ END_SHARD_BYTES = 512 << 20
 """Embeddings and head are split into shards of about this size: writing one takes no more memory than a layer."""
 
 
-def prepare(config: ConvertConfig, notes: list[str] | None = None, measured: list[int] | None = None) -> Plan:
-    """Resolve the model and check everything that can be checked without reading weights."""
+def prepare(
+    config: ConvertConfig,
+    notes: list[str] | None = None,
+    measured: list[int] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Plan:
+    """Resolve the model and check everything that can be checked without reading weights.
+
+    Args:
+        notes: lines to show with the plan.
+        measured: numbers of experts at which quality is measured, where not the usual ones.
+        say: called with one line when something slow starts: a download, a .gguf file being read.
+    """
     from emoe.assets import resolve_model
 
     if not config.model:
@@ -38,7 +50,7 @@ def prepare(config: ConvertConfig, notes: list[str] | None = None, measured: lis
     for flag, sources in (("--calibration", config.calibration), ("--held-out", config.held_out)):
         for source in sources:
             check_source(source, flag)
-    resolved = resolve_model(config.model, accept_license=config.accept_license, revision=config.revision)
+    resolved = resolve_model(config.model, accept_license=config.accept_license, revision=config.revision, progress=say)
     # A folder's whole path says more of its owner than of the model.
     origin = f"folder {resolved.folder.name}" if resolved.kind == "folder" else resolved.source
     return make_plan(config, CheckpointReader(resolved.folder), config.model, origin, notes or [], measured)

@@ -60,6 +60,8 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     folder = _checked_model(config)
     if not config.output:
         raise UserError("--output: missing; name the folder to write")
+    if config.teacher:
+        _teacher_folder(config.teacher)
     with training_into(config, folder, "recovery") as (target, training):
         return _recover(config, folder, target, training, progress)
 
@@ -160,12 +162,19 @@ def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
         teacher = _load(folder)
         teacher.set_top_k(teacher.config.num_experts)
     else:
-        from emoe.assets import resolve_model
-
         teacher = transformers.AutoModelForCausalLM.from_pretrained(
-            resolve_model(config.teacher).folder, dtype=torch.float32
+            _teacher_folder(config.teacher), dtype=torch.float32
         )
     return teacher.eval().requires_grad_(False)
+
+
+def _teacher_folder(teacher: str) -> Path:
+    from emoe.assets import resolve_model
+
+    try:
+        return resolve_model(teacher).folder
+    except UserError as error:
+        raise UserError(str(error).replace("--model", "--teacher", 1)) from None
 
 
 def _top_ks(config: RecoverConfig, model_config: Any) -> list[int]:

@@ -189,4 +189,6 @@ def test_a_model_with_other_weights_needs_its_teacher_named(flags, tiny_llama, s
     flags[flags.index("--model") + 1] = str(tmp_path / "refit")
     assert main([*flags, "--steps", "2", "--quiet"]) == 2
     assert "--teacher: missing" in capsys.readouterr().err
+    assert main([*flags, "--steps", "2", "--quiet", "--teacher", "smolm2-135m"]) == 2
+    assert "--teacher: unknown model 'smolm2-135m' (did you mean 'smollm2-135m'?)" in capsys.readouterr().err
     assert main([*flags, "--steps", "2", "--quiet", "--teacher", str(tiny_llama)]) == 0
