@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from emoe.analysis.findings import describe_domains, findings
 from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
-from emoe.errors import UserError
-from emoe.runtime import atomic_directory, write_text
+from emoe.errors import Finished, UserError
+from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.modules import Anatomy, anatomy_of
 from emoe.surgery.usage import Progress, load_model, read_blocks, set_budget
 
@@ -87,6 +88,8 @@ class _State:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
             if not (self.output / REPORT).is_file():
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
+            if not config.overwrite and not self.folder.exists():
+                raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
         settings = json.dumps(config.fingerprint())
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
@@ -107,12 +110,16 @@ class _State:
         save_tensors(self.folder / f"{number}.safetensors", use.tensors())
 
     def publish(self, report: dict[str, Any], write: Write) -> None:
-        """The output, complete or not at all."""
-        if self.output.exists():
-            shutil.rmtree(self.output)
-        with atomic_directory(self.output) as folder:
+        """The output, complete or not at all; an earlier one goes only when this one is written."""
+        page = self.folder / "page"
+        shutil.rmtree(page, ignore_errors=True)
+        with atomic_directory(page) as folder:
             write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
             write(report, folder)
+        if self.output.exists():
+            os.rename(self.output, self.folder / "replaced")
+        os.rename(page, self.output)
+        fsync_directory(self.output.parent)
         shutil.rmtree(self.folder)
 
 
