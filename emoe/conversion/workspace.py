@@ -69,7 +69,8 @@ class Workspace:
                     f"--output: {self.output} is not a checkpoint of ours, --overwrite will not touch it; "
                     "choose another folder"
                 )
-        begun = (self.state_folder / STATE).exists()  # what a killed process left without a state serves nobody
+        # What a killed process left without a state, its own or the Trainer's, serves nobody.
+        begun = (self.state_folder / STATE).exists() or any(self.state_folder.glob("training/checkpoint-*"))
         if begun and not (self.resume or self.overwrite):
             raise UserError(
                 f"--output: an unfinished conversion lies in {self.folder}; "
