@@ -383,7 +383,7 @@ def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tu
     """
     given = read_config_file(config_file) if config_file else {}
     given |= {key: value for key, value in flags.items() if value is not None}
-    if {"active", "budget"} <= given.keys():
+    if flags.get("active") is not None and flags.get("budget") is not None:  # a file that we wrote has both
         raise UserError("--budget: says how many experts are used, as --active does; give one of them")
     preset = str(given.get("preset") or DEFAULT_PRESET)
     known = presets()
