@@ -25,7 +25,11 @@ def shortened(value: object) -> str:
     return _REPR.repr(value)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or nothing when none is close."""
-    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
+    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or nothing when none is close.
+
+    Args:
+        likeness: least `difflib` ratio that counts as close, 0 to 1.
+    """
+    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=likeness)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -76,7 +76,7 @@ def check_source(source: str, flag: str = "--calibration") -> None:
             raise UserError(f"{flag}: unknown corpus '{name}'{nearest(name, CORPORA)}. Known: {', '.join(CORPORA)}")
     elif path.suffix in (".txt", ".md", ".jsonl", ".json") or source.startswith((".", "/", "~")):
         raise UserError(f"{flag}: {source} does not exist; give a text file, a folder, a dataset or 'builtin'")
-    elif "/" not in source and (hint := nearest(source, (BUILTIN, BUILTIN_CODE))):
+    elif "/" not in source and (hint := nearest(source, (BUILTIN, BUILTIN_CODE), likeness=0.85)):
         raise UserError(f"{flag}: no text '{source}'{hint}; a dataset of that name is written owner/{source}")
 
 

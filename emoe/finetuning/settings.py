@@ -70,7 +70,7 @@ class FinetuneConfig(Settings):
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
     batch_size: int = setting(32, "Examples a forward call and process.", ge=1)
     group_by_length: bool = setting(
-        False, "Put examples of like length into one batch: less padding (up to twice as fast), less random batches."
+        False, "Put examples of like length into one batch: less padding, less random batches."
     )
     accumulation: int = setting(1, "Forward calls an optimizer step.", ge=1)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 for no clipping.", ge=0)

@@ -9,7 +9,7 @@ import torch
 from support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from emoe.calibration.text import IN_DOMAIN, load_blocks, read_source
+from emoe.calibration.text import IN_DOMAIN, check_source, load_blocks, read_source
 from emoe.errors import UserError
 
 
@@ -108,3 +108,9 @@ def test_one_endless_line(tokenizer, tmp_path):
     """Ten megabytes without a line break are read piece by piece, and no further than needed."""
     (tmp_path / "line.txt").write_text("a model " * 1_250_000)
     assert blocks([tmp_path / "line.txt"], tokenizer).calibration.shape == (20, 32)
+
+
+def test_a_dataset_that_sounds_a_little_like_the_built_in_text_is_not_refused():
+    check_source("multi_news")
+    with pytest.raises(UserError, match="did you mean 'builtin'"):
+        check_source("builtn")
