@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError, nearest
 from emoe.evaluation.compare import Difference, compare
-from emoe.evaluation.runs import read_run
+from emoe.evaluation.runs import read_run, read_sweep_record
 from emoe.evaluation.sweep_config import SweepConfig, Variant, variants
 
 ARM = "arm"
@@ -63,7 +62,7 @@ def gains(
         UserError: ``x`` or ``lines`` is not crossed in the sweep, or nothing has finished.
     """
     rows = variants(config)
-    chosen = read_json(output / "sweep.json")["chosen"]
+    chosen = read_sweep_record(output).chosen
     crossed = [ARM, *dict.fromkeys(key for row in rows for key in row.point)]
     for key in filter(None, (x, lines)):
         if key not in crossed:

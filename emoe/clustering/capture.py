@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from emoe.clustering.transport import assign_fast
+from emoe.errors import UserError
 from emoe.gating.energies import log_energies
 
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -89,12 +90,24 @@ class _Halves:
             covariance_DD.addr_(self.mean_2D[half], self.mean_2D[half], alpha=-1)
             diagonal_D = covariance_DD.diagonal()
             diagonal_D += RIDGE * diagonal_D.mean().clamp_min(1e-12)
-            self.factor_2DD[half] = torch.linalg.cholesky_ex(covariance_DD).L
+            self.factor_2DD[half] = _cholesky(covariance_DD)
 
     def other(self, number: int) -> int:
         """The half whose gate chooses for a batch: the other one, unless it is empty."""
         other = 1 - number % 2
         return other if self.count_2[other] > 0 else number % 2
+
+
+def _cholesky(covariance_DD: torch.Tensor) -> torch.Tensor:
+    """Its factor. A few huge features can make fp32's rounding larger than the ridge; doubling the diagonal is sure."""
+    factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD)
+    if failed:
+        diagonal_D = covariance_DD.diagonal()
+        diagonal_D *= 2  # beside its diagonal a covariance has condition D + 1 at most
+        factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD)
+    if failed:
+        raise UserError("--model: the inputs of an FFN are not finite; its weights hold NaNs or overflow")
+    return factor_DD
 
 
 def _round(batches, halves, labels_F, num_experts, total, gains: bool) -> tuple[float, torch.Tensor | None]:

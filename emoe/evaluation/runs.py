@@ -195,9 +195,8 @@ def read_runs(arguments: list[str], reading: str = AS_TRAINED) -> list[Run]:
     for argument in arguments:
         path, at, own = argument.rpartition("@")
         folder, own = (Path(argument), reading) if not at or Path(argument).exists() else (Path(path), own)
-        chosen = folder / "sweep.json"
-        if chosen.is_file():
-            places += [(folder / run, own, arm) for arm, run in _chosen(chosen).items()]
+        if (folder / "sweep.json").is_file():
+            places += [(folder / run, own, arm) for arm, run in _chosen(folder).items()]
         else:
             places.append((folder, own, None))
     keys = [(folder.resolve(), own) for folder, own, _ in places]
@@ -213,16 +212,46 @@ def read_runs(arguments: list[str], reading: str = AS_TRAINED) -> list[Run]:
     return runs
 
 
-def _chosen(path: Path) -> dict[str, str]:
-    """Arm → run folder of a sweep's only group."""
-    facts = read_json(path, "compare")
-    if len(facts["groups"]) > 1:
-        groups = "; ".join(facts["groups"])
+class SweepRecord(BaseModel):
+    """What readers need of sweep.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    chosen: dict[str, str]
+    """Arm at its crossed values → run folder within the sweep's."""
+    groups: dict[str, list[str]]
+    """What all arms are crossed with → arms that may be compared there."""
+    selection: dict[str, dict[str, float]] = Field(default_factory=dict)
+    failed: dict[str, str] = Field(default_factory=dict)
+
+
+def read_sweep_record(output: Path) -> SweepRecord:
+    """The sweep.json of a sweep's folder.
+
+    Raises:
+        UserError: unreadable, or a field is missing or of the wrong kind.
+    """
+    path = output / "sweep.json"
+    try:
+        return SweepRecord.model_validate(read_json(path, "compare"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"compare: {path.parent} crosses all arms with other settings ({groups}), which are not to be mixed; give "
+            f"compare: {path} is no record of a sweep: {where}: {first['msg']}; run `emoe sweep` again"
+        ) from None
+
+
+def _chosen(output: Path) -> dict[str, str]:
+    """Arm → run folder of a sweep's only group."""
+    facts = read_sweep_record(output)
+    if len(facts.groups) > 1:
+        groups = "; ".join(facts.groups)
+        raise UserError(
+            f"compare: {output} crosses all arms with other settings ({groups}), which are not to be mixed; give "
             "the run folders of one of them, or read the sweep's own comparisons"
         )
-    return facts["chosen"]
+    return facts.chosen
 
 
 def _unique_names(folders: list[Path]) -> list[str]:

@@ -35,8 +35,9 @@ class Analysis(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["gains", "routing"]
-    """gains: differences from the baseline arm by what is crossed; routing: experts chosen over training."""
+    kind: Literal["gains", "routing", "readings"]
+    """gains: differences from the baseline arm by what is crossed; routing: experts chosen over training; readings: the
+    same weights read as dense, or as experts."""
     x: str = "arm"
     """For gains: the crossed setting, or 'arm'."""
     lines: str | None = None

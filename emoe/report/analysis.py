@@ -11,10 +11,10 @@ import numpy as np
 
 from emoe.analysis.gains import Gain, Gains, gains
 from emoe.analysis.routing import LayerHistory, histories
-from emoe.checkpoint.reader import read_json
-from emoe.evaluation.runs import read_run
-from emoe.evaluation.sweep_config import Analysis, SweepConfig
-from emoe.report.comparison import interval, p_value, signed
+from emoe.evaluation.compare import compare
+from emoe.evaluation.runs import AS_TRAINED, read_run, read_sweep_record
+from emoe.evaluation.sweep_config import Analysis, SweepConfig, slug
+from emoe.report.comparison import as_markdown, interval, p_value, signed
 from emoe.report.comparison_html import new_figure
 from emoe.runtime import atomic_write, write_text
 
@@ -27,8 +27,10 @@ def write_analyses(config: SweepConfig, output: Path, resamples: int, progress: 
     for wanted in config.analysis:
         if wanted.kind == "gains":
             written.append(_gains(wanted, config, output, resamples, progress))
-        else:
+        elif wanted.kind == "routing":
             written.append(_routing(output))
+        else:
+            written += _readings(output, resamples, progress)
     return written
 
 
@@ -38,6 +40,22 @@ def _gains(wanted: Analysis, config: SweepConfig, output: Path, resamples: int, 
     write_text(output / f"{name}.md", gains_markdown(found))
     _save(gains_figure(found), output / f"{name}.png")
     return output / f"{name}.md"
+
+
+def _readings(output: Path, resamples: int, progress: Progress) -> list[Path]:
+    """All readings of arms that may be compared, in one table a group of them."""
+    record, written = read_sweep_record(output), []
+    for group, names in record.groups.items():
+        runs = []
+        for name in names:
+            folder = output / record.chosen[name]
+            runs.append(read_run(folder, name=name))
+            others = [reading for reading in runs[-1].first.readings if reading != AS_TRAINED]
+            runs += [read_run(folder, reading, f"{name} read as {reading}") for reading in others]
+        written.append(output / ("-".join(["readings", *([slug(group)] if group else [])]) + ".md"))
+        found = compare(runs, resamples=resamples, progress=progress)
+        write_text(written[-1], as_markdown(found, brief=True))
+    return written
 
 
 def gains_markdown(found: Gains) -> str:
@@ -103,7 +121,7 @@ def gains_figure(found: Gains):
 
 def _routing(output: Path) -> Path:
     """Expert selection over training of every arm that has routers."""
-    chosen = read_json(output / "sweep.json")["chosen"]
+    chosen = read_sweep_record(output).chosen
     found = {name: histories(read_run(output / folder)) for name, folder in chosen.items()}
     routed = {name: by_seed for name, by_seed in found.items() if any(by_seed.values())}
     write_text(output / "routing.md", routing_markdown(routed))

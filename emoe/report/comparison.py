@@ -177,11 +177,11 @@ def _bold(cell: str, strong: bool):
     return Text(cell, style="bold" if strong else "")
 
 
-def as_markdown(found: Comparison) -> str:
-    """Tables of Markdown, with what must be known to read them."""
+def as_markdown(found: Comparison, brief: bool = False) -> str:
+    """Tables of Markdown, with what must be known to read them; if brief, without costs and single seeds."""
     clean: Callable[[str], str] = lambda text: re.sub(r"([|\\`*_<>\[\]])", r"\\\1", text)  # noqa: E731
     parts = []
-    for grid in grids(found):
+    for grid in grids(found)[: 2 if brief else None]:
         parts += [f"**{clean(grid.title[0].upper() + grid.title[1:])}**", ""]
         parts.append("| " + " | ".join(map(clean, grid.head)) + " |")
         parts.append("|---" + "|---:" * (len(grid.head) - 1) + "|")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from emoe.checkpoint.reader import read_json
 from emoe.evaluation.compare import Comparison, compare
-from emoe.evaluation.runs import read_run
+from emoe.evaluation.runs import SweepRecord, read_run, read_sweep_record
 from emoe.evaluation.sweep import Estimate, SweepResult
 from emoe.evaluation.sweep_config import slug
 from emoe.report.comparison import as_json, as_markdown, points, print_comparison
@@ -21,12 +20,12 @@ def write_summary(output: Path, resamples: int, progress: Callable[[str, int, in
 
     Groups differ in what the sweep crosses with all arms; of a group with fewer than two finished arms there is none.
     """
-    facts = read_json(output / "sweep.json")
+    facts = read_sweep_record(output)
     found, pages = [], {}
-    for group, names in facts["groups"].items():
+    for group, names in facts.groups.items():
         if len(names) < 2:
             continue
-        runs = [read_run(output / facts["chosen"][name], name=name) for name in names]
+        runs = [read_run(output / facts.chosen[name], name=name) for name in names]
         found.append(compare(runs, resamples=resamples, progress=progress))
         stem = "-".join(["comparison", *([slug(group)] if group else [])])
         for suffix, write in {"md": as_markdown, "json": as_json, "html": as_html}.items():
@@ -36,19 +35,19 @@ def write_summary(output: Path, resamples: int, progress: Callable[[str, int, in
     return found
 
 
-def _summary(facts: dict, pages: dict[str, str]) -> str:
+def _summary(facts: SweepRecord, pages: dict[str, str]) -> str:
     lines = []
-    if facts["selection"]:
+    if facts.selection:
         lines += ["Chosen on ID validation alone (mean score, points):", ""]
-        for arm, scores in facts["selection"].items():
+        for arm, scores in facts.selection.items():
             shown = ", ".join(
-                f"**{name}: {points(score)}**" if name == facts["chosen"].get(arm) else f"{name}: {points(score)}"
+                f"**{name}: {points(score)}**" if name == facts.chosen.get(arm) else f"{name}: {points(score)}"
                 for name, score in scores.items()
             )
             lines.append(f"- {arm}: {shown}")
         lines.append("")
-    if facts["failed"]:
-        lines += ["Failed:", "", *(f"- {cell}: {why}" for cell, why in facts["failed"].items()), ""]
+    if facts.failed:
+        lines += ["Failed:", "", *(f"- {cell}: {why}" for cell, why in facts.failed.items()), ""]
     lines += [f"- [Comparison of {group}]({page})" for group, page in pages.items()] or ["Nothing to compare yet."]
     return "\n".join(lines) + "\n"
 

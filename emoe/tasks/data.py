@@ -91,6 +91,10 @@ def load_task(
                 tests[domain.name] = TestSet("ood", list(domain.sources["test"].read(where)))
             except NotThere as reason:
                 notes.append(f"domain {domain.name} is left out: {reason}")
+    if "validation" not in own.sources and "test" in own.sources:  # what selects must not know the makers' test texts
+        known = {key_of(example) for example in parts["test"]}
+        drawn = [example for example in parts["validation"] if key_of(example) not in known]
+        tests[f"{own.name}-validation"] = TestSet("id-validation", drawn)
     train, removed = _without(parts["train"], tests)
     train = _limited(train, train_limit)
     tests = {name: TestSet(test.role, _limited(test.examples, test_limit)) for name, test in tests.items()}

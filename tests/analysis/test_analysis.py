@@ -124,6 +124,18 @@ def test_analyses_are_written(finished):
     assert {p.name for p in folder.glob("*.png")} == {"gains-by-experts.png", *(f"routing-{n}.png" for n in range(4))}
 
 
+def test_readings_stand_in_one_table(tmp_path):
+    arms = {name: {"method": name} for name in ("vanilla", "emoe")}
+    base = {"model": "m", "task": "sentiment"}
+    config = SweepConfig(base=base, arms=arms, analysis=[{"kind": "readings"}])
+    sweep(config, tmp_path, QUIET, lambda line: None, FakeTrainer(readings=("as-trained", "dense")))
+    (written,) = write_analyses(config, tmp_path, 200, QUIET)
+    text = written.read_text()
+    assert written.name == "readings.md"
+    assert "| emoe read as dense | movies |" in text
+    assert "Cost" not in text and "Every seed" not in text
+
+
 def test_a_run_without_a_log_is_named(finished, tmp_path):
     write_run(tmp_path / "run", 0)
     with pytest.raises(UserError, match=r"cannot read .*seed-0/log.jsonl"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emoe.clustering.capture import refine_by_capture
+from emoe.errors import UserError
 
 TOKENS, WIDTH, EXPERTS, SIZE = 2048, 16, 6, 8
 NEURONS = EXPERTS * SIZE
@@ -90,3 +91,20 @@ def test_text_may_lie_in_several_places(planted):
     for labels_F, found in results:
         assert (labels_F == alone_F).all()
         assert found == pytest.approx(held, abs=1e-5)
+
+
+def test_a_feature_that_drowns_the_others_in_rounding(planted):
+    x_ND, share_NF, group_F = planted
+    huge_ND = x_ND.clone()
+    huge_ND[:, 1:] = 1e-4 * x_ND[:, 1:] + 3e4 * x_ND[:, :1]  # as wide as fp32 holds, and all but one direction alike
+    labels_F, held = refine_by_capture(in_batches(huge_ND, share_NF), group_F, EXPERTS, rounds=2, width=WIDTH)
+    assert np.bincount(labels_F).tolist() == [SIZE] * EXPERTS
+    assert np.isfinite(held).all()
+
+
+def test_inputs_that_are_no_numbers_are_refused(planted):
+    x_ND, share_NF, group_F = planted
+    broken_ND = x_ND.clone()
+    broken_ND[5, 3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        refine_by_capture(in_batches(broken_ND, share_NF), group_F, EXPERTS, rounds=1, width=WIDTH)

@@ -101,6 +101,9 @@ def test_one_sweep_stands_for_what_it_chose(runs):
         (runs / "sweep.json").write_text(json.dumps({"chosen": chosen, "groups": {"a 1": ["plain"], "a 2": ["ours"]}}))
         with pytest.raises(UserError, match="not to be mixed"):
             read_runs([str(runs)])
+        (runs / "sweep.json").write_text(json.dumps({"groups": {}}))
+        with pytest.raises(UserError, match=r"sweep.json is no record of a sweep: chosen: Field required"):
+            read_runs([str(runs)])
     finally:
         (runs / "sweep.json").unlink()
 

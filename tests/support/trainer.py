@@ -16,8 +16,8 @@ EFFECT = {"emoe": 0.4}
 class FakeTrainer:
     """Notes what it was asked for. Validation favours `BEST_RATE`; the test sets favour the other rate."""
 
-    def __init__(self, fail: tuple[str, int] | None = None) -> None:
-        self.fail = fail
+    def __init__(self, fail: tuple[str, int] | None = None, readings=("as-trained",)) -> None:
+        self.fail, self.readings = fail, readings
         self.asked: list[tuple[str, int]] = []
 
     def __call__(self, config, progress) -> None:
@@ -32,6 +32,7 @@ class FakeTrainer:
             arm=ARMS.index(config.method),
             effect=EFFECT.get(config.method, 0.0) + (0.0 if best else 0.5),
             seeds=[seed],
+            readings=self.readings,
             validation=0.9 if best else 0.8,
             method=config.method,
             settings=config.model_dump(mode="json", exclude={"output", "resume", "overwrite"}),

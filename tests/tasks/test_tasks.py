@@ -69,6 +69,17 @@ def test_copies_of_test_texts_leave_training_and_are_counted():
     assert found.tests["far"].examples == far  # a test set is never thinned out
 
 
+def test_a_validation_set_drawn_from_training_texts_knows_no_test_text_of_the_makers():
+    train, test = pool(500), [Example(f"test {e.id}", e.text.upper(), None, e.label) for e in pool(60)]
+    domains = (Domain("own", "id", {"train": Given(train), "test": Given(test)}),)
+    found = load_task(Task("made", "", ("a", "b"), ("accuracy",), domains))
+    texts = {key_of(example) for example in test}
+    drawn = [example for example in train if place_of(key_of(example)) < 0.1]
+    assert any(key_of(example) in texts for example in drawn)
+    assert ids(found.validation.examples) == {example.id for example in drawn if key_of(example) not in texts}
+    assert found.tests["own"].examples == test
+
+
 def test_copies_within_the_domain_fall_into_one_part():
     copies = [Example(f"copy {e.id}", e.text.upper() + " !", None, e.label) for e in pool(500)]
     found = load_task(task_of([*pool(500), *copies], [Example("z", "z", None, 0)]))
