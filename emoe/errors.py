@@ -16,6 +16,10 @@ class Finished(UserError):  # noqa: N818 - it is no error
     it has ended has not failed."""
 
 
+class Busy(UserError):  # noqa: N818 - it is no error either
+    """Another process is writing there. Whoever has other work may do that first."""
+
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from emoe.errors import UserError
+from emoe.errors import Busy, UserError
 
 
 def cache_home() -> Path:
@@ -164,7 +164,8 @@ def sole_writer(folder: Path, flag: str = "--output") -> Iterator[None]:
     """Hold ``folder``, made if need be, for this process alone, until the end or the process's death.
 
     Raises:
-        UserError: another process holds it.
+        Busy: another process holds it.
+        UserError: it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,7 @@ def sole_writer(folder: Path, flag: str = "--output") -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{flag}: another process is writing {folder}; wait for it to end") from None
+            raise Busy(f"{flag}: another process is writing {folder}; wait for it to end") from None
         yield
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
 """Many fine-tuning runs from one file: resumable, one failure does not stop the rest, choices on ID validation only.
 
-Cells (a candidate and a seed) run seed by seed, so that a sweep stopped half-way holds all arms at fewer seeds. What is
-chosen with ``select`` is chosen for each arm by the mean of its best ID-validation scores; test and OOD scores are not
-looked at.
+Cells (a candidate and a seed) run seed by seed, so that a sweep stopped half-way holds all arms at fewer seeds. Several
+processes may run one sweep: each takes cells that no other is at. What is chosen with ``select`` is chosen for each arm
+by the mean of its best ID-validation scores; test and OOD scores are not looked at.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from typing import Any
 
 import emoe
 from emoe.config import merge_settings
-from emoe.errors import UserError
+from emoe.errors import Busy, UserError
 from emoe.evaluation.runs import AS_TRAINED, VALIDATION, is_done, read_record
 from emoe.evaluation.sweep_config import Candidate, SweepConfig, Variant, seed_list, variants
 from emoe.runtime import write_text
+
+PAUSE = 20.0
+"""Seconds between two looks at cells that another process is at."""
 
 Progress = Callable[[str, int, int], None]
 Train = Callable[[Any, Progress], Any]
@@ -195,12 +198,19 @@ class _Runner:
     total: int
 
     def run(self, cells: list[Cell]) -> None:
-        """Those that have neither finished nor failed in this call."""
-        for cell in cells:
-            if not is_done(_folder(self.output, cell)) and cell.name not in self.result.failed:
-                self._run(cell)
+        """Those that have neither finished nor failed in this call. What another process runs is waited for."""
+        while cells := [cell for cell in cells if self._is_open(cell)]:
+            ran = sum(self._run(cell) for cell in cells if self._is_open(cell))
+            if not ran:
+                self.progress("waiting for another process", self.result.ran, self.total)
+                time.sleep(PAUSE)
 
-    def _run(self, cell: Cell) -> None:
+    def _is_open(self, cell: Cell) -> bool:
+        return not is_done(_folder(self.output, cell)) and cell.name not in self.result.failed
+
+    def _run(self, cell: Cell) -> bool:
+        """False if another process is at it."""
+
         def shown(stage: str, done: int, total: int) -> None:
             self.progress(f"{cell.name}: {stage} {done}/{total}", self.result.ran, self.total)
 
@@ -208,6 +218,8 @@ class _Runner:
         try:
             self.train(settings_of(cell, self.output), shown)
             self.result.ran += 1
+        except Busy:
+            return False
         except Exception as error:  # of whatever kind: the other cells are worth having
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self.result.failed[cell.name] = kind + " ".join(str(error).split())
@@ -217,6 +229,7 @@ class _Runner:
             self.report(f"failed: {cell.name}: {self.result.failed[cell.name]} ({log})")
         finally:
             gc.collect()  # the Trainer's reference cycles hold the model
+        return True
 
 
 def validation_score(seed_folder: Path) -> float:

@@ -65,11 +65,11 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
             say(note)
-        work = output / f".base-{todo[0]}"  # several calls may share an output, each with seeds of its own
+        work = [output / f".base-{seed}" for seed in todo]  # several calls may share an output, each with its own seeds
         with contextlib.ExitStack() as held:
-            group.first_then_all(lambda: held.enter_context(scratch_directory(work, ".base-*")))
+            group.first_then_all(lambda: [held.enter_context(scratch_directory(w, ".base-*")) for w in work])
             texts = [example.text for example in data.train]
-            base = converted_folder(config, work, texts, group, progress)
+            base = converted_folder(config, work[0], texts, group, progress)
             for seed in todo:
                 run = Run(config, arm, data, base, seed, group, progress)
                 group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now

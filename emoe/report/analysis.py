@@ -60,17 +60,17 @@ def _readings(output: Path, resamples: int, progress: Progress) -> list[Path]:
 
 def gains_markdown(found: Gains) -> str:
     """One line a point: difference, interval and p in each domain."""
-    columns = list(found.points[0].differences)
+    columns, settings = list(found.points[0].differences), list(dict.fromkeys([found.x, found.lines]))
     lines = [
         f"Gain over the baseline by {found.x}, points, with 95% intervals for new seeds and new examples; p over both, "
         "not adjusted.",
         "",
-        f"| {found.x} | {found.lines} | seeds | " + " | ".join(columns) + " |",
-        "|---:|---:|---:" + "|---:" * len(columns) + "|",
+        "| " + " | ".join([*settings, "seeds", *columns]) + " |",
+        "|---:" * (len(settings) + 1 + len(columns)) + "|",
     ]
     for point in found.points:
         cells = [_shown(point, column) for column in columns]
-        keys = [str(point.point.get(found.x, "–")), str(point.point.get(found.lines, "–")), str(point.seeds)]
+        keys = [*(str(point.point.get(setting, "–")) for setting in settings), str(point.seeds)]
         lines.append("| " + " | ".join([*keys, *cells]) + " |")
     lines += ["", *(f"- not finished: {name}" for name in found.missing)]
     return "\n".join(lines).rstrip() + "\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from emoe.evaluation.sweep import estimate, settings_of, sweep
 from emoe.evaluation.sweep_config import SweepConfig, read_sweep, seed_list, variants
 from emoe.finetuning import arms as known_arms
 from emoe.report.sweep import write_summary
+from emoe.runtime import sole_writer
 
 QUIET = lambda stage, done, total: None  # noqa: E731
 PLAIN = {
@@ -44,6 +47,29 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert trainer.asked == [("vanilla", 2), ("emoe", 2)]
     assert result.ran == 2
     assert run(PLAIN, tmp_path).ran == 0
+
+
+def test_several_at_one_sweep_share_its_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr("emoe.evaluation.sweep.PAUSE", 0.01)
+    monkeypatch.setattr("emoe.evaluation.sweep._write", lambda *a: None)  # its temporary file has a process's name
+    trainers = [SlowTrainer() for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:  # a lock on a folder knows no threads: each opens it anew
+        results = list(pool.map(lambda trainer: run({**PLAIN, "seeds": "0:6"}, tmp_path, trainer), trainers))
+    asked = [cell for trainer in trainers for cell in trainer.asked]
+    assert sorted(asked) == [(arm, seed) for arm in ("emoe", "vanilla") for seed in range(6)]
+    assert all(trainer.asked for trainer in trainers)
+    assert all(result.chosen == results[0].chosen and not result.failed for result in results)
+
+
+class SlowTrainer(FakeTrainer):
+    """Holds its seed's folder for a while, as `emoe finetune` does."""
+
+    def __call__(self, config, progress) -> None:
+        seed = config.seed_list()[0]
+        with sole_writer(Path(config.output) / f".base-{seed}"):
+            if not (Path(config.output) / f"seed-{seed}" / "run.json").exists():
+                time.sleep(0.05)
+                super().__call__(config, progress)
 
 
 def test_validation_alone_chooses(tmp_path):

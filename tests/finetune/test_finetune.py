@@ -17,11 +17,12 @@ from support.tiny import tiny_checkpoint
 
 import emoe
 from emoe.cli.main import main
-from emoe.errors import UserError
+from emoe.errors import Busy, UserError
 from emoe.finetuning.evaluate import evaluate
 from emoe.finetuning.settings import EvalConfig, FinetuneConfig
 from emoe.finetuning.trainer import LikeLengths, Rows, Tuner
 from emoe.finetuning.tune import finetune
+from emoe.runtime import sole_writer
 
 
 def lines(path) -> list[dict]:
@@ -84,6 +85,15 @@ def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
     ]
     (own,) = (facts for facts in record["readings"]["as-trained"].values() if facts["role"] == "id-validation")
     assert own["score"] == pytest.approx(max(validated))
+
+
+def test_two_processes_do_not_train_one_seed(arm_settings, tmp_path):
+    """Whichever of its seeds the other call is at."""
+    settings = arm_settings(output=str(tmp_path / "run"), seeds="0,1", resume=True)
+    for seed in (0, 1):
+        with sole_writer(tmp_path / "run" / f".base-{seed}"), pytest.raises(Busy, match="another process is writing"):
+            finetune(settings)
+    assert not list((tmp_path / "run").glob("seed-*"))
 
 
 def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
