@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 LINE_SECONDS = 10.0
@@ -74,6 +75,8 @@ def silence_libraries() -> None:
     import huggingface_hub
     import transformers
 
+    # peft asks for what transformers has renamed: nothing that our user could change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
