@@ -4,7 +4,7 @@ Every arm sees the same tokens in the same order. LoRA's rank is the one whose m
 modules; full fine-tuning trains everything. Each arm runs at several learning rates, since one that fits all would
 decide the comparison. The plot has forgetting (rise of the English log perplexity) over learning (fall of the new one).
 
-    python scripts/continual_learning.py --model smollm2-135m --steps 150 --output docs/results/continual_smollm2.json
+    python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # 1.5 hours
     python scripts/continual_learning.py --model runs/moduleformer --attention 1 --output docs/results/continual_mf.json
     python scripts/continual_learning.py --steps 2 --tokens-per-step 128 --held-out-tokens 256 --limit 1 …   # a minute
 """
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--attention", type=int, default=0, help="new attention experts a layer and task")
     parser.add_argument("--split", type=int, default=64, help="experts that a dense model is cut into, all on")
     parser.add_argument("--penalty", type=float, default=0.01, help="factor of the penalty on new gate rows")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tokens-per-step", type=int, default=1024)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each domain")
-    parser.add_argument("--points", type=int, default=5, help="measurements on the way")
+    parser.add_argument("--held-out-tokens", type=int, default=2048, help="of each domain")
+    parser.add_argument("--points", type=int, default=2, help="measurements on the way")
     parser.add_argument("--limit", type=int, help="at most so many learning rates an arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--work", type=Path, default=Path("/tmp/emoe-continual"), help="for checkpoints; goes on there")

@@ -5,7 +5,7 @@ tokens). Modules are counted with either normalisation. Baselines, all f-p: rand
 neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean
 log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
 
-    python scripts/specialise.py --model smollm2-135m --steps 150 --output docs/results/specialise_smollm2.json
+    python scripts/specialise.py --model smollm2-135m --output docs/results/specialise_smollm2.json   # 1.5 hours
     python scripts/specialise.py --model runs/moduleformer --output docs/results/specialise_moduleformer.json
     python scripts/specialise.py --steps 2 --tokens-per-step 128 --count-tokens 512 --held-out-tokens 256 \
         --problems 2 --keep 0.5 …   # a minute
@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--scope", default="layer", choices=["layer", "model"])
     parser.add_argument("--concentration", type=float, default=0.01, help="factor of the load-concentration loss")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tokens-per-step", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--count-tokens", type=int, default=16384)
-    parser.add_argument("--held-out-tokens", type=int, default=8192)
-    parser.add_argument("--problems", type=int, default=164, help="of HumanEval")
+    parser.add_argument("--count-tokens", type=int, default=8192)
+    parser.add_argument("--held-out-tokens", type=int, default=4096)
+    parser.add_argument("--problems", type=int, default=40, help="of HumanEval")
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("/tmp/emoe-specialise"), help="for checkpoints; kept")
