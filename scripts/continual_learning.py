@@ -4,9 +4,9 @@ Every arm sees the same tokens in the same order. LoRA's rank is the one whose m
 modules; full fine-tuning trains everything. Each arm runs at several learning rates, since one that fits all would
 decide the comparison. The plot has forgetting (rise of the English log perplexity) over learning (fall of the new one).
 
-    python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # 1.5 hours
+    python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # hours
     python scripts/continual_learning.py --model runs/moduleformer --attention 1 --output docs/results/continual_mf.json
-    python scripts/continual_learning.py --steps 2 --tokens-per-step 128 --held-out-tokens 256 --limit 1 …   # a minute
+    python scripts/continual_learning.py --steps 2 --tokens-per-step 128 --held-out-tokens 256 --limit 1 …   # a trial
 """
 
 from __future__ import annotations

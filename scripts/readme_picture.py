@@ -18,12 +18,7 @@ TOP = 12.0
 
 OURS = {"emoe": ("emoe", "#0969da"), "outputs refitted": ("emoe --refit-outputs", "#1a7f37")}
 RECOVERED = ("then emoe recover", "#8250df")
-PEERS = {
-    "CMoE": "CMoE",
-    "LLaMA-MoE": "LLaMA-MoE",
-    "EMoE as published": "EMoE as published",
-    "MoEfication": "MoEfication",
-}
+PEERS = ("CMoE", "LLaMA-MoE", "EMoE as published", "MoEfication")
 GREY = "#6e7781"
 
 
@@ -43,10 +38,10 @@ def main() -> None:
     axes = made.add_subplot(1, 1, 1)
     axes.axhline(1.0, color="#24292f", linewidth=1)
     axes.annotate("dense", (91, 1.0), (0, 3), textcoords="offset points", ha="right", fontsize=9)
-    for name, label in PEERS.items():
+    for name in PEERS:
         points = sorted(ways[name])
         axes.plot(*zip(*points, strict=True), color=GREY, linewidth=1.2, marker="o", markersize=3)
-        axes.annotate(label, points[-1], (6, 0), textcoords="offset points", va="center", fontsize=9, color=GREY)
+        axes.annotate(name, points[-1], (6, 0), textcoords="offset points", va="center", fontsize=9, color=GREY)
     lines = [(label, colour, sorted(ways[name])) for name, (label, colour) in OURS.items()]
     for label, colour, points in [*lines, (*RECOVERED, sorted(recovered))]:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2, marker="o", markersize=5)

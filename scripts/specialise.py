@@ -5,10 +5,10 @@ tokens). Modules are counted with either normalisation. Baselines, all f-p: rand
 neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean
 log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
 
-    python scripts/specialise.py --model smollm2-135m --output docs/results/specialise_smollm2.json   # 1.5 hours
+    python scripts/specialise.py --model smollm2-135m --output docs/results/specialise_smollm2.json   # hours
     python scripts/specialise.py --model runs/moduleformer --output docs/results/specialise_moduleformer.json
     python scripts/specialise.py --steps 2 --tokens-per-step 128 --count-tokens 512 --held-out-tokens 256 \
-        --problems 2 --keep 0.5 …   # a minute
+        --problems 2 --keep 0.5 …   # a trial
 """
 
 from __future__ import annotations

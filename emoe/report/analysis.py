@@ -52,6 +52,8 @@ def _readings(output: Path, resamples: int, progress: Progress) -> list[Path]:
             runs.append(read_run(folder, name=name))
             others = [reading for reading in runs[-1].first.readings if reading != AS_TRAINED]
             runs += [read_run(folder, reading, f"{name} read as {reading}") for reading in others]
+        if len(runs) < 2:
+            continue
         written.append(output / ("-".join(["readings", *([slug(group)] if group else [])]) + ".md"))
         found = compare(runs, resamples=resamples, progress=progress)
         write_text(written[-1], as_markdown(found, brief=True))
