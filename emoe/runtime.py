@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -129,7 +130,10 @@ def _remove_unheld(folders: Iterable[Path]) -> None:
     """Remove folders whose process is gone: nobody holds their lock."""
     for folder in folders:
         if folder.is_dir() and not folder.is_symlink():
-            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                descriptor = os.open(folder, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # somebody else removed it
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -167,21 +171,47 @@ def sole_writer(folder: Path, flag: str = "--output") -> Iterator[None]:
         Busy: another process holds it.
         UserError: it cannot be made.
     """
+    descriptor = None
+    while descriptor is None:
+        descriptor = _lock(folder, flag)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{flag}: {folder} is a file; choose another name") from None
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {folder} ({error.strerror}); choose another folder") from None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{flag}: another process is writing {folder}; wait for it to end") from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path, flag: str) -> int | None:
+    """Descriptor of ``folder``, locked; None when it went away meanwhile. Raises as `sole_writer`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if _is_directory_or_gone(folder):
+            return None
+        raise UserError(f"{flag}: {folder} is a file; choose another name") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {folder} ({error.strerror}); choose another folder") from None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Busy(f"{flag}: another process is writing {folder}; wait for it to end") from None
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)  # we locked a folder that its last writer removed
+    return None
+
+
+def _is_directory_or_gone(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return not path.is_symlink()
 
 
 def free_bytes(folder: Path) -> int:

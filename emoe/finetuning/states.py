@@ -33,17 +33,23 @@ def _is_complete(state: Path) -> bool:
 def train_from(trainer: Trainer, state: Path | None) -> None:
     """Train, from `state` if there is one.
 
-    With a state that has made all steps the Trainer would make one more: that one is only loaded. Not with FSDP, whose
-    states take a wrapped model; there the further step has a learning rate of 0.
+    With a state that has made all steps, or was to be the last by --patience, the Trainer would make one more: that one
+    is only loaded. Not with FSDP, whose states take a wrapped model; there the further step after all of them has a
+    learning rate of 0.
     """
     facts = TrainerState.load_from_json(str(state / STATE)) if state else None
-    if facts is None or facts.global_step < facts.max_steps or trainer.args.fsdp:
+    if facts is None or not _is_last(facts) or trainer.args.fsdp:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
         return
     trainer.state = facts
     trainer._load_from_checkpoint(str(state))
     if trainer.args.load_best_model_at_end and facts.best_model_checkpoint:
         trainer._load_best_model()
+
+
+def _is_last(facts: TrainerState) -> bool:
+    control = facts.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+    return facts.global_step >= facts.max_steps or bool(control.get("should_training_stop"))
 
 
 def same_settings(settings: dict[str, Any], training: Path, *, resume: bool, what: str) -> None:

@@ -24,10 +24,14 @@ from emoe.finetuning.routing import Probe, auxiliary_loss, watched
 from emoe.finetuning.settings import FinetuneConfig
 from emoe.finetuning.states import states
 from emoe.finetuning.texts import Classification, Encoded
-from emoe.runtime import multiplies_bfloat16_fast, write_text
+from emoe.plainfiles import read_json
+from emoe.runtime import multiplies_bfloat16_fast, peak_memory, reset_peak_memory, write_text
 
 SELECTED_BY = "eval_score"
 """Name under which the Trainer finds the score of the ID validation set; nothing else selects."""
+
+
+COST = "emoe_cost.json"
 
 
 class Rows(torch.utils.data.Dataset):
@@ -80,11 +84,13 @@ class Tuner(Trainer):
         texts: Classification,
         losses: dict[str, float],
         probe: Probe | None,
+        watch: Watch | None = None,
         group_by_length: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.texts, self.losses, self.probe, self.group_by_length = texts, losses, probe, group_by_length
+        self.texts, self.losses, self.probe, self.watch = texts, losses, probe, watch
+        self.group_by_length = group_by_length
         self.model_accepts_loss_kwargs = True  # has the Trainer count labels and leave the scale of the loss to us
 
     def _get_train_sampler(self, train_dataset=None):
@@ -146,10 +152,12 @@ class Tuner(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
-        if self.probe is not None and self.args.should_save:  # before the file that makes the state a complete one
+        if self.args.should_save:  # before the file that makes the state a complete one
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            self.probe.save(folder)
+            for part in (self.probe, self.watch):
+                if part is not None:
+                    part.save(folder)
         super()._save_checkpoint(model, trial)
 
 
@@ -185,11 +193,37 @@ def _step_of(line: str) -> float:
 
 
 class Watch(TrainerCallback):
-    """Progress, and the clock: seconds of training without validations."""
+    """Progress, and cost: of a resumed run, what led to the state that it goes on from counts as well."""
 
     def __init__(self, progress: Progress, label: str) -> None:
         self.progress, self.label, self.shown = progress, label, label
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
+        """Training without validations."""
+        self._begun, self._before, self._peak_before = time.perf_counter(), 0.0, 0
+        reset_peak_memory()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the whole run."""
+        return self._before + time.perf_counter() - self._begun
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the run, the GPU's where there is one."""
+        now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+        return max(self._peak_before, now)
+
+    def save(self, folder: Path) -> None:
+        """Keep the cost so far with the state that a run may go on from."""
+        facts = {"seconds": self.seconds, "steps": self.steps, "elapsed": self.elapsed, "peak_bytes": self.peak_bytes}
+        write_text(folder / COST, json.dumps(facts))
+
+    def load(self, folder: Path) -> None:
+        """Go on from there."""
+        if (folder / COST).is_file():
+            facts = read_json(folder / COST, "--resume")
+            self.seconds, self.steps = facts["seconds"], facts["steps"]
+            self._before, self._peak_before = facts["elapsed"], facts["peak_bytes"]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
@@ -305,6 +339,7 @@ def make_tuner(
         texts=texts,
         losses=config.losses(),
         probe=Probe(dict(batch)),
+        watch=watch,
         group_by_length=config.group_by_length,
     )
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):

@@ -15,7 +15,6 @@ import contextlib
 import json
 import platform
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
-from emoe.runtime import peak_memory, reset_peak_memory, scratch_directory, write_text
+from emoe.runtime import scratch_directory, write_text
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
 
@@ -59,8 +58,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     group = Group()
     output = _output(config)
     group.first_then_all(lambda: _check_output(config, seeds))
-    todo = [seed for seed in seeds if not (output / f"seed-{seed}" / RECORD).is_file() or config.overwrite]
-    if todo:
+    if todo := _left(config, seeds):
         where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
@@ -68,8 +66,9 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         work = [output / f".base-{seed}" for seed in todo]  # several calls may share an output, each with its own seeds
         with contextlib.ExitStack() as held:
             group.first_then_all(lambda: [held.enter_context(scratch_directory(w, ".base-*")) for w in work])
-            texts = [example.text for example in data.train]
-            base = converted_folder(config, work[0], texts, group, progress)
+            if todo := _left(config, seeds):  # another call may have finished one before we held it
+                texts = [example.text for example in data.train]
+                base = converted_folder(config, work[0], texts, group, progress)
             for seed in todo:
                 run = Run(config, arm, data, base, seed, group, progress)
                 group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
@@ -90,11 +89,19 @@ def _output(config: FinetuneConfig) -> Path:
     return Path(config.output)
 
 
+def _left(config: FinetuneConfig, seeds: list[int]) -> list[int]:
+    """Seeds to run."""
+    return [seed for seed in seeds if config.overwrite or not (Path(config.output) / f"seed-{seed}" / RECORD).is_file()]
+
+
 def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
     """Raise `UserError` when something is in the way that neither --resume nor --overwrite speaks of."""
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; choose another name")
+    for folder in output.glob("seed-*"):
+        if folder.name not in {f"seed-{seed}" for seed in seeds}:
+            _same_settings(config, folder, "--output")
     for seed in seeds:
         folder = output / f"seed-{seed}"
         if folder.exists() and any(folder.iterdir()):
@@ -106,10 +113,11 @@ def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
             if not ours:
                 raise UserError(f"--output: {folder} is not a run of ours; choose another folder")
             if config.resume and not config.overwrite:
-                _same_settings(config, folder)
+                _same_settings(config, folder, "--resume")
 
 
-def _same_settings(config: FinetuneConfig, folder: Path) -> None:
+def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
+    """A folder holds seeds of one arm with the same settings."""
     done, begun = folder / RECORD, folder / ".training" / "settings.json"
     if not done.is_file() and not begun.is_file():
         return
@@ -118,8 +126,8 @@ def _same_settings(config: FinetuneConfig, folder: Path) -> None:
     for key, value in config.fingerprint().items():
         if settings.get(key) != value:
             raise UserError(
-                f"--resume: {folder} was made with {key}={settings.get(key)!r}, this call has {value!r}; "
-                "use the same settings, another --output or --overwrite"
+                f"{flag}: {folder} was made with {key}={settings.get(key)!r}, this call has {value!r}; "
+                "use the same settings or another --output" + (", or --overwrite" if flag == "--resume" else "")
             )
 
 
@@ -160,8 +168,6 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Train, score every reading, write; returns the record."""
-        started = time.perf_counter()
-        reset_peak_memory()
         watch = Watch(self.progress, f"seed {self.seed}")
         validation = self.data.validation.examples
         encoded = self.texts.encode(validation)
@@ -173,13 +179,14 @@ class Run:
         state = states(self.folder / ".training")[-1:] if self.config.resume else []
         if state:
             tuner.probe.load(state[0])
+            watch.load(state[0])
         train_from(tuner, state[0] if state else None)
         for hook in hooks:
             hook.remove()
         if self.frozen:
             self.frozen.check(self.start.model)
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
-        record = self._record(tuner, watch, started, readings)
+        record = self._record(tuner, watch, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does
         if not self.config.discard_model:
             tuner.save_model(str(self.folder / "model"))
@@ -193,7 +200,7 @@ class Run:
         self.group.wait()
         return record
 
-    def _record(self, tuner: Any, watch: Watch, started: float, readings: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, tuner: Any, watch: Watch, readings: dict[str, Any]) -> dict[str, Any]:
         state, facts = tuner.state, self.start.model.config
         best = state.best_model_checkpoint
         return {
@@ -206,13 +213,14 @@ class Run:
             "steps": state.global_step,
             "selected_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
             "validation_score": state.best_metric,
-            "seconds": round(time.perf_counter() - started, 2),
+            "seconds": round(watch.elapsed, 2),
             "seconds_per_step": round(watch.seconds / max(1, watch.steps), 4),
-            "peak_memory_bytes": peak_memory() if not torch.cuda.is_available() else torch.cuda.max_memory_allocated(),
+            "peak_memory_bytes": watch.peak_bytes,
             "trainable_parameters": trainable(self.model),
             "train_examples": len(self.data.train),
             "duplicates_removed": self.data.duplicates_removed,
             "notes": self.data.notes,
+            "gate": facts.emoe_gate,
             "num_experts": facts.num_experts,
             "top_k": self.start.top_k,
             "emoe_layers": facts.emoe_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from support.tiny import tiny_checkpoint
 import emoe
 from emoe.cli.main import main
 from emoe.errors import Busy, UserError
+from emoe.finetuning import tune
 from emoe.finetuning.evaluate import evaluate
 from emoe.finetuning.settings import EvalConfig, FinetuneConfig
 from emoe.finetuning.trainer import LikeLengths, Rows, Tuner
@@ -94,6 +96,42 @@ def test_two_processes_do_not_train_one_seed(arm_settings, tmp_path):
         with sole_writer(tmp_path / "run" / f".base-{seed}"), pytest.raises(Busy, match="another process is writing"):
             finetune(settings)
     assert not list((tmp_path / "run").glob("seed-*"))
+
+
+def test_what_another_call_has_finished_stays(arm_settings, tmp_path, monkeypatch):
+    """It ends between our first look at the folder and our lock on it."""
+    record, lock = tmp_path / "out" / "seed-0" / "run.json", tune.scratch_directory
+
+    def late(*arguments):
+        record.parent.mkdir(parents=True)
+        record.write_text('{"by": "another"}')
+        return lock(*arguments)
+
+    monkeypatch.setattr(tune, "scratch_directory", late)
+    assert finetune(arm_settings(resume=True)) == [{"by": "another"}]
+
+
+def test_a_folder_that_its_last_writer_removes_is_made_again(tmp_path, monkeypatch):
+    """Between our opening it and our lock."""
+    folder, lock, calls = tmp_path / "work", fcntl.flock, []
+
+    def late(descriptor, how):
+        calls.append(how)
+        if len(calls) == 1:
+            folder.rmdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with sole_writer(folder):
+        assert folder.is_dir()
+        with pytest.raises(Busy), sole_writer(folder):
+            pass
+
+
+def test_one_folder_holds_one_arm(arm_settings):
+    finetune(arm_settings(max_steps=2, eval_steps=2))
+    with pytest.raises(UserError, match=r"--output: .*seed-0 was made with .* the same settings or another --output$"):
+        finetune(arm_settings(max_steps=2, eval_steps=2, seeds="1", learning_rate=2e-3))
 
 
 def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
@@ -183,6 +221,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path
         finetune(arm_settings(seeds="0,1"))
     with pytest.raises(UserError, match=r"--resume: .* was made with learning_rate=0.001"):
         finetune(arm_settings(seeds="0,1", resume=True, learning_rate=2e-3))
+    spent = next((out / "seed-1" / ".training" / "checkpoint-4").glob("emoe_cost.json"))
+    spent.write_text(json.dumps({"seconds": 4000.0, "steps": 4, "elapsed": 5000.0, "peak_bytes": 7 << 40}))
     done = (out / "seed-0" / "run.json").stat().st_mtime_ns
     found = finetune(arm_settings(seeds="0,1", resume=True))
     assert (out / "seed-0" / "run.json").stat().st_mtime_ns == done
@@ -192,6 +232,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path
         assert found[seed]["readings"] == wanted[seed]["readings"]
         steps = [entry["step"] for entry in lines(out / f"seed-{seed}" / "log.jsonl") if "loss" in entry]
         assert steps == [2, 4, 6, 8]
+    cost = {key: found[1][key] for key in ("seconds", "seconds_per_step", "peak_memory_bytes")}
+    assert 5000 < cost["seconds"] < 5100
+    assert 500 < cost["seconds_per_step"] < 510  # of eight steps
+    assert cost["peak_memory_bytes"] == 7 << 40
 
 
 def test_batches_of_like_length_have_one_order_for_all_arms():
@@ -282,6 +326,9 @@ def test_instructions_train_on_answers(arm_settings, tmp_path, tiny_llama):
         ({"top_k": 9}, "--top-k: 9 is more than the model's 8 experts"),
         ({"mi_weight": 0.1}, "--mi-weight: method 'emoe' has no trained gate"),
         ({"experts": 16}, "--experts: the model is cut into experts already"),
+        ({"gate": "discriminant"}, "--gate: the model is cut into experts already"),
+        ({"seeds": "0:1000000000000000000000"}, "at most 1000 seeds"),
+        ({"seeds": "4294967296"}, "each from 0 to 4294967295"),
         ({"learning_rate": 1e30, "max_grad_norm": 0}, "lower --learning-rate"),
         (
             {"model": "DENSE", "gate": "discriminant"},
@@ -328,6 +375,7 @@ def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monk
     finetune(arm_settings(max_steps=2, eval_steps=2, discard_model=True))
     run = tmp_path / "out" / "seed-0"
     three = write_task(tmp_path / "three", **{"'yes']": "'yes', 'perhaps']"})
+    turned = write_task(tmp_path / "turned", **{"['no', 'yes']": "['yes', 'no']"})
     for given, complaint in (
         ({"model": str(run)}, "weights are gone"),
         ({"model": str(run.parent)}, "holds several runs"),
@@ -342,8 +390,13 @@ def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monk
     shutil.rmtree(run)
     for tuning in ("full", "lora"):
         finetune(arm_settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
-        with pytest.raises(UserError, match="'neurons' has 3 labels, the model's head has 2"):
+        with pytest.raises(UserError, match=r"'neurons' has 3 labels .*, the model's head has 2"):
             evaluate(EvalConfig(model=str(run), task=str(three)))
+        with pytest.raises(UserError, match=r"2 labels \(yes, no\), the model's head has 2 \(no, yes\)"):
+            evaluate(EvalConfig(model=str(run), task=str(turned)))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--model: .* is not a model: "):
+        evaluate(EvalConfig(model=str(tmp_path), task=str(three)))
 
 
 def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):

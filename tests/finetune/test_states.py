@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emoe.finetuning.states import states, train_from
 
@@ -52,6 +52,22 @@ def test_the_trainer_itself_would_make_one_more(tmp_path):
     again = trainer(tmp_path)
     again.train(resume_from_checkpoint=str(states(tmp_path)[-1]))
     assert again.state.global_step == 5
+
+
+def test_a_state_that_patience_made_the_last_is_not_gone_on_from(tmp_path):
+    """Killed behind an early stop."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    whole = trainer(tmp_path)
+    whole.add_callback(Stop())
+    train_from(whole, None)
+    again = trainer(tmp_path)
+    train_from(again, states(tmp_path)[-1])
+    assert (whole.state.global_step, again.state.global_step) == (2, 2)
+    assert torch.equal(again.model.weight, whole.model.weight)
 
 
 def test_half_of_a_state_is_none(tmp_path):
