@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emoe.errors import UserError, nearest
+from emoe.errors import UserError
 from emoe.evaluation.compare import Difference, compare
 from emoe.evaluation.runs import read_run, read_sweep_record
-from emoe.evaluation.sweep_config import SweepConfig, Variant, variants
-
-ARM = "arm"
-"""Stands for the arm's name where a crossed setting may be named."""
+from emoe.evaluation.sweep_config import ARM, SweepConfig, Variant, require_crossed, variants
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,7 @@ def gains(
     """
     rows = variants(config)
     chosen = read_sweep_record(output).chosen
-    crossed = [ARM, *dict.fromkeys(key for row in rows for key in row.point)]
-    for key in filter(None, (x, lines)):
-        if key not in crossed:
-            raise UserError(f"analysis: the sweep does not cross '{key}'{nearest(key, crossed)}: {', '.join(crossed)}")
+    require_crossed(rows, x, lines)
     pairs = [(row, _baseline(rows, row)) for row in rows if row.arm != rows[0].arm]
     present = [pair for pair in pairs if all(row.name in chosen for row in pair)]
     if not present:

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from emoe.errors import UserError
-from emoe.evaluation.runs import VALIDATION, Run
+from emoe.evaluation.runs import VALIDATION, Record, Run
 
 NOT_CONFOUNDS = {"output", "seed", "seeds", "resume", "overwrite", "method", "discard_model", "tensorboard"}
 """Settings that do not make runs differ, or that name the arm."""
+
+
+ENVIRONMENT = ("processes", "hardware", "torch", "transformers", "emoe")
+"""Fields of a record that may differ between seeds of one run."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,16 @@ def pair(runs: list[Run], progress: Callable[[str, int, int], None]) -> Paired:
     if len(tasks) > 1:
         raise UserError(f"compare: the runs are of different tasks ({', '.join(sorted(tasks))})")
     paired = Paired(runs, _common_seeds(runs))
+    for run in runs:
+        _require_one_arm(run, paired.seeds)
+    said = dict.fromkeys(note for run in runs for seed in paired.seeds for note in run.records[seed].notes)
+    paired.notes += said
     paired.notes += [note for run in runs for note in _seed_notes(run, paired.seeds)]
     names = _common_domains(paired)
     for number, name in enumerate(names):
         progress(f"reading {name}", number, len(names))
         paired.domains.append(_read_domain(paired, name))
-    paired.notes += [note for run in runs[1:] for note in _differences(runs[0], run)]
+    paired.notes += [note for run in runs[1:] for note in _differences(runs[0], run, paired.seeds)]
     return paired
 
 
@@ -88,7 +96,7 @@ def _common_domains(paired: Paired) -> list[str]:
             lacking = [run.name for run in paired.runs if any(name not in run.scores(s) for s in paired.seeds)]
             paired.notes.append(f"domain {name} left out: not scored for {', '.join(lacking)}")
     if not common:
-        raise UserError("compare: the runs were scored on no test domain in common; see `emoe eval --domains`")
+        raise UserError("compare: the runs were scored on no test domain in common; run them with the same --domains")
     return common
 
 
@@ -101,7 +109,7 @@ def _read_domain(paired: Paired, name: str) -> DomainTable:
     everyone = [predictions for of_run in found.values() for predictions in of_run]
     ids = reduce(_intersect, (predictions.ids_N for predictions in everyone))
     if len(ids) == 0:
-        raise UserError(f"compare: domain {name}: the runs have no example in common; score them on the same data")
+        raise UserError(f"compare: domain {name}: the runs have no example in common; run them on the same data")
     most = max(len(predictions.ids_N) for predictions in everyone)
     if len(ids) < most:
         paired.notes.append(f"domain {name}: {len(ids)} examples of up to {most} were scored in every run; those count")
@@ -119,26 +127,39 @@ def _intersect(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return left if np.array_equal(left, right) else np.intersect1d(left, right, assume_unique=True)
 
 
-def _differences(baseline: Run, run: Run) -> list[str]:
+def _require_one_arm(run: Run, seeds: list[int]) -> None:
+    """Raise `UserError` where seeds of one folder were made with different settings."""
+    first = _facts(run.records[seeds[0]])
+    for seed in seeds[1:]:
+        other = _facts(run.records[seed])
+        for key in sorted((first.keys() & other.keys()) - set(ENVIRONMENT)):  # older records lack younger settings
+            if first[key] != other[key]:
+                raise UserError(
+                    f"compare: {run.folder} mixes runs: seed {seed} has {key} {other[key]}, seed {seeds[0]} has "
+                    f"{first[key]}; give each its own folder"
+                )
+
+
+def _differences(baseline: Run, run: Run, seeds: list[int]) -> list[str]:
     """What else than the method tells a run from the baseline: each item is a possible confound."""
-    first, other = _facts(baseline), _facts(run)
+    first, other = _facts_over(baseline, seeds), _facts_over(run, seeds)
     differing = [
         f"{key} {other.get(key)} ({baseline.name}: {first.get(key)})"
-        for key in sorted({*first, *other})
+        for key in sorted({*first, *other} - {"method"})
         if first.get(key) != other.get(key)
     ]
     return [f"{run.name} differs from {baseline.name} in {', '.join(differing)}"] if differing else []
 
 
-def _facts(run: Run) -> dict[str, Any]:
-    record = run.first
+def _facts_over(run: Run, seeds: list[int]) -> dict[str, str]:
+    """Key → value, or values where seeds were made in different environments."""
+    facts = [_facts(run.records[seed]) for seed in seeds]
+    keys = dict.fromkeys(key for of_seed in facts for key in of_seed)
+    return {key: " and ".join(dict.fromkeys(str(of_seed.get(key)) for of_seed in facts)) for key in keys}
+
+
+def _facts(record: Record) -> dict[str, Any]:
     facts = {key: value for key, value in record.settings.items() if key not in NOT_CONFOUNDS}
-    return facts | {
-        "model": record.model,
-        "tuning": record.tuning,
-        "training texts": record.train_examples,
-        "hardware": str(record.hardware),
-        "torch": record.torch,
-        "transformers": record.transformers,
-        "emoe": record.emoe,
-    }
+    facts |= {"model": record.model, "method": record.method, "tuning": record.tuning}
+    facts |= {"training texts": record.train_examples}
+    return facts | {key: getattr(record, key) for key in ENVIRONMENT}

@@ -28,6 +28,8 @@ from emoe.errors import UserError, nearest
 AS_TRAINED = "as-trained"
 OOD, ID_TEST, VALIDATION = "ood", "id-test", "id-validation"
 
+REMEDY = "make the run again with `emoe finetune … --overwrite`"
+
 
 class Score(BaseModel):
     """How one reading did on one domain; scores as the metric has them, 1 is the best."""
@@ -60,6 +62,9 @@ class Record(BaseModel):
     train_examples: int
     duplicates_removed: dict[str, int] = Field(default_factory=dict)
     """Training texts left out because they stand in a test set, by domain."""
+    notes: list[str] = Field(default_factory=list)
+    """What was said while the data were read, such as sets that are left out."""
+    processes: int = 1
     hardware: Any = None
     torch: str | None = None
     transformers: str | None = None
@@ -123,14 +128,14 @@ def read_predictions(path: Path) -> Predictions:
     try:
         table = json.read_json(path, parse_options=options)
     except FileNotFoundError:
-        raise UserError(f"compare: {path} is missing; score the run again with `emoe eval`") from None
+        raise UserError(f"compare: {path} is missing; {REMEDY}") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"compare: {path} is damaged ({_brief(error)}); score the run again with `emoe eval`") from None
+        raise UserError(f"compare: {path} is damaged ({_brief(error)}); {REMEDY}") from None
     if table.num_rows == 0:
         raise UserError(f"compare: {path} holds no prediction")
     ids, labels, predictions = (table[name].to_numpy(zero_copy_only=False) for name in wanted.names)
     if any(table[name].null_count for name in wanted.names) or not np.isfinite([labels, predictions]).all():
-        raise UserError(f"compare: {path} has lines without id, label or a finite prediction; score the run again")
+        raise UserError(f"compare: {path} has lines without id, label or a finite prediction; {REMEDY}")
     ids = ids.astype(str)
     order = np.argsort(ids, kind="stable")
     ids = ids[order]

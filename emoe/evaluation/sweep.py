@@ -21,14 +21,15 @@ import emoe
 from emoe.config import merge_settings
 from emoe.errors import Busy, UserError
 from emoe.evaluation.runs import AS_TRAINED, VALIDATION, is_done, read_record
-from emoe.evaluation.sweep_config import Candidate, SweepConfig, Variant, seed_list, variants
+from emoe.evaluation.sweep_config import Candidate, SweepConfig, Variant, require_crossed, seed_list, variants
 from emoe.runtime import write_text
 
 PAUSE = 20.0
 """Seconds between two looks at cells that another process is at."""
 
 Progress = Callable[[str, int, int], None]
-Train = Callable[[Any, Progress], Any]
+Say = Callable[[str], None]
+Train = Callable[[Any, Progress, Say], Any]
 """Runs the one seed that a `FinetuneConfig` names and writes its folder."""
 
 
@@ -76,13 +77,13 @@ def sweep(
     config: SweepConfig,
     output: Path,
     progress: Progress,
-    report: Callable[[str], None] = print,
+    report: Say = print,
     train: Train | None = None,
 ) -> SweepResult:
     """Run what is not there yet and choose. Writes ``output``/sweep.json.
 
     Args:
-        report: told of each failed cell, in one line.
+        report: told of each failed cell and of sets that are left out, in one line.
         train: default: `emoe finetune`'s function.
 
     Raises:
@@ -159,11 +160,22 @@ def _finetune() -> Train:
 
 
 def _plan(config: SweepConfig) -> tuple[list[Variant], list[int], list[int]]:
+    """Rows, seeds, and seeds to choose by. What every cell would stumble over is found now."""
+    from emoe import tasks
+    from emoe.finetuning import arms
+    from emoe.finetuning.settings import FinetuneConfig
+
     seeds = seed_list(config.seeds, "seeds")
     first_seeds = seeds if config.select_seeds is None else seed_list(config.select_seeds, "select_seeds")
     if not set(first_seeds) <= set(seeds):
         raise UserError(f"sweep: select_seeds {config.select_seeds} must be among seeds {config.seeds}")
-    return variants(config), seeds, first_seeds
+    rows = variants(config)
+    for settings in (candidate.settings for row in rows for candidate in row.candidates):
+        arms.get(settings.get("method", FinetuneConfig.model_fields["method"].default))
+        tasks.get(settings.get("task", ""))
+    for analysis in config.analysis:
+        require_crossed(rows, analysis.x, analysis.lines)
+    return rows, seeds, first_seeds
 
 
 def _cells_in_all(rows: list[Variant], seeds: list[int], first_seeds: list[int]) -> int:
@@ -194,8 +206,9 @@ class _Runner:
     output: Path
     result: SweepResult
     progress: Progress
-    report: Callable[[str], None]
+    report: Say
     total: int
+    said: set[str] = field(default_factory=set)
 
     def run(self, cells: list[Cell]) -> None:
         """Those that have neither finished nor failed in this call. What another process runs is waited for."""
@@ -204,6 +217,12 @@ class _Runner:
             if not ran:
                 self.progress("waiting for another process", self.result.ran, self.total)
                 time.sleep(PAUSE)
+
+    def _say(self, line: str) -> None:
+        """Once, whichever cells say it."""
+        if line not in self.said:
+            self.said.add(line)
+            self.report(line)
 
     def _is_open(self, cell: Cell) -> bool:
         return not is_done(_folder(self.output, cell)) and cell.name not in self.result.failed
@@ -216,7 +235,7 @@ class _Runner:
 
         self.progress(cell.name, self.result.ran, self.total)
         try:
-            self.train(settings_of(cell, self.output), shown)
+            self.train(settings_of(cell, self.output), shown, self._say)
             self.result.ran += 1
         except Busy:
             return False

@@ -26,6 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from emoe.errors import UserError, nearest
 from emoe.plainfiles import read_yaml
 
+ARM = "arm"
+"""Stands for the arm's name where a crossed setting may be named."""
+
 OWN = {"output", "seeds", "resume", "overwrite"}
 """Settings of `emoe finetune` that a sweep gives by itself."""
 
@@ -38,7 +41,7 @@ class Analysis(BaseModel):
     kind: Literal["gains", "routing", "readings"]
     """gains: differences from the baseline arm by what is crossed; routing: experts chosen over training; readings: the
     same weights read as dense, or as experts."""
-    x: str = "arm"
+    x: str = ARM
     """For gains: the crossed setting, or 'arm'."""
     lines: str | None = None
     """For gains: a second crossed setting, one line for each of its values."""
@@ -115,8 +118,10 @@ def variants(config: SweepConfig) -> list[Variant]:
     """
     found = []
     for arm, given in config.arms.items():
-        own = dict(given or {})
-        crossed = own.pop("cross", {})
+        own = dict(given)
+        crossed = own.pop("cross", None) or {}
+        if not isinstance(crossed, dict):
+            raise UserError(f"sweep: 'cross' of arm '{arm}' must name settings, each with a list of values")
         for settings in (config.base, own, crossed, config.cross, config.select):
             _check_names(settings)
         for lists in (crossed, config.cross, config.select):
@@ -131,6 +136,14 @@ def variants(config: SweepConfig) -> list[Variant]:
         if folders.count(folder) > 1:
             raise UserError(f"sweep: two arms or values would both be called '{folder}'; rename one")
     return found
+
+
+def require_crossed(rows: list[Variant], *keys: str | None) -> None:
+    """Raise `UserError` for what is neither crossed in the sweep nor "arm"."""
+    crossed = [ARM, *dict.fromkeys(key for row in rows for key in row.point)]
+    for key in filter(None, keys):
+        if key not in crossed:
+            raise UserError(f"analysis: the sweep does not cross '{key}'{nearest(key, crossed)}: {', '.join(crossed)}")
 
 
 def _variant(config: SweepConfig, arm: str, own: dict, shared: dict, point: dict) -> Variant:

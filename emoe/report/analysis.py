@@ -36,7 +36,7 @@ def write_analyses(config: SweepConfig, output: Path, resamples: int, progress: 
 
 def _gains(wanted: Analysis, config: SweepConfig, output: Path, resamples: int, progress: Progress) -> Path:
     found = gains(output, config, wanted.x, wanted.lines, resamples, progress)
-    name = f"gains-by-{wanted.x}"
+    name = f"gains-by-{wanted.x}" + (f"-and-{wanted.lines}" if wanted.lines else "")
     write_text(output / f"{name}.md", gains_markdown(found))
     _save(gains_figure(found), output / f"{name}.png")
     return output / f"{name}.md"

@@ -20,7 +20,8 @@ def print_runs(records: list[dict[str, Any]]) -> None:
         table.add_column(f"seed {record['seed']}", justify="right")
     for reading, sets in first["readings"].items():
         for name, facts in sets.items():
-            scores = [f"{100 * record['readings'][reading][name]['score']:.2f}" for record in records]
+            found = [record["readings"].get(reading, {}).get(name) for record in records]  # None: not there that day
+            scores = [f"{100 * score['score']:.2f}" if score else "–" for score in found]
             table.add_row(name, facts["role"], reading, facts["metric"], *scores)
     console = terminal()
     console.print(table)

@@ -16,6 +16,7 @@ _GLUE = "nyu-mll/glue"
 _NLI = {"0": 0, "1": 1, "2": 2, "-1": -1, "entailment": 0, "neutral": 1, "contradiction": 2, "ENTAILMENT": 0}
 _NLI |= {"NEUTRAL": 1, "CONTRADICTION": 2}
 _TWO_WAY = {"0": 0, "1": 1, "-1": -1, "entailment": 0, "not_entailment": 1, "non-entailment": 1, "neutral": 1}
+_TWO_WAY |= {"entails": 0}  # SciTail
 _BINARY = {"0": 0, "1": 1, "-1": -1}
 
 

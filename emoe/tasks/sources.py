@@ -44,10 +44,10 @@ class Columns:
                         f"--task: {source} has no column '{column}'{nearest(column, names)}; it has {', '.join(names)}"
                     )
             label = self._label(row[self.label], source, number)
-            text = str(row[self.text]).strip()
+            text = _text(row[self.text])
             if label is not None and text:
                 identity = str(row[self.id]) if self.id else str(number)
-                yield Example(identity, text, str(row[self.pair]).strip() if self.pair else None, label)
+                yield Example(identity, text, _text(row[self.pair]) if self.pair else None, label)
 
     def _label(self, raw: Any, source: str, number: int) -> int | float | None:
         raw = str(raw).strip()
@@ -61,6 +61,11 @@ class Columns:
                 f"--task: {source}, row {number + 1}: label '{raw}' does not belong to this task{known}"
             ) from None
         return None if label is None or (label < 0 and not callable(self.classes)) else label
+
+
+def _text(cell: Any) -> str:
+    """Without white space at its ends; a missing value is empty."""
+    return "" if cell is None else str(cell).strip()
 
 
 @dataclass(frozen=True)

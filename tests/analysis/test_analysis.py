@@ -60,10 +60,10 @@ def test_what_did_not_finish_is_named(finished, tmp_path):
     config, _ = finished
 
     class Broken(FakeTrainer):
-        def __call__(self, settings, progress):
+        def __call__(self, settings, progress, say):
             if settings.experts == 16:
                 raise UserError("no")
-            super().__call__(settings, progress)
+            super().__call__(settings, progress, say)
 
     sweep(config, tmp_path, QUIET, lambda line: None, Broken())
     (tmp_path / "vanilla__train_limit=100").mkdir(exist_ok=True)
@@ -119,9 +119,13 @@ def test_analyses_are_written(finished):
             routed = "" if name.startswith("vanilla") else "".join(json.dumps(line) + "\n" for line in log_lines())
             (folder / name / f"seed-{seed}" / "log.jsonl").write_text(routed)
     written = write_analyses(config, folder, 200, QUIET)
-    assert [path.name for path in written] == ["gains-by-experts.md", "routing.md"]
+    gains = "gains-by-experts-and-train_limit"
+    assert [path.name for path in written] == [f"{gains}.md", "routing.md"]
     assert "vanilla" not in written[1].read_text()
-    assert {p.name for p in folder.glob("*.png")} == {"gains-by-experts.png", *(f"routing-{n}.png" for n in range(4))}
+    assert {p.name for p in folder.glob("*.png")} == {
+        "gains-by-experts-and-train_limit.png",
+        *(f"routing-{n}.png" for n in range(4)),
+    }
 
 
 def test_readings_stand_in_one_table(tmp_path):

@@ -176,6 +176,23 @@ def test_confounds_are_said(runs, tmp_path):
     ]
 
 
+def test_processes_are_a_confound_and_what_was_left_out_is_said(runs, tmp_path):
+    write_run(tmp_path / "wide", 3, seeds=range(8), processes=2, notes=["domain moon is left out: no such file"])
+    notes = of(runs / "vanilla", tmp_path / "wide").notes
+    assert notes == ["domain moon is left out: no such file", "wide differs from vanilla in processes 2 (vanilla: 1)"]
+
+
+@pytest.mark.parametrize("other", [{"method": "dropout"}, {"settings": {"learning_rate": 0.1}}, {"train_examples": 7}])
+def test_a_folder_of_several_arms_is_none(other, runs, tmp_path):
+    write_run(tmp_path / "mixed", 3, seeds=range(4))
+    write_run(tmp_path / "mixed", 3, seeds=range(4, 8), **other)
+    with pytest.raises(UserError, match=r"mixes runs: seed 4 has .*give each its own folder"):
+        of(runs / "vanilla", tmp_path / "mixed")
+    write_run(tmp_path / "other machine", 3, seeds=range(7))
+    write_run(tmp_path / "other machine", 3, seeds=[7], torch="3.0")
+    assert "torch 2 and 3.0" in "".join(of(runs / "vanilla", tmp_path / "other machine").notes)
+
+
 def test_one_seed_is_compared_honestly(tmp_path):
     for arm in range(2):
         write_run(tmp_path / f"arm{arm}", arm, effect=2.0 * arm, seeds=[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,12 +65,41 @@ def test_several_at_one_sweep_share_its_cells(tmp_path, monkeypatch):
 class SlowTrainer(FakeTrainer):
     """Holds its seed's folder for a while, as `emoe finetune` does."""
 
-    def __call__(self, config, progress) -> None:
+    def __call__(self, config, progress, say) -> None:
         seed = config.seed_list()[0]
         with sole_writer(Path(config.output) / f".base-{seed}"):
             if not (Path(config.output) / f"seed-{seed}" / "run.json").exists():
                 time.sleep(0.05)
-                super().__call__(config, progress)
+                super().__call__(config, progress, say)
+
+
+def test_what_cells_say_is_said_once(tmp_path):
+    class Talks(FakeTrainer):
+        def __call__(self, config, progress, say):
+            say("domain imdb is left out: no such file")
+            super().__call__(config, progress, say)
+
+    said = []
+    run(PLAIN, tmp_path, Talks(), said)
+    assert said == ["domain imdb is left out: no such file"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"arms": {"a": {"method": "vanila"}}}, "--method: unknown method 'vanila'"),
+        ({"base": {"model": "m", "task": "sentimnt"}}, "--task: unknown task 'sentimnt'"),
+        ({"analysis": [{"kind": "gains", "x": "experts"}]}, "the sweep does not cross 'experts'"),
+        ({"arms": {"a": {"method": "vanilla", "cross": [1]}}}, "'cross' of arm 'a' must name settings"),
+    ],
+)
+def test_what_every_cell_would_stumble_over_is_found_first(changes, complaint, tmp_path):
+    trainer, wrong = FakeTrainer(), PLAIN | changes
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        estimate(SweepConfig(**wrong), tmp_path)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        run(wrong, tmp_path, trainer)
+    assert not trainer.asked
 
 
 def test_validation_alone_chooses(tmp_path):
@@ -98,20 +128,20 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, seed, message)
 
 def test_a_candidate_that_failed_is_not_chosen(tmp_path):
     class Diverges(FakeTrainer):
-        def __call__(self, config, progress):
+        def __call__(self, config, progress, say):
             if config.learning_rate == 2e-5 and config.method == "emoe":
                 raise UserError("the loss is nan")
-            super().__call__(config, progress)
+            super().__call__(config, progress, say)
 
     assert run(SELECT, tmp_path, Diverges()).chosen["emoe"] == "emoe__learning_rate=5e-05"
 
 
 def test_an_arm_that_always_fails_is_not_compared(tmp_path):
     class Broken(FakeTrainer):
-        def __call__(self, config, progress):
+        def __call__(self, config, progress, say):
             if config.method == "emoe":
                 raise UserError("no")
-            super().__call__(config, progress)
+            super().__call__(config, progress, say)
 
     result = run(SELECT, tmp_path, Broken())
     assert "emoe" not in result.chosen
@@ -171,7 +201,7 @@ def test_estimate(tmp_path):
         ({"base": {"output": "x"}}, "'output' is not for arms; the sweep sets it"),
         ({"select": {"learning_rate": []}}, "'learning_rate' must be a list of values"),
         ({"cross": {"experts": 4}}, "cross.experts: Input should be a valid list"),
-        ({"base": {"learning_rate": "fast"}}, "--learning-rate: "),
+        ({"base": {"task": "sentiment", "learning_rate": "fast"}}, "--learning-rate: "),
         ({"seeds": "a"}, "sweep: seeds: 'a' is no list"),
         ({"select_seeds": "7", "select": {"learning_rate": [1e-5]}}, "select_seeds 7 must be among seeds 0:3"),
         ({"arms": {"a b": {}, "a:b": {}}}, "would both be called 'a-b'"),

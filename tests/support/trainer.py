@@ -20,7 +20,7 @@ class FakeTrainer:
         self.fail, self.readings = fail, readings
         self.asked: list[tuple[str, int]] = []
 
-    def __call__(self, config, progress) -> None:
+    def __call__(self, config, progress, say) -> None:
         seed = config.seed_list()[0]
         self.asked.append((Path(config.output).name, seed))
         if self.fail == (config.method, seed):

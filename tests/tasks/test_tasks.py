@@ -118,6 +118,19 @@ def test_a_file_of_one_s_own(tmp_path):
         load_task(found.task, domains=["fra"])
 
 
+def test_a_missing_text_is_no_text(tmp_path):
+    path = write_task(tmp_path, **{"far.csv": "far.jsonl"})
+    rows = [{"text": "fine", "label": "yes"}, {"text": None, "label": "no"}, {"text": "poor", "label": "no"}]
+    (tmp_path / "far.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [e.text for e in load_task(tasks.get(str(path))).tests["far"].examples] == ["fine", "poor"]
+
+
+def test_scitail_has_words_of_its_own():
+    scitail = next(domain for domain in tasks.get("rte").domains if domain.name == "scitail").sources["test"]
+    rows = [{"premise": "p", "hypothesis": "h", "label": label} for label in ("entails", "neutral")]
+    assert [e.label for e in scitail.columns.examples(iter(rows), "scitail")] == [0, 1]
+
+
 @pytest.mark.parametrize("column", ["", ", id: text"])
 def test_an_id_stands_for_one_example(column, tmp_path):
     """Found before a run whose predictions could not be paired with another's."""
