@@ -120,33 +120,48 @@ def _load(
         if record is None:
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
         return _with_adapter(folder, record, task, work, progress)
-    facts = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        facts = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder} is not a model: {' '.join(str(error).split())[:160]}") from None
     if task is None or task.kind == "instructions":
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
-        _check_labels(task, facts.num_labels)
+        _check_labels(task, [str(facts.id2label[number]) for number in range(facts.num_labels)])
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return Loaded(model, load_tokenizer(folder), record)
 
 
-def _check_labels(task: Task, outputs: int) -> None:
-    labels = len(task.labels or ("score",))
-    if labels != outputs:
-        raise UserError(f"--task: '{task.name}' has {labels} labels, the model's head has {outputs}; they do not match")
+def _check_labels(task: Task, own: list[str]) -> None:
+    """The head's labels are the task's, in that order; one that only counts them (LABEL_0) may stand for any."""
+    wanted = list(task.labels or ("score",))
+    counted = own == [f"LABEL_{number}" for number in range(len(own))]
+    if own != wanted and not (counted and len(own) == len(wanted)):
+        raise UserError(
+            f"--task: '{task.name}' has {len(wanted)} labels ({', '.join(wanted[:6])}), the model's head has "
+            f"{len(own)} ({', '.join(own[:6])}); they do not match"
+        )
+
+
+def _settings(record: dict[str, Any]) -> FinetuneConfig:
+    """Settings of a run. Those with the value they have by themselves count as not given."""
+    fields = FinetuneConfig.model_fields
+    return FinetuneConfig(**{k: v for k, v in record["settings"].items() if k in fields and v != fields[k].default})
 
 
 def _with_adapter(folder: Path, record: dict[str, Any], task: Task | None, work: Path, progress: Progress) -> Loaded:
     """The run's start, made again from its settings, and the adapter on it."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    settings, arm = FinetuneConfig(**record["settings"]), arms.get(record["method"])
+    settings, arm = _settings(record), arms.get(record["method"])
     # Its training texts, which gates may be fitted on: what this evaluation scores has no say in them.
     own = tasks.get(settings.task)
     if task is not None:
-        _check_labels(task, len(own.labels or ("score",)))
-    trained_on = read_data(settings, own, Where(Path(settings.data_dir) if settings.data_dir else None)).train
+        _check_labels(task, list(own.labels or ("score",)))
+    data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
+    trained_on = read_data(settings, own, Where(data_dir)).train
     base = converted_folder(settings, work, [example.text for example in trained_on], Group(), progress)
     tokenizer = load_tokenizer(base)
     start = build(settings, arm, base, own, tokenizer.pad_token_id, record["seed"])

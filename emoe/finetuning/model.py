@@ -35,7 +35,7 @@ from emoe.tasks.spec import Task
 HEADS = {"classification": "ForSequenceClassification", "regression": "ForSequenceClassification"}
 """Kind of task → end of the class name; instructions take the language model's own head."""
 
-_CUT = ("experts", "layers", "split", "active", "split_seed")
+_CUT = ("experts", "layers", "split", "active", "split_seed", "gate")
 """Settings that speak of cutting a dense model, and mean nothing to a converted one."""
 
 
@@ -92,9 +92,9 @@ def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
         raise UserError("--model: this model has a trained gate already; give the converted model it was made from")
     if (facts.get("emoe_provenance") or {}).get("outputs", "the source's") != "the source's":
         raise UserError("--model: its outputs were refitted, so the dense model is not inside; convert it without that")
-    changed = [k for k in _CUT if getattr(config, k) != FinetuneConfig.model_fields[k].default]
-    if changed:
-        flags = ", ".join("--" + key.replace("_", "-") for key in changed)
+    given = [key for key in _CUT if key in config.model_fields_set]
+    if given:
+        flags = ", ".join("--" + key.replace("_", "-") for key in given)
         raise UserError(f"{flags}: the model is cut into experts already; leave out, or give the dense model")
 
 

@@ -97,11 +97,13 @@ class FinetuneConfig(Settings):
         try:
             for part in self.seeds.replace(" ", "").split(","):
                 start, colon, stop = part.partition(":")
-                seeds += range(int(start or 0), int(stop)) if colon else [int(part)]
-        except ValueError:
+                seeds += range(int(start or 0), int(stop))[: SEED_LIMIT + 1] if colon else [int(part)]
+        except (ValueError, OverflowError):
             seeds = []
-        if not seeds or min(seeds) < 0 or len(seeds) > SEED_LIMIT or len(set(seeds)) < len(seeds):
+        if not seeds or len(set(seeds)) < len(seeds):
             raise UserError(f"--seeds: '{self.seeds}' is no list of different seeds such as 0,1,2 or 0:5")
+        if min(seeds) < 0 or max(seeds) >= 2**32 or len(seeds) > SEED_LIMIT:
+            raise UserError(f"--seeds: '{self.seeds}': at most {SEED_LIMIT} seeds, each from 0 to {2**32 - 1}")
         return seeds
 
     def rate(self) -> float:
