@@ -27,6 +27,10 @@ SHORTER = {
     | {"--active": "0.5", "--layers": "2,3"},
     "recover": {"--steps": "1", "--tokens-per-step": "64", "--held-out-tokens": "64", "--sequence-length": "64"},
     "report": {"--tokens": "64"},
+    "analyze": {"--tokens": "64", "--sequence-length": "64", "--knock-out": "1", "--knock-out-tokens": "64"},
+    "prune": {"--tokens": "64"},
+    "tune": {"--steps": "1", "--tokens-per-step": "64", "--held-out-tokens": "64", "--sequence-length": "64"},
+    "export": {"--verify-tokens": "64"},
 }
 """Flags that a block's commands get in addition, or instead, so that a test takes seconds."""
 
@@ -59,7 +63,8 @@ def place(tmp_path_factory, text_file):
     """A folder in which the pages' commands find what they speak of."""
     folder = tmp_path_factory.mktemp("docs")
     tiny_checkpoint(folder / "my-llama", "llama", intermediate_size=128)
-    shutil.copy(text_file, folder / "text.txt")
+    for name in ("text.txt", "code.txt", "german.txt"):
+        shutil.copy(text_file, folder / name)
     main(
         ["convert", "--model", str(folder / "my-llama"), "--output", str(folder / "out"), "--quiet", *short("convert")]
     )
@@ -139,6 +144,7 @@ def test_blocks(page, place, monkeypatch):
                 assert not isinstance(way, dict) or set(way) <= {*ConvertConfig.model_fields, "shared"}, str(block)
         else:
             assert block.language in ("", "text", "json"), f"{block}: no test runs {block.language}"
+            assert not re.search(r"^(emoe|python|bash) ", block.text, re.MULTILINE), f"{block}: nothing runs this"
 
 
 def test_blocks_are_found():
