@@ -270,8 +270,8 @@ class PruneConfig(Settings):
     floor: int = setting(1, "Modules that every layer keeps at least.", ge=0)
     method: Literal["use", "random", "magnitude", "layers-uniform", "layers-top"] = setting(
         "use",
-        "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (the result is a "
-        "dense model), or whole layers, evenly spaced or the last ones.",
+        "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (of a converted "
+        "model, the result is a dense one), or whole layers, evenly spaced or the last ones.",
     )
     remove: Literal["last", "added"] | None = setting(
         None, "Instead of counting: take out what the last `emoe extend` added, or all that was ever added."
