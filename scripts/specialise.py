@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from stages import Stages, figure, footer, load, measured, origin, parameters, save
+from stages import Stages, check_pretraining, figure, footer, load, measured, origin, parameters, save, settings_of
 
 from emoe.assets.packages import PackageAsset, fetch_package
 from emoe.runtime import write_text
@@ -73,7 +73,9 @@ class Experiment:
     """All arms from one base."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.a, self.stages = arguments, Stages(arguments.work)
+        check_pretraining(arguments.model)
+        self.a = arguments
+        self.stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "keep", "baselines"))
         self.base = self.stages.converted(arguments.model, experts=arguments.split, top_k=arguments.top_k)
         self.code = self.stages.texts(DOMAINS)["code"]
         facts = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
