@@ -149,10 +149,20 @@ def test_specialise(kind, run, tiny_llama, texts, tmp_path):
     )
     arms = [row["arm"] for row in result["rows"]]
     expected = ["f-p, max", "f-p, concentrated, max", "p-f, max", "f-p, sum", "f-p, concentrated, sum", "p-f, sum"]
-    assert [arm for arm in arms if "f" in arm and "p" in arm and "," in arm] == expected
-    assert ("magnitude" in arms) == (kind == "llama")
+    assert [arm for arm in arms if "f-p" in arm or "p-f" in arm] == expected
     sizes = {row["arm"]: row["parameters"] for row in result["rows"]}
     assert sizes["f-p, max"] == sizes["random"] < sizes["fine-tuned"]
+    active = {(row["arm"], row["keep"]): round(row["active"], 3) for row in result["rows"]}
+    pruned = {*expected, "random"}
+    if kind == "llama":  # the half that is left of 8 experts, half of which are used
+        assert active["start", 1.0] == active["fine-tuned", 1.0] == 0.5
+        assert active["start, all on", 1.0] == active["fine-tuned, all on", 1.0] == 1
+        assert {active[arm, 0.5] for arm in (*pruned, "layers-top", "layers-uniform")} == {0.25}
+        assert active["magnitude", 0.5] == 0.5 and active["magnitude", 0.25] == 0.25
+    else:  # 2 of 6 attention experts and 3 of 8 of the FFN in each layer, and as many of those that are left
+        assert {active[arm, 0.5] for arm in pruned} == {active["start", 1.0]} == {round(5 / 14, 3)}
+        assert active["layers-top", 0.5] == round(2 / 3 * 5 / 14, 3)
+        assert "magnitude" not in arms
 
 
 def test_modularity(run, tiny_llama, texts):
