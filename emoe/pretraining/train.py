@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -78,10 +79,7 @@ def _pretrain(
     progress("reading text", 0, config.steps)
     common = {"length": config.sequence_length, "share": config.held_out_share}
     parts = [load_domain(d, tokenizer, held_out=False, most=config.corpus_tokens, **common) for d in domains]
-    held_out = {
-        d.name: load_domain(d, tokenizer, held_out=True, most=config.held_out_tokens, **common) for d in domains
-    }
-    tokens = {name: part.with_format("torch")["input_ids"][:].long() for name, part in held_out.items()}
+    tokens = {d.name: held_out_tokens(d, tokenizer, config, config.sequence_length) for d in domains}
     architecture = dict(config.architecture)
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         architecture.setdefault(field, getattr(tokenizer, field))
@@ -118,6 +116,17 @@ def _pretrain(
     group.first_then_all(lambda: _write(model, tokenizer, target, report))
     progress("done", steps, config.steps)
     return report
+
+
+def held_out_tokens(domain: Domain, tokenizer: Any, config: PretrainConfig, length: int) -> torch.Tensor:
+    """What a domain is measured on, (sequences, length): from all over the text of which a run reads the rest."""
+    share, read = config.held_out_share, None
+    if config.corpus_tokens is not None:
+        read = max(config.held_out_tokens, math.ceil(config.corpus_tokens * share / (1 - share)))
+    part = load_domain(
+        domain, tokenizer, length=length, held_out=True, share=share, most=config.held_out_tokens, read=read
+    )
+    return part.with_format("torch")["input_ids"][:].long()
 
 
 def new_model_config(architecture: dict[str, Any]) -> Any:
