@@ -169,7 +169,7 @@ class TuneConfig(Settings):
     train: Literal["all", "router", "new-modules", "lora"] = setting(
         "all",
         "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
-        "LoRA's matrices on every linear, merged at the end.",
+        "LoRA's matrices on every linear and expert, merged at the end.",
     )
     lora_rank: int = setting(8, "Rank of LoRA's matrices.", ge=1)
     loss: list[str] = setting(

@@ -32,6 +32,7 @@ from stages import (
     settings_of,
 )
 
+from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.runtime import write_text
 
 RATES = {"new-modules": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "all": (3e-5, 1e-4)}
@@ -109,6 +110,7 @@ def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, argumen
         report = json.loads((done / "emoe_tune.json").read_text(encoding="utf-8"))
         rows.append(
             {"arm": arm, "rate": rate, "seed": seed, "task": task, "trained": report["trained"]}
+            | {"rank": report["settings"]["lora_rank"] if arm == "lora" else None}
             | {"curve": [point["perplexity"] for point in report["curve"]]}
             | {"minutes": report["minutes"], "tokens": report["tokens"]}
             | {"after": {name: report["perplexity"][name]["after"] for name in names}}
@@ -138,12 +140,8 @@ def _has_tables(folder: Path) -> bool:
 
 
 def _rank(folder: Path, wanted: int) -> int:
-    """LoRA's rank on every linear for about `wanted` entries."""
-    import torch
-
-    model = load(folder)
-    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
-    return max(1, round(wanted / sum(sum(linear.weight.shape) for linear in linears)))
+    """LoRA's rank on every linear and every expert for about `wanted` entries."""
+    return max(1, round(wanted / entries_of_rank_one(load(folder))))
 
 
 def _change(after: dict[str, float], before: dict[str, float], names: list[str]) -> float:
@@ -166,7 +164,8 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         values = " | ".join(f"{row['after'][d]:.2f}" for d in domains)
         forgotten = _change(row["after"], result["base"], result["old"])
-        facts = (row["task"], row["arm"], f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
+        arm = row["arm"] if row["rank"] is None else f"{row['arm']}, rank {row['rank']}"
+        facts = (row["task"], arm, f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
         facts += (f"{row['minutes']:.1f}", values, f"{forgotten:+.4f}")
         lines.append(f"| {' | '.join(facts)} |")
     return "\n".join([*lines, footer(result)])

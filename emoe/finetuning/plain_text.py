@@ -32,6 +32,7 @@ from emoe.finetuning.loop import (
     text_tokens,
     training_into,
 )
+from emoe.finetuning.low_rank import merged, with_lora
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -91,7 +92,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         losses.close()
     frozen.check(model)
     if config.train == "lora":
-        model = model.merge_and_unload()
+        model = merged(model)
     after = perplexities(model, blocks.held_out)
     report = {
         "verb": "tune",
@@ -132,10 +133,7 @@ def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:
 
 def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> tuple[nn.Module, Frozen]:
     if config.train == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-        return get_peft_model(model, settings), Frozen({}, {})
+        return with_lora(model, config.lora_rank), Frozen({}, {})
     return model, train_only(model, anatomy, config.train) if anatomy else Frozen({}, {})
 
 
