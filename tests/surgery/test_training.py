@@ -159,3 +159,6 @@ def test_bad_input(converted_llama, tiny_llama, text_file, tmp_path, capsys):
     assert "no new modules; add some with `emoe extend`" in refused(converted_llama, "--train", "new-modules")
     assert "has no experts" in refused(tiny_llama, "--train", "router")
     assert "--train: " in refused(converted_llama, "--train", "expert")
+    everything = "every token uses every expert of this model, its gates choose nothing; give --top-k"
+    assert f"--train: {everything}" in refused(converted_llama, "--train", "router", "--top-k", 8)
+    assert f"--loss: {everything}" in refused(converted_llama, "--loss", "concentration=1", "--top-k", 8)
