@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from emoe.finetuning.loop import (
     Watch,
     arguments,
     fit_sequences,
+    minutes,
     perplexities,
     run,
     text_tokens,
@@ -78,7 +78,6 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
     model, frozen = _prepare(model, anatomy, config)
     trained = trained_entries(model, frozen)
     losses = RouterLosses(model, anatomy, parse_losses(config.loss), _what(config)) if config.loss else None
-    start = time.perf_counter()
     trainer = _Tuner(
         model=model,
         args=arguments(config, training),
@@ -87,7 +86,6 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         losses=losses,
     )
     steps = run(trainer, training)
-    minutes = (time.perf_counter() - start) / 60
     if losses:
         losses.close()
     frozen.check(model)
@@ -98,7 +96,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         "verb": "tune",
         "model": config.model,
         "steps": steps,
-        "minutes": round(minutes, 2),
+        "minutes": minutes(trainer),
         "tokens": text_tokens(config, steps),
         "trained": trained,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -24,7 +24,7 @@ from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
-from emoe.finetuning.loop import Watch
+from emoe.finetuning.loop import Watch, minutes, no_room_told
 from emoe.finetuning.states import same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
@@ -42,7 +42,8 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
     """Train ``config.architecture`` on ``config.corpus`` and write ``config.output``. Returns the report.
 
     Raises:
-        UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges.
+        UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges, a
+            disk that is full.
     """
     if not config.output:
         raise UserError("--output: missing; name the folder to write")
@@ -55,7 +56,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
         )
     workspace = Workspace(Path(config.output), None, resume=config.resume, overwrite=config.overwrite, rank=group.rank)
     training = workspace.state_folder / "training"
-    with workspace.open(group):
+    with workspace.open(group), no_room_told(workspace.output):
         try:
             exclude = {"resume", "overwrite", "output", "minutes", "checkpoint_steps"}
             settings = config.model_dump(exclude=exclude)
@@ -102,7 +103,7 @@ def _pretrain(
         "parameters": counts._asdict(),
         "steps": steps,
         "tokens": steps * trainer.tokens_per_step,
-        "minutes": round(seconds / 60, 2),
+        "minutes": minutes(trainer),
         "tokens_per_second": round((steps - first) * trainer.tokens_per_step / max(seconds, 1e-9)),
         "corpus_tokens": {d.name: len(p) * config.sequence_length for d, p in zip(domains, parts, strict=True)},
         "perplexity": {name: round(result["perplexity"], 4) for name, result in results.items()},

@@ -14,6 +14,7 @@ import yaml
 from emoe.cli.main import main
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
+from emoe.finetuning.loop import SECONDS
 from emoe.moduleformer.sizes import parameters_of
 from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces, spread
 from emoe.pretraining.tokenizer import train_tokenizer
@@ -153,7 +154,12 @@ def test_training_resuming_and_what_is_written(settings, tmp_path, monkeypatch):
         pretrain(PretrainConfig(**parted), killed)
     with pytest.raises(UserError, match="other settings"):
         pretrain(PretrainConfig(**{**parted, "learning_rate": 0.5, "resume": True}), quiet)
-    pretrain(PretrainConfig(**parted, resume=True), quiet)
+    (state,) = (tmp_path / ".parted.emoe-state" / "training").glob("checkpoint-4/trainer_state.json")
+    facts = json.loads(state.read_text())
+    assert 0 < facts["stateful_callbacks"][SECONDS] < 600
+    facts["stateful_callbacks"][SECONDS] += 3600
+    state.write_text(json.dumps(facts))
+    assert 60 < pretrain(PretrainConfig(**parted, resume=True), quiet)["minutes"] < 70
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parted")]
     assert weights[0] == weights[1]
     with pytest.raises(UserError, match="--overwrite"):
