@@ -169,7 +169,7 @@ class TuneConfig(Settings):
     train: Literal["all", "router", "new-modules", "lora"] = setting(
         "all",
         "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
-        "LoRA's matrices on every linear, merged at the end.",
+        "LoRA's matrices on every linear and expert, merged at the end.",
     )
     lora_rank: int = setting(8, "Rank of LoRA's matrices.", ge=1)
     loss: list[str] = setting(
@@ -270,8 +270,8 @@ class PruneConfig(Settings):
     floor: int = setting(1, "Modules that every layer keeps at least.", ge=0)
     method: Literal["use", "random", "magnitude", "layers-uniform", "layers-top"] = setting(
         "use",
-        "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (the result is a "
-        "dense model), or whole layers, evenly spaced or the last ones.",
+        "What goes: unused modules; or as baselines random ones, neurons of least ‖w_down‖·mean|h| (of a converted "
+        "model, the result is a dense one), or whole layers, evenly spaced or the last ones.",
     )
     remove: Literal["last", "added"] | None = setting(
         None, "Instead of counting: take out what the last `emoe extend` added, or all that was ever added."

@@ -5,6 +5,8 @@ modules; full fine-tuning trains everything. Each arm runs at several learning r
 decide the comparison. The plot has forgetting (rise of the English log perplexity) over learning (fall of the new one).
 
     python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # hours
+    emoe pretrain --config configs/moduleformer/tiny.yaml --corpus fiction --corpus essays --corpus definitions \
+        --output runs/moduleformer   # one that has not read the new languages
     python scripts/continual_learning.py --model runs/moduleformer --attention 1 --output docs/results/continual_mf.json
     python scripts/continual_learning.py --steps 2 --tokens-per-step 128 --held-out-tokens 256 --limit 1 …   # a trial
 """
@@ -17,8 +19,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stages import Stages, figure, footer, load, measured, origin, parameters, save
+from stages import (
+    Stages,
+    check_pretraining,
+    figure,
+    footer,
+    load,
+    measured,
+    origin,
+    parameters,
+    save,
+    settings_of,
+)
 
+from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.runtime import write_text
 
 RATES = {"new-modules": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "all": (3e-5, 1e-4)}
@@ -46,12 +60,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/continual_smollm2.json"))
     arguments = parser.parse_args()
 
-    stages = Stages(arguments.work)
-    base = stages.converted(arguments.model, experts=arguments.split, top_k=arguments.split)
     named = lambda items: dict(item.split("=", 1) for item in items)  # noqa: E731
+    check_pretraining(arguments.model, named(arguments.tasks))
+    stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "seeds", "limit"))
+    base = stages.converted(arguments.model, experts=arguments.split, top_k=arguments.split)
     domains = named([*arguments.old, *arguments.tasks, *arguments.also])
     texts = stages.texts(domains)
-    start = stages.figures("base", lambda: _measure(stages, base, domains, arguments))
+    sizes = {"tokens": arguments.held_out_tokens, "length": arguments.sequence_length}
+    start = stages.figures("base", lambda: measured(base, stages.held(list(domains)), **sizes))
     rows = []
     for seed in arguments.seeds:
         for arm, rates in RATES.items():
@@ -74,10 +90,6 @@ def main() -> None:
     print(markdown(result))
 
 
-def _measure(stages: Stages, folder: Path, names, arguments: argparse.Namespace) -> dict[str, float]:
-    return measured(folder, stages.held(list(names)), arguments.held_out_tokens, arguments.sequence_length)
-
-
 def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, arguments) -> list[dict[str, Any]]:
     """One arm through all tasks, each on top of the one before."""
     model, rows = base, []
@@ -85,7 +97,8 @@ def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, argumen
         name = f"{arm} {rate} {seed} {task}"
         settings = _settings(arguments, text, rate, seed, stages.held(names))
         if arm != "all":
-            bigger = stages.extended(f"bigger {name}", model, experts=arguments.experts, attention=arguments.attention)
+            new = {"experts": arguments.experts, "attention": arguments.attention, "seed": seed}
+            bigger = stages.extended(f"bigger {name}", model, **new)
         if arm == "new-modules":
             loss = [f"router={arguments.penalty}"] if _has_tables(bigger) and arguments.penalty else []
             done = stages.tuned(name, bigger, train=arm, loss=loss, **settings)
@@ -95,11 +108,12 @@ def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, argumen
         else:
             done = stages.tuned(name, model, train=arm, **settings)
         report = json.loads((done / "emoe_tune.json").read_text(encoding="utf-8"))
-        after = stages.figures(f"after {name}", lambda done=done: _measure(stages, done, names, arguments))
         rows.append(
             {"arm": arm, "rate": rate, "seed": seed, "task": task, "trained": report["trained"]}
+            | {"rank": report["settings"]["lora_rank"] if arm == "lora" else None}
             | {"curve": [point["perplexity"] for point in report["curve"]]}
-            | {"minutes": report["minutes"], "tokens": report["tokens"], "after": after}
+            | {"minutes": report["minutes"], "tokens": report["tokens"]}
+            | {"after": {name: report["perplexity"][name]["after"] for name in names}}
         )
         model = done
     return rows
@@ -126,12 +140,8 @@ def _has_tables(folder: Path) -> bool:
 
 
 def _rank(folder: Path, wanted: int) -> int:
-    """LoRA's rank on every linear for about `wanted` entries."""
-    import torch
-
-    model = load(folder)
-    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
-    return max(1, round(wanted / sum(sum(linear.weight.shape) for linear in linears)))
+    """LoRA's rank on every linear and every expert for about `wanted` entries."""
+    return max(1, round(wanted / entries_of_rank_one(load(folder))))
 
 
 def _change(after: dict[str, float], before: dict[str, float], names: list[str]) -> float:
@@ -143,8 +153,9 @@ def markdown(result: dict[str, Any]) -> str:
     """A row an arm, learning rate and task."""
     domains = list(result["base"])
     lines = [
-        f"Perplexity on {result['settings']['held_out_tokens']} held-out tokens of each domain; forgetting is the mean "
-        f"rise of the log perplexity on {', '.join(result['old'])}, nats a token, against the model at the start.",
+        f"Perplexity on {result['settings']['held_out_tokens']} held-out tokens of each domain, from all over it; "
+        f"forgetting is the mean rise of the log perplexity on {', '.join(result['old'])}, nats a token, against the "
+        "model at the start.",
         "",
         "| after | arm | rate | seed | trained | minutes | " + " | ".join(domains) + " | forgetting |",
         "|---|---|---:|---:|---:|---:" + "|---:" * len(domains) + "|---:|",
@@ -153,7 +164,8 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         values = " | ".join(f"{row['after'][d]:.2f}" for d in domains)
         forgotten = _change(row["after"], result["base"], result["old"])
-        facts = (row["task"], row["arm"], f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
+        arm = row["arm"] if row["rank"] is None else f"{row['arm']}, rank {row['rank']}"
+        facts = (row["task"], arm, f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
         facts += (f"{row['minutes']:.1f}", values, f"{forgotten:+.4f}")
         lines.append(f"| {' | '.join(facts)} |")
     return "\n".join([*lines, footer(result)])

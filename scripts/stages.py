@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,54 @@ import torch
 import transformers
 
 import emoe
-from emoe.calibration.text import load_blocks, read_source
-from emoe.config import ExtendConfig, PruneConfig, TuneConfig
+from emoe.assets import resolve_model
+from emoe.calibration.text import CORPUS, held_out_blocks
+from emoe.config import ExtendConfig, PretrainConfig, PruneConfig, TuneConfig
+from emoe.conversion.workspace import PRETRAINED
 from emoe.finetuning.loop import perplexities
 from emoe.finetuning.plain_text import tune
+from emoe.pretraining.text import Domain, pieces
 from emoe.runtime import write_text
 from emoe.surgery.extend import extend
+from emoe.surgery.history import digest_of
 from emoe.surgery.prune import prune
 
-PIECE = 1 << 14
-"""Characters of the pieces that are held out or not."""
+HELD_OUT = PretrainConfig().held_out_share
+"""Share of each text that is held out: as in pre-training, so that both hold out the same."""
+
+STRETCH = 1 << 10
+"""Characters of the stretches that held-out text is mixed of."""
+
+
+def settings_of(arguments: Namespace, models: Iterable[str | Path], *keyed: str) -> dict[str, Any]:
+    """All that stages depend on: the arguments but those that name files or are ``keyed``, that is part of the stages'
+    own names; and the digest of each model."""
+    given = {k: v for k, v in vars(arguments).items() if k not in ("work", "output", *keyed)}
+    given["digests"] = [digest_of(resolve_model(str(model)).folder) for model in models]
+    return json.loads(json.dumps(given, default=str))
 
 
 class Stages:
-    """Checkpoints and measurements by name in a folder; what is there is not made again, so that a run goes on."""
+    """Checkpoints and measurements by name in a folder; what is there is not made again, so that a run goes on.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        settings: what `settings_of` gives; a folder with stages of others is refused.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / "settings.json"
+        if not kept.is_file() and any(folder.iterdir()):
+            sys.exit(f"--work: {folder} holds something else; give another folder")
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else settings
+        for key in {**before, **settings}:
+            if before.get(key) != settings.get(key):
+                sys.exit(
+                    f"--work: {folder} holds stages of other settings ({key}: {before.get(key)}, now "
+                    f"{settings.get(key)}); give another folder, or remove it"
+                )
+        write_text(kept, json.dumps(settings, indent=1) + "\n")
 
     def checkpoint(self, name: str, build: Callable[[Path], Any]) -> Path:
         """The folder of this name, made by ``build(folder)`` if it is not there."""
@@ -57,29 +89,31 @@ class Stages:
             kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
             if kind == "moduleformer" or kind.startswith("emoe_"):
                 return Path(model)
-        return self.checkpoint(name, lambda out: emoe.convert(model, output=out, held_out_tokens=0, **settings))
+        return self.checkpoint(
+            name, lambda out: emoe.convert(model, output=out, held_out_tokens=0, resume=True, **settings)
+        )
 
     def texts(self, sources: dict[str, str], megabytes: float = 4.0) -> dict[str, Path]:
         """Text by name, split once: ``train/NAME.txt``, of which the paths are given, and ``held/NAME.txt``.
 
-        Every tenth piece of `PIECE` characters is held out, so that it comes from all over the text; ``megabytes`` is
-        what is read of each source.
+        Held out are the pieces that `emoe pretrain` holds out, too. They are mixed in stretches of `STRETCH`
+        characters, so that any passage of them comes from all over what is read: so many megabytes of each source.
         """
         for part in ("train", "held"):
             (self.folder / part).mkdir(exist_ok=True)
         for name, source in sources.items():
             if (self.folder / "train" / f"{name}.txt").is_file():
                 continue
-            text, wanted = [], int(megabytes * 1e6)
-            for piece in read_source(source, "--domains"):
-                text.append(piece)
+            train, held, wanted = [], [], int(megabytes * 1e6)
+            for apart, piece in pieces(Domain(name, source), HELD_OUT):
+                (held if apart else train).append(piece)
                 wanted -= len(piece)
                 if wanted <= 0:
                     break
-            whole = "".join(text)
-            pieces = [whole[i : i + PIECE] for i in range(0, len(whole), PIECE)]
-            write_text(self.folder / "held" / f"{name}.txt", "\n".join(pieces[5::10]))
-            write_text(self.folder / "train" / f"{name}.txt", "\n".join(p for i, p in enumerate(pieces) if i % 10 != 5))
+            stretches = [piece[i : i + STRETCH] for piece in held for i in range(0, len(piece), STRETCH)]
+            random.Random(0).shuffle(stretches)
+            write_text(self.folder / "held" / f"{name}.txt", "\n".join(stretches))
+            write_text(self.folder / "train" / f"{name}.txt", "\n".join(train))
         return {name: self.folder / "train" / f"{name}.txt" for name in sources}
 
     def held(self, names: list[str]) -> list[str]:
@@ -113,13 +147,33 @@ def load(folder: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def check_pretraining(model: str | Path, new: dict[str, str] | None = None) -> None:
+    """Leave with a message when a model of `emoe pretrain` has read what is held out here, or a text that is to be new.
+
+    Args:
+        new: sources by name.
+    """
+    report = Path(model) / PRETRAINED
+    if not report.is_file():
+        return
+    settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
+    if settings["held_out_share"] != HELD_OUT:
+        sys.exit(f"--model: {model} was pre-trained with --held-out-share {settings['held_out_share']}, not {HELD_OUT}")
+    read = {item.partition("=")[2] or CORPUS + item for item in settings["corpus"]}
+    for name, source in (new or {}).items():
+        if source in read:
+            sys.exit(f"--tasks: {name} is not new, {model} was pre-trained on {source}; pre-train one without it")
+
+
+def blocks_of(folder: Path, source: str, tokens: int, length: int) -> torch.Tensor:
+    """The tokens (blocks, length) of a held-out text that `emoe tune` measures on, too."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return torch.tensor(held_out_blocks(source, tokenizer, length, tokens))
+
+
 def measured(folder: Path, held: list[str], tokens: int, length: int) -> dict[str, float]:
-    """Perplexity of a checkpoint on held-out texts, by their names; drawn from all over them."""
-    tokenizer, found = transformers.AutoTokenizer.from_pretrained(folder), {}
-    for source in held:
-        settings = {"length": length, "calibration_tokens": tokens, "held_out_tokens": 0, "seed": 0, "flag": source}
-        found[Path(source).stem] = load_blocks([source], tokenizer, **settings).calibration
-    return perplexities(load(folder), found)
+    """Perplexity of a checkpoint on held-out texts, by their names."""
+    return perplexities(load(folder), {Path(text).stem: blocks_of(folder, text, tokens, length) for text in held})
 
 
 def parameters(folder: Path) -> int:

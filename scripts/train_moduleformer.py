@@ -3,15 +3,18 @@
 Arms (configs/moduleformer/): balanced by mutual information, without balancing, balanced as Switch Transformers are,
 and a dense model with as many active parameters; `--arms` may add the one with rotary attention. All see the same
 tokens in the same order. Measured: perplexity by domain, expert load and entropies over training, KL divergence of
-expert loads between domains, and perplexity past the trained length. An arm that is finished is not trained again.
+expert use between domains, and perplexity past the trained length. An arm that is finished is not trained again, but
+measured again from its checkpoint.
 
     python scripts/train_moduleformer.py --steps 900 --output docs/results/moduleformer.json
+    python scripts/train_moduleformer.py --arms gpt2   # the small GPT-2 of configs/pretrain, into the cache
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -29,12 +32,13 @@ from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED
 from emoe.moduleformer.usage import domain_divergence
 from emoe.pretraining.evaluate import evaluate
-from emoe.pretraining.text import load_domain, parse_domains
+from emoe.pretraining.text import parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
-from emoe.pretraining.train import LOG, pretrain
-from emoe.runtime import write_text
+from emoe.pretraining.train import LOG, held_out_tokens, pretrain
+from emoe.runtime import cache_home, write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "moduleformer"
+GPT2 = CONFIGS.parent / "pretrain" / "gpt2_small_corpus.yaml"
 ARMS = {
     "ModuleFormer, mutual information": "tiny",
     "ModuleFormer, unbalanced": "tiny-unbalanced",
@@ -43,12 +47,17 @@ ARMS = {
     "rotary attention": "tiny-rotary",
 }
 LONGER = (1, 2, 4)
-"""Lengths measured, in trained lengths."""
+"""Lengths measured, in trained lengths; each divides the last."""
+
+PARTS = {"attention": "attention", "ffn": "FFN"}
+USES = {"load": "loads", "probability": "mean probabilities"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arms", default="tiny,tiny-unbalanced,tiny-switch,tiny-dense", help="files, by their stems")
+    parser.add_argument(
+        "--arms", default="tiny,tiny-unbalanced,tiny-switch,tiny-dense", help="files, by their stems; or gpt2"
+    )
     parser.add_argument("--corpus", action="append", help="as for `emoe pretrain`; default: four domains")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm; default: the configurations'")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +70,11 @@ def main() -> None:
     silence_libraries()
     datasets.disable_progress_bars()
     stems = arguments.arms.split(",")
+    if "gpt2" in stems:
+        print(f"{train_gpt2(arguments)}: a GPT-2 to convert", file=sys.stderr)
     names = [name for name, stem in ARMS.items() if stem in stems]
+    if not names:
+        return
     arms = {name: train(name, corpus, arguments) for name in names}
     first = arms[names[0]]
     result = {
@@ -92,6 +105,16 @@ def train(name: str, corpus: list[str], arguments: argparse.Namespace) -> dict[s
     shared.mkdir(parents=True, exist_ok=True)
     load_tokenizer(config, parse_domains(corpus), shared)
     config.tokenizer = str(shared)
+    report = trained(name, config)
+    lines = [json.loads(line) for line in (output / LOG).read_text().splitlines()]
+    arm = {key: report[key] for key in ("parameters", "steps", "tokens", "minutes", "tokens_per_second")}
+    arm["over_training"] = [over_training(line) for line in lines if line.get("gates")]
+    return arm | measured(output, config)
+
+
+def trained(name: str, config: PretrainConfig) -> dict[str, Any]:
+    """The report of a training, which is made unless it is there already."""
+    output = Path(config.output)
     if not (output / PRETRAINED).exists():
         print(f"{name}:", file=sys.stderr)
         with progress_bar(False, unit="steps") as show:
@@ -99,45 +122,57 @@ def train(name: str, corpus: list[str], arguments: argparse.Namespace) -> dict[s
     report = json.loads((output / PRETRAINED).read_text())
     if any(report["settings"][key] != getattr(config, key) for key in ("steps", "corpus", "seed", "architecture")):
         sys.exit(f"{output} was trained with other settings; remove it or give another --folder")
-    lines = [json.loads(line) for line in (output / LOG).read_text().splitlines()]
-    arm = {key: report[key] for key in ("parameters", "steps", "tokens", "minutes", "tokens_per_second", "perplexity")}
-    arm["over_training"] = [over_training(line) for line in lines if line.get("gates")]
-    arm["evaluations"] = [{"step": line["step"], **line["perplexity"]} for line in lines if "perplexity" in line]
-    arm["divergence"] = domain_divergence(report["gates"]).tolist() if report["gates"] else None
-    arm["longer"] = longer(output, config)
-    return arm
+    return report
 
 
-def over_training(line: dict[str, Any]) -> dict[str, float]:
-    """Means over the gates of one line of the log; loads relative to equal ones."""
-    gates = line["gates"]
-    mean = lambda values: sum(values) / len(gates)  # noqa: E731
-    return {
-        "step": line["step"],
-        "marginal": mean(g["marginal"] for g in gates),
-        "conditional": mean(g["conditional"] for g in gates),
-        "largest_load": mean(max(g["load"]) * len(g["load"]) for g in gates),
-        "unused": mean(sum(load < 0.1 / len(g["load"]) for load in g["load"]) / len(g["load"]) for g in gates),
-    }
+def train_gpt2(arguments: argparse.Namespace) -> Path:
+    """The small English GPT-2, in the cache."""
+    given = yaml.safe_load(GPT2.read_text()) | {"seed": arguments.seed}
+    given |= {"output": str(cache_home() / "trained" / "gpt2-small-corpus")}
+    given |= {"corpus": arguments.corpus} if arguments.corpus else {}
+    given |= {"steps": arguments.steps} if arguments.steps else {}
+    trained("GPT-2", PretrainConfig(**given))
+    return Path(given["output"])
 
 
-def longer(output: Path, config: PretrainConfig) -> dict[str, dict[str, float]]:
-    """Perplexity by domain at the trained length and beyond, on the same held-out text cut differently."""
+def over_training(line: dict[str, Any]) -> dict[str, Any]:
+    """Means over the gates of each part, of one line of the log; loads relative to equal ones."""
+    found: dict[str, Any] = {"step": line["step"]}
+    for part in PARTS:
+        gates = [gate for gate in line["gates"] if gate["part"] == part]
+        mean = lambda values: sum(values) / len(gates)  # noqa: B023, E731
+        found[part] = {
+            "marginal": mean(g["marginal"] for g in gates),
+            "conditional": mean(g["conditional"] for g in gates),
+            "most": mean(math.log(len(g["load"])) for g in gates),
+            "largest_load": mean(max(g["load"]) * len(g["load"]) for g in gates),
+            "unused": mean(sum(load < 0.1 / len(g["load"]) for load in g["load"]) / len(g["load"]) for g in gates),
+        }
+    return found
+
+
+def measured(output: Path, config: PretrainConfig) -> dict[str, Any]:
+    """Of a checkpoint, on the same held-out text cut into shorter and longer sequences: perplexity by domain at the
+    trained length and beyond, and divergence between domains by part and kind of use."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
-    model = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
-    results = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    longest = LONGER[-1] * config.sequence_length
+    tokens = {d.name: held_out_tokens(d, tokenizer, config, longest) for d in parse_domains(config.corpus)}
+    longer, gates = {}, {}
     for factor in LONGER:
         length = factor * config.sequence_length
-        tokens = {
-            d.name: load_domain(
-                d, tokenizer, length=length, held_out=True, share=config.held_out_share, most=config.held_out_tokens
-            )
-            .with_format("torch")["input_ids"][:]
-            .long()
-            for d in parse_domains(config.corpus)
-        }
-        results[str(length)] = {n: round(r["perplexity"], 4) for n, r in evaluate(model, tokens).items()}
-    return results
+        found = evaluate(model, {name: part_BT.reshape(-1, length) for name, part_BT in tokens.items()})
+        longer[str(length)] = {name: round(result["perplexity"], 4) for name, result in found.items()}
+        gates = gates or {name: result["gates"] for name, result in found.items() if result["gates"]}
+    perplexity = longer[str(config.sequence_length)]
+    divergence = {part: divergence_of(gates, part) for part in PARTS} if gates else None
+    return {"perplexity": perplexity, "longer": longer, "divergence": divergence}
+
+
+def divergence_of(gates: dict[str, list[dict[str, Any]]], part: str) -> dict[str, list[list[float]]]:
+    """`domain_divergence` over the gates of one part, by kind of use."""
+    chosen = {name: [gate for gate in found if gate["part"] == part] for name, found in gates.items()}
+    return {use: domain_divergence(chosen, use).tolist() for use in USES}
 
 
 def markdown(result: dict[str, Any], stem: str) -> str:
@@ -149,20 +184,15 @@ def markdown(result: dict[str, Any], stem: str) -> str:
         f"{result['steps']} steps, {result['tokens'] / 1e6:.2f} M tokens of {', '.join(domains)}, drawn equally; seed "
         f"{result['seed']}; {result['hardware']}; commit {result['commit'][:7]}. `{result['command']}`",
         "",
-        "Perplexity on held-out text; load, unused experts and entropies (nats) are means over gates, of the last line "
-        "of the log: the largest load over an equal one, and the share of experts with less than a tenth of it.",
+        "Perplexity on held-out text from all over each domain.",
         "",
-        f"| | parameters, active | {' | '.join(domains)} | minutes | largest load | unused | H(m) | H(m\\|x) |",
-        "|---|---:|" + "---:|" * (len(domains) + 5),
+        f"| | parameters, active | {' | '.join(domains)} | minutes |",
+        "|---|---:|" + "---:|" * (len(domains) + 1),
     ]
     for name, arm in arms.items():
-        counts, last = arm["parameters"], (arm["over_training"] or [None])[-1]
-        gates = ["", "", "", ""]
-        if last:
-            gates = [f"{last['largest_load']:.2f}", f"{100 * last['unused']:.0f}%"]
-            gates += [f"{last['marginal']:.3f}", f"{last['conditional']:.3f}"]
+        counts = arm["parameters"]
         cells = [f"{counts['total'] / 1e6:.2f} M, {counts['active'] / 1e6:.2f} M"]
-        cells += [f"{arm['perplexity'][d]:.2f}" for d in domains] + [f"{arm['minutes']:.1f}", *gates]
+        cells += [f"{arm['perplexity'][d]:.2f}" for d in domains] + [f"{arm['minutes']:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -174,18 +204,31 @@ def markdown(result: dict[str, Any], stem: str) -> str:
     for name, arm in arms.items():
         means = [sum(arm["longer"][length].values()) / len(domains) for length in lengths]
         lines.append(f"| {name} | {' | '.join(f'{m:.2f}' for m in means)} |")
-    lines += ["", "KL divergence of expert loads between domains, mean over gates and pairs of domains (nats):", ""]
-    lines += ["| | mean | largest |", "|---|---:|---:|"]
+    lines += [
+        "",
+        "Gates, means over layers. Of the last line of the log: the largest load over an equal one, the share of "
+        "experts with less than a tenth of it, and entropies (nats) beside the most that they can be, log E: a gate "
+        "whose H(m\\|x) is there does not choose. KL divergence between domains (nats), mean and largest over pairs, "
+        "of loads and of mean probabilities: loads of such a gate are choices among near ties.",
+        "",
+        "| | gates | largest load | unused | H(m) | H(m\\|x) | log E | KL of loads | KL of probabilities |",
+        "|---|---|" + "---:|" * 7,
+    ]
     for name, arm in arms.items():
-        if arm["divergence"]:
-            matrix = torch.tensor(arm["divergence"])
-            pairs = matrix[~torch.eye(len(domains), dtype=torch.bool)]
-            lines.append(f"| {name} | {pairs.mean():.3f} | {pairs.max():.3f} |")
+        for part, called in PARTS.items() if arm["divergence"] else ():
+            last = arm["over_training"][-1][part]
+            cells = [called, f"{last['largest_load']:.2f}", f"{100 * last['unused']:.0f}%"]
+            cells += [f"{last[key]:.3f}" for key in ("marginal", "conditional", "most")]
+            for use in USES:
+                matrix = torch.tensor(arm["divergence"][part][use])
+                pairs = matrix[~torch.eye(len(domains), dtype=torch.bool)]
+                cells.append(f"{pairs.mean():.4f}, {pairs.max():.4f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"![entropies over training, divergence between domains]({stem}.png)", ""])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Entropies over training, and the divergence matrices of the balanced arms."""
+    """Entropies and loads over training, and the divergence matrices of the balanced arms; a row a part."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,24 +236,27 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     arms = {name: arm for name, arm in result["arms"].items() if arm["over_training"]}
     shown = [name for name in arms if ARMS[name] in ("tiny", "tiny-switch")]
-    figure, axes = plt.subplots(1, 2 + len(shown), figsize=(4 * (2 + len(shown)), 3.6), layout="constrained")
-    for name, arm in arms.items():
-        steps = [point["step"] for point in arm["over_training"]]
-        line = axes[0].plot(steps, [point["marginal"] for point in arm["over_training"]], label=name)[0]
-        conditional = [point["conditional"] for point in arm["over_training"]]
-        axes[0].plot(steps, conditional, linestyle="--", color=line.get_color())
-        axes[1].plot(steps, [point["largest_load"] for point in arm["over_training"]], label=name)
-    axes[0].set(title="H(m), dashed H(m|x)", xlabel="step", ylabel="nats, mean over gates")
-    axes[1].set(title="largest load over an equal one", xlabel="step")
-    axes[1].legend(fontsize=7)
-    top = max((max(map(max, arms[name]["divergence"])) for name in shown), default=1)
-    for axis, name in zip(axes[2:], shown, strict=True):
-        image = axis.imshow(arms[name]["divergence"], vmin=0, vmax=top, cmap="magma")
-        ticks = range(len(result["domains"]))
-        axis.set_xticks(ticks, result["domains"], rotation=45, fontsize=7)
-        axis.set_yticks(ticks, result["domains"], fontsize=7)
-        axis.set_title(f"KL of loads, {name}", fontsize=8)
-        figure.colorbar(image, ax=axis, shrink=0.8)
+    size = (4 * (2 + len(shown)), 3.6 * len(PARTS))
+    figure, axes = plt.subplots(len(PARTS), 2 + len(shown), figsize=size, layout="constrained")
+    for row, (part, called) in zip(axes, PARTS.items(), strict=True):
+        for name, arm in arms.items():
+            steps, points = [p["step"] for p in arm["over_training"]], [p[part] for p in arm["over_training"]]
+            line = row[0].plot(steps, [point["marginal"] for point in points], label=name)[0]
+            row[0].plot(steps, [p["conditional"] for p in points], linestyle="--", color=line.get_color())
+            row[0].axhline(points[-1]["most"], color="#57606a", linewidth=0.5)
+            row[1].plot(steps, [point["largest_load"] for point in points], label=name)
+        row[0].set(title=f"{called}: H(m), dashed H(m|x)", xlabel="step", ylabel="nats, mean over gates")
+        row[1].set(title=f"{called}: largest load over an equal one", xlabel="step")
+        row[1].legend(fontsize=7)
+        matrices = {name: arms[name]["divergence"][part]["load"] for name in shown}
+        top = max((max(map(max, matrix)) for matrix in matrices.values()), default=1)
+        for axis, (name, matrix) in zip(row[2:], matrices.items(), strict=True):
+            image = axis.imshow(matrix, vmin=0, vmax=top, cmap="magma")
+            ticks = range(len(result["domains"]))
+            axis.set_xticks(ticks, result["domains"], rotation=45, fontsize=7)
+            axis.set_yticks(ticks, result["domains"], fontsize=7)
+            axis.set_title(f"{called}: KL of loads, {name}", fontsize=8)
+            figure.colorbar(image, ax=axis, shrink=0.8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -236,14 +236,23 @@ def load_blocks(
         calibration += [pool[i] for i in drawn.tolist()]
     domains = {IN_DOMAIN: same}
     for source in held_out if held_out_tokens else ():
-        wanted = -(-held_out_tokens // length)
-        found = read_blocks(source, tokenizer, length, POOL * wanted, "--held-out")[-wanted:]
-        if not found:
-            raise UserError(f"--held-out: {source} is empty or shorter than one block of {length} tokens")
-        domains[_domain_name(source, domains)] = found
+        domains[_domain_name(source, domains)] = held_out_blocks(source, tokenizer, length, held_out_tokens)
     digest = hashlib.sha256(json.dumps([calibration, *domains.values()]).encode()).hexdigest()
     as_tensor = lambda blocks: torch.tensor(blocks, dtype=torch.int64).reshape(-1, length)  # noqa: E731
     return TokenBlocks(as_tensor(calibration), {name: as_tensor(b) for name, b in domains.items()}, digest)
+
+
+def held_out_blocks(source: str, tokenizer: Any, length: int, tokens: int) -> list[list[int]]:
+    """Blocks of a source that is only measured on: the end of what is read of it.
+
+    Raises:
+        UserError: it has not one block.
+    """
+    wanted = -(-tokens // length)
+    found = read_blocks(source, tokenizer, length, POOL * wanted, "--held-out")[-wanted:]
+    if not found:
+        raise UserError(f"--held-out: {source} is empty or shorter than one block of {length} tokens")
+    return found
 
 
 def _same_text(one: str, other: str) -> bool:

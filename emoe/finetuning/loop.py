@@ -24,6 +24,12 @@ from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 Progress = Callable[[str, int, int], None]
 
+SECONDS = "emoe_seconds"
+"""Name among the callbacks' states that the Trainer keeps: seconds of training so far, those before a resume too."""
+
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+"""One of these is in what torch raises when a file cannot be written."""
+
 
 class Sequences(torch.utils.data.Dataset):
     """Token blocks as the Trainer wants them."""
@@ -39,11 +45,17 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class Watch(TrainerCallback):
-    """Progress, the time limit, and a stop before a loss that is no number does harm."""
+    """Progress, the time limit, the time that training takes, and a stop before a loss that is no number does harm."""
 
     def __init__(self, config: Any, progress: Progress) -> None:
         self.config, self.progress, self.start = config, progress, time.perf_counter()
-        self.shown = "training"
+        self.shown, self.begun = "training", self.start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = time.perf_counter() - state.stateful_callbacks.get(SECONDS, 0.0)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[SECONDS] = time.perf_counter() - self.begun
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
@@ -55,6 +67,7 @@ class Watch(TrainerCallback):
             self.shown = f"loss {loss:.3f}"
 
     def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[SECONDS] = time.perf_counter() - self.begun
         self.progress(self.shown, state.global_step, self.config.steps)
         if self.config.minutes and time.perf_counter() - self.start > 60 * self.config.minutes:
             control.should_training_stop = True
@@ -90,7 +103,7 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
     """
     workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
     training = workspace.state_folder / "training"
-    with workspace.open(Group()):
+    with workspace.open(Group()), no_room_told(workspace.output):
         try:
             check_digests(folder)
             settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
@@ -101,14 +114,22 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
             if not states(training):  # nothing is lost
                 workspace.abandon()
             raise
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not (isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)):
-                raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(
-                f"--output: cannot write {workspace.output} ({reason}); the model is untouched; make room and add "
-                "--resume"
-            ) from None
+
+
+@contextmanager
+def no_room_told(output: Path) -> Iterator[None]:
+    """Make one line of what Python, safetensors and torch raise when a file cannot be written.
+
+    Raises:
+        UserError: instead of theirs.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_WRITES):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--output: cannot write {output} ({reason}); make room and add --resume") from None
 
 
 def sequences_per_step(config: Any) -> int:
@@ -160,6 +181,11 @@ def run(trainer: Trainer, work: Path) -> int:
     train_from(trainer, found[-1] if found else None)
     write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
     return trainer.state.global_step
+
+
+def minutes(trainer: Trainer) -> float:
+    """That training has taken, interruptions left out."""
+    return round(trainer.state.stateful_callbacks.get(SECONDS, 0.0) / 60, 2)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from emoe.finetuning.loop import (
     Watch,
     arguments,
     fit_sequences,
+    minutes,
     perplexities,
     run,
     text_tokens,
     training_into,
 )
+from emoe.finetuning.low_rank import merged, with_lora
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -77,7 +78,6 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
     model, frozen = _prepare(model, anatomy, config)
     trained = trained_entries(model, frozen)
     losses = RouterLosses(model, anatomy, parse_losses(config.loss), _what(config)) if config.loss else None
-    start = time.perf_counter()
     trainer = _Tuner(
         model=model,
         args=arguments(config, training),
@@ -86,18 +86,17 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
         losses=losses,
     )
     steps = run(trainer, training)
-    minutes = (time.perf_counter() - start) / 60
     if losses:
         losses.close()
     frozen.check(model)
     if config.train == "lora":
-        model = model.merge_and_unload()
+        model = merged(model)
     after = perplexities(model, blocks.held_out)
     report = {
         "verb": "tune",
         "model": config.model,
         "steps": steps,
-        "minutes": round(minutes, 2),
+        "minutes": minutes(trainer),
         "tokens": text_tokens(config, steps),
         "trained": trained,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -132,10 +131,7 @@ def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:
 
 def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> tuple[nn.Module, Frozen]:
     if config.train == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-        return get_peft_model(model, settings), Frozen({}, {})
+        return with_lora(model, config.lora_rank), Frozen({}, {})
     return model, train_only(model, anatomy, config.train) if anatomy else Frozen({}, {})
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from emoe.finetuning.loop import (
     Watch,
     arguments,
     fit_sequences,
+    minutes,
     perplexities,
     run,
     text_tokens,
@@ -82,9 +82,8 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
         _freeze_all_but_ffns(student)
     dense = _measure(teacher, [None], blocks, progress)[None]
     before = _measure(student, measured, blocks, progress)
-    start = time.perf_counter()
-    steps = _train(config, student, teacher, top_ks, blocks.calibration, training, progress)
-    minutes = (time.perf_counter() - start) / 60
+    trainer = _train(config, student, teacher, top_ks, blocks.calibration, training, progress)
+    steps = trainer.state.global_step
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
     after = _measure(student, measured, blocks, progress)
@@ -92,7 +91,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     report = {
         "model": config.model,
         "steps": steps,
-        "minutes": round(minutes, 2),
+        "minutes": minutes(trainer),
         "tokens": text_tokens(config, steps),
         "text": config.text,
         "num_experts": student.config.num_experts,
@@ -244,8 +243,8 @@ class _Distiller(Trainer):
         return (loss, found) if return_outputs else loss
 
 
-def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progress) -> int:
-    """Optimizer steps that were made."""
+def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progress) -> _Distiller:
+    """The trainer, when it has trained."""
     trainer = _Distiller(
         model=student,
         args=arguments(config, work),
@@ -256,7 +255,8 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
         callbacks=[Watch(config, progress)],
     )
     teacher.to(trainer.args.device)
-    return run(trainer, work)
+    run(trainer, work)
+    return trainer
 
 
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:

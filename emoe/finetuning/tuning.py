@@ -14,7 +14,7 @@ from emoe.finetuning.arms import Arm
 from emoe.finetuning.model import Start, attention_linears
 from emoe.finetuning.settings import FinetuneConfig
 from emoe.surgery.modules import anatomy_of
-from emoe.surgery.training import Frozen, train_only
+from emoe.surgery.training import Frozen, check_choice, train_only
 from emoe.tasks.spec import Task
 
 
@@ -71,7 +71,13 @@ def choose_parameters(config: FinetuneConfig, arm: Arm, start: Start, seed: int)
 
 
 def freeze(config: FinetuneConfig, start: Start, base: Path) -> Frozen | None:
-    """Set what ``--train`` says; None if that is everything. The head of the task, which is new, trains in any case."""
+    """Set what ``--train`` says; None if that is everything. The head of the task, which is new, trains in any case.
+
+    Raises:
+        UserError: a loss or a training of gates that choose nothing.
+    """
+    for loss in config.losses():
+        check_choice(start.model, _flag(loss))
     if config.train == "all":
         return None
     head = [p for name in start.head for p in start.model.get_submodule(name).parameters()]

@@ -48,24 +48,30 @@ class GateUsage:
     def take(self, total: Callable[[torch.Tensor], None] | None = None) -> list[dict[str, Any]]:
         """What has been seen, a dict a gate, and start anew; empty if there are no gates or no tokens.
 
-        Each has ``layer``, ``part`` ("attention" or "ffn"), ``load`` (E shares of all choices), ``marginal`` and
-        ``conditional`` (H(m) and H(m|x), nats).
+        Each has ``layer``, ``part`` ("attention" or "ffn"), ``load`` (E shares of all choices), ``probability`` (E
+        means), ``marginal`` and ``conditional`` (H(m) and H(m|x), nats).
 
         Args:
-            total: adds a tensor up over all processes, in place.
+            total: adds a tensor up over all processes, in place; one that has seen no token takes part.
         """
         rows = []
-        for name, sums in self._sums.items():
+        for name, gate in self.gates.items():
+            E = gate.num_experts
+            sums = self._sums.get(name)
+            if sums is None:
+                sums = torch.zeros(2 * E + 2, dtype=torch.float64, device=next(gate.parameters()).device)
             if total is not None:
                 total(sums)
-            E = (len(sums) - 2) // 2
             p_E, chosen_E, entropy, tokens = sums.split([E, E, 1, 1])
+            if not tokens:
+                continue
             p_E = p_E / tokens
             rows.append(
                 {
                     "layer": int(name.split("h.")[1].split(".")[0]),
                     "part": "attention" if ".attn." in name else "ffn",
                     "load": (chosen_E / chosen_E.sum()).tolist(),
+                    "probability": p_E.tolist(),
                     "marginal": -torch.xlogy(p_E, p_E).sum().item(),
                     "conditional": (entropy / tokens).item(),
                 }
@@ -79,20 +85,24 @@ class GateUsage:
             hook.remove()
 
 
-def domain_divergence(gates: dict[str, list[dict[str, Any]]], smallest: float = 1e-4) -> torch.Tensor:
-    """KL divergence of expert loads between domains, nats, mean over gates: entry (a, b) is KL(a || b).
+def domain_divergence(
+    gates: dict[str, list[dict[str, Any]]], what: str = "load", smallest: float = 1e-4
+) -> torch.Tensor:
+    """KL divergence of expert use between domains, nats, mean over gates: entry (a, b) is KL(a || b).
 
-    Source: Shen et al., "ModuleFormer", arXiv 2306.04640, sec. 4.3.
+    Source: Shen et al., "ModuleFormer", arXiv 2306.04640, sec. 4.3, which has the divergence of loads. Those of a gate
+    that is near to uniform are choices among near ties; mean probabilities show that it is.
 
     Args:
         gates: domain → what `GateUsage.take` gave for its text.
-        smallest: share below which a load counts as that much, so that an expert unused in one domain costs a finite
+        what: "load" or "probability".
+        smallest: share below which one counts as that much, so that an expert unused in one domain costs a finite
             amount.
     """
-    loads = {
-        name: [torch.tensor(gate["load"], dtype=torch.float64).clamp_min(smallest) for gate in found]
+    shares = {
+        name: [torch.tensor(gate[what], dtype=torch.float64).clamp_min(smallest) for gate in found]
         for name, found in gates.items()
     }
-    loads = {name: [load / load.sum() for load in found] for name, found in loads.items()}
+    shares = {name: [share / share.sum() for share in found] for name, found in shares.items()}
     kl = lambda a, b: torch.stack([(p * (p / q).log()).sum() for p, q in zip(a, b, strict=True)]).mean()  # noqa: E731
-    return torch.stack([torch.stack([kl(a, b) for b in loads.values()]) for a in loads.values()])
+    return torch.stack([torch.stack([kl(a, b) for b in shares.values()]) for a in shares.values()])

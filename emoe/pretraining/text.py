@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,22 @@ def pieces(domain: Domain, held_out_share: float) -> Iterator[tuple[bool, str]]:
             yield held_out, piece
 
 
+def spread(rows: Iterable[Any], wanted: int) -> list[Any]:
+    """`wanted` of the rows, evenly from the first to the last; fewer if there are. Keeps twice as many meanwhile."""
+    kept: list[Any] = []
+    stride = 1
+    for number, row in enumerate(rows):
+        if number % stride == 0:
+            kept.append(row)
+            if len(kept) == 2 * wanted:
+                kept, stride = kept[::2], 2 * stride
+    return [kept[i * len(kept) // wanted] for i in range(wanted)] if len(kept) > wanted else kept
+
+
 def _sequences(
-    domain: Domain, tokenizer: Any, length: int, held_out: bool, share: float, most: int | None
+    domain: Domain, tokenizer: Any, length: int, held_out: bool, share: float, most: int | None, read: int | None
 ) -> Iterator[dict[str, list[int]]]:
-    """Packed sequences of one part of a domain, `most` tokens of them; behind each piece an end-of-text token."""
+    """Packed sequences of one part of a domain; behind each piece an end-of-text token. See `load_domain`."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     texts = (piece for apart, piece in pieces(domain, share) if apart == held_out)
 
@@ -105,11 +117,22 @@ def _sequences(
             yield from ({"input_ids": left[start : start + length]} for start in range(0, whole, length))
             left = left[whole:]
 
-    yield from itertools.islice(cut(), None if most is None else -(-most // length))
+    sequences = lambda tokens: None if tokens is None else -(-tokens // length)  # noqa: E731
+    if held_out and most is not None:
+        yield from spread(itertools.islice(cut(), sequences(read)), sequences(most))
+    else:
+        yield from itertools.islice(cut(), sequences(most))
 
 
 def load_domain(
-    domain: Domain, tokenizer: Any, *, length: int, held_out: bool, share: float, most: int | None = None
+    domain: Domain,
+    tokenizer: Any,
+    *,
+    length: int,
+    held_out: bool,
+    share: float,
+    most: int | None = None,
+    read: int | None = None,
 ) -> datasets.Dataset:
     """Packed sequences, a column ``input_ids``; made once and then mapped from ``$EMOE_HOME/packed``.
 
@@ -117,15 +140,18 @@ def load_domain(
         length: tokens a sequence.
         held_out: the part to measure on, or the one to train on.
         share: of the text that is held out.
-        most: tokens after which reading stops; None for all.
+        most: tokens that are taken: the first of the part to train on, of the held-out part some from all over; None
+            for all.
+        read: held-out tokens after which reading stops; None for the whole domain.
 
     Raises:
         UserError: there is not even one sequence.
     """
     settings = (domain.name, domain.digest(), _tokenizer_digest(tokenizer), length, held_out, share, most, PIECE)
+    settings += (read, "spread") if held_out else ()
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     keywords = {"domain": domain, "tokenizer": tokenizer, "length": length, "held_out": held_out}
-    keywords |= {"share": share, "most": most}
+    keywords |= {"share": share, "most": most, "read": read}
     try:
         return datasets.Dataset.from_generator(
             _sequences,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
-from emoe.finetuning.loop import Watch
+from emoe.finetuning.loop import Watch, minutes, no_room_told
 from emoe.finetuning.states import same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
@@ -41,7 +42,8 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
     """Train ``config.architecture`` on ``config.corpus`` and write ``config.output``. Returns the report.
 
     Raises:
-        UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges.
+        UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges, a
+            disk that is full.
     """
     if not config.output:
         raise UserError("--output: missing; name the folder to write")
@@ -54,7 +56,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
         )
     workspace = Workspace(Path(config.output), None, resume=config.resume, overwrite=config.overwrite, rank=group.rank)
     training = workspace.state_folder / "training"
-    with workspace.open(group):
+    with workspace.open(group), no_room_told(workspace.output):
         try:
             exclude = {"resume", "overwrite", "output", "minutes", "checkpoint_steps"}
             settings = config.model_dump(exclude=exclude)
@@ -78,10 +80,7 @@ def _pretrain(
     progress("reading text", 0, config.steps)
     common = {"length": config.sequence_length, "share": config.held_out_share}
     parts = [load_domain(d, tokenizer, held_out=False, most=config.corpus_tokens, **common) for d in domains]
-    held_out = {
-        d.name: load_domain(d, tokenizer, held_out=True, most=config.held_out_tokens, **common) for d in domains
-    }
-    tokens = {name: part.with_format("torch")["input_ids"][:].long() for name, part in held_out.items()}
+    tokens = {d.name: held_out_tokens(d, tokenizer, config, config.sequence_length) for d in domains}
     architecture = dict(config.architecture)
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         architecture.setdefault(field, getattr(tokenizer, field))
@@ -104,7 +103,7 @@ def _pretrain(
         "parameters": counts._asdict(),
         "steps": steps,
         "tokens": steps * trainer.tokens_per_step,
-        "minutes": round(seconds / 60, 2),
+        "minutes": minutes(trainer),
         "tokens_per_second": round((steps - first) * trainer.tokens_per_step / max(seconds, 1e-9)),
         "corpus_tokens": {d.name: len(p) * config.sequence_length for d, p in zip(domains, parts, strict=True)},
         "perplexity": {name: round(result["perplexity"], 4) for name, result in results.items()},
@@ -118,6 +117,17 @@ def _pretrain(
     group.first_then_all(lambda: _write(model, tokenizer, target, report))
     progress("done", steps, config.steps)
     return report
+
+
+def held_out_tokens(domain: Domain, tokenizer: Any, config: PretrainConfig, length: int) -> torch.Tensor:
+    """What a domain is measured on, (sequences, length): from all over the text of which a run reads the rest."""
+    share, read = config.held_out_share, None
+    if config.corpus_tokens is not None:
+        read = max(config.held_out_tokens, math.ceil(config.corpus_tokens * share / (1 - share)))
+    part = load_domain(
+        domain, tokenizer, length=length, held_out=True, share=share, most=config.held_out_tokens, read=read
+    )
+    return part.with_format("torch")["input_ids"][:].long()
 
 
 def new_model_config(architecture: dict[str, Any]) -> Any:

@@ -23,9 +23,6 @@ from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import TIE, normalised
 from emoe.surgery.usage import load_model, read_blocks, text_of
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-"""Names of the number of layers in config.json."""
-
 
 def layers_kept(total: int, keep: float, method: str) -> list[int]:
     """Numbers of the layers that stay: evenly spaced with the first and the last among them, or the first ones."""
@@ -37,25 +34,10 @@ def layers_kept(total: int, keep: float, method: str) -> list[int]:
 
 def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
     """Whole layers go; the rest are numbered anew."""
-    if not isinstance(anatomy, Converted):
-        raise UserError(f"--method: {config.method} works on converted models only")
-    raw, reader = dict(anatomy.config), anatomy.reader
-    if raw.get("attention_types"):
-        raise UserError(f"--method: {config.method} cannot renumber attention_types of this family; use another method")
-    kept = layers_kept(reader.num_layers, config.keep, config.method)
+    start, total = anatomy.layers()
+    kept = layers_kept(total, config.keep, config.method)
     places = {old: new for new, old in enumerate(kept)}
-    if not any(layer in places for layer in raw["emoe_layers"]):
-        raise UserError(f"--keep: {config.keep} leaves no converted layer; keep more")
-    for key, value in raw.items():
-        if key in LAYER_COUNTS:
-            raw[key] = len(kept)
-        elif isinstance(value, list) and len(value) == reader.num_layers and key == "layer_types":
-            raw[key] = [value[layer] for layer in kept]
-    here = [place for place, layer in enumerate(raw["emoe_layers"]) if layer in places]
-    if raw.get("emoe_groups"):
-        raw["emoe_groups"] = [raw["emoe_groups"][place] for place in here]
-    raw["emoe_layers"] = [places[raw["emoe_layers"][place]] for place in here]
-    start = f"{reader.prefix}{reader.spec.layers}."
+    rebuilt = anatomy.with_layers(kept)
     pattern = re.compile(rf"{re.escape(start)}(\d+)\.(.*)")
 
     def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -67,16 +49,17 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
 
     def companions(target: Path) -> None:
         anatomy.write_companions(target, {})
-        partition = anatomy.partition
-        partition.labels = {places[i]: labels for i, labels in partition.labels.items() if i in places}
-        partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}
-        partition.save(target / PARTITION)
+        if isinstance(anatomy, Converted):
+            partition = anatomy.partition
+            partition.labels = {places[i]: labels for i, labels in partition.labels.items() if i in places}
+            partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}
+            partition.save(target / PARTITION)
 
     facts = config.model_dump(include={"method", "keep"})
     history = [*anatomy.history, entry("prune", anatomy.folder, settings=facts, kept=kept)]
     report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": []}
     report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": _modules_in(anatomy, places)}
-    final = anatomy.with_history(raw, history)
+    final = anatomy.with_history(rebuilt, history)
     return rewrite(
         anatomy.folder,
         config.output,

@@ -30,6 +30,10 @@ GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron"
 the token and is 1, above the 0 that an added expert's logit must exceed: every token uses it until it has learnt."""
 
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+"""Names of the number of layers in config.json."""
+
+
 class Converted:
     """Implements `emoe.surgery.modules.Anatomy`."""
 
@@ -94,6 +98,32 @@ class Converted:
         if any(group != [self.partition.num_experts] for group in ordered):
             config |= {"emoe_groups": ordered, "emoe_expert_size": self.size}
         return config
+
+    def layers(self) -> tuple[str, int]:
+        """See `Anatomy.layers`."""
+        return f"{self.reader.prefix}{self.reader.spec.layers}.", self.reader.num_layers
+
+    def with_layers(self, kept: list[int]) -> dict[str, Any]:
+        """See `Anatomy.with_layers`.
+
+        Raises:
+            UserError: a family whose layers cannot be numbered anew, or no converted layer is left.
+        """
+        raw, places = dict(self.config), {old: new for new, old in enumerate(kept)}
+        if raw.get("attention_types"):
+            raise UserError("--method: attention_types of this family cannot be renumbered; use another method")
+        if not any(layer in places for layer in raw["emoe_layers"]):
+            raise UserError("--keep: no converted layer is left; keep more")
+        for key, value in raw.items():
+            if key in LAYER_COUNTS:
+                raw[key] = len(kept)
+            elif isinstance(value, list) and len(value) == self.reader.num_layers and key == "layer_types":
+                raw[key] = [value[layer] for layer in kept]
+        here = [place for place, layer in enumerate(raw["emoe_layers"]) if layer in places]
+        if raw.get("emoe_groups"):
+            raw["emoe_groups"] = [raw["emoe_groups"][place] for place in here]
+        raw["emoe_layers"] = [places[raw["emoe_layers"][place]] for place in here]
+        return raw
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
         """The modelling files, and the partition: labels of pruned experts become `GONE`; added experts have none."""

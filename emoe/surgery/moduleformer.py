@@ -69,7 +69,7 @@ class ModuleFormer:
         """config.json for these groups; without a trace of surgery where every layer has one group of one size."""
         config = dict(self.config)
         for kind, (short, _, _) in KINDS.items():
-            ordered = [list(groups[found.name]) for found in self.sets() if found.kind == kind]
+            ordered = [list(group) for name, group in groups.items() if name.endswith(f".{kind}")]
             most = max(group[0] for group in ordered)
             config.pop(f"{short}_groups", None)
             if any(group != [most] for group in ordered):
@@ -78,6 +78,15 @@ class ModuleFormer:
             config[f"k_{short}"] = min(config[f"k_{short}"], most)
             config["sample_topk"] = min(config.get("sample_topk", 0), config[f"k_{short}"])
         return config
+
+    def layers(self) -> tuple[str, int]:
+        """See `Anatomy.layers`."""
+        return f"{self.prefix}h.", self.config["n_layer"]
+
+    def with_layers(self, kept: list[int]) -> dict[str, Any]:
+        """See `Anatomy.with_layers`."""
+        left = {found.name: found.groups for found in self.sets() if found.layer in kept}
+        return self.rebuilt(left) | {"n_layer": len(kept)}
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
         """The modelling files."""

@@ -104,7 +104,13 @@ class Anatomy(Protocol):
         """All its sets, layer by layer."""
 
     def rebuilt(self, groups: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        """config.json when the sets have these groups; the budget is clipped to what is left."""
+        """config.json when the sets, in their order, have these groups; the budget is clipped to what is left."""
+
+    def layers(self) -> tuple[str, int]:
+        """What stands before a layer's number in the names of its tensors, and the number of layers."""
+
+    def with_layers(self, kept: list[int]) -> dict[str, Any]:
+        """config.json when only these layers stay, numbered anew."""
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
         """Further files of the checkpoint that speak of modules, after all but ``kept`` are gone."""

@@ -12,7 +12,7 @@ from emoe.errors import UserError
 from emoe.surgery import baselines
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
-from emoe.surgery.rewrite import Progress, rewrite
+from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 from emoe.surgery.selection import select
 from emoe.surgery.usage import count_use, load_model, read_blocks, text_of
 
@@ -26,6 +26,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     _check(config)
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
+    workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: counting takes its time
     if config.method.startswith("layers"):
         return baselines.drop_layers(anatomy, config, progress)
     if config.method == "magnitude":

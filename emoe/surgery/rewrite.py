@@ -47,6 +47,13 @@ def sizes_of(folder: Path) -> Sizes:
     return Sizes(count, sum(path.stat().st_size for path in set(shards.values())))
 
 
+def workspace_of(source: Path, output: str, *, overwrite: bool) -> Workspace:
+    """Where ``output`` is written; `UserError` if none is named."""
+    if not output:
+        raise UserError("--output: missing; name the folder to write")
+    return Workspace(Path(output), source, resume=False, overwrite=overwrite)
+
+
 def rewrite(
     source: Path,
     output: str,
@@ -66,9 +73,7 @@ def rewrite(
     Raises:
         UserError: no output named, or something in its way.
     """
-    if not output:
-        raise UserError("--output: missing; name the folder to write")
-    workspace = Workspace(Path(output), source, resume=False, overwrite=overwrite)
+    workspace = workspace_of(source, output, overwrite=overwrite)
     before = sizes_of(source)
     with workspace.open(Group()):
         try:

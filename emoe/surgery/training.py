@@ -114,6 +114,13 @@ class Frozen:
                 raise RuntimeError(f"{name} was to stay as it is and has changed: is there weight decay?")
 
 
+def check_choice(model: nn.Module, flag: str) -> None:
+    """Raise `UserError` for a converted model with all experts on: nobody asks its routers, so nothing trains them."""
+    ffns = model.sparse_ffns().values() if hasattr(model, "sparse_ffns") else ()
+    if ffns and all(ffn.router.all_on for ffn in ffns):
+        raise UserError(f"{flag}: every token uses every expert of this model, its gates choose nothing; give --top-k")
+
+
 def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterable[nn.Parameter] = ()) -> Frozen:
     """Set what trains: everything, the gates, or the modules that the last extension added with their gate rows.
 
@@ -124,8 +131,10 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
         also: parameters that train besides, such as a task's new head.
 
     Raises:
-        UserError: there are no new modules, or no gates to train.
+        UserError: there are no new modules, no gates to train, or no choice for them to make.
     """
+    if what == "router":
+        check_choice(model, "--train")
     anatomy.learn(model)
     if what == "all":
         return Frozen({}, {})
@@ -167,9 +176,13 @@ class RouterLosses:
     Args:
         factors: as `parse_losses` gives.
         what: as for `train_only`: with new modules the penalty is on their rows, else on the distance of all rows.
+
+    Raises:
+        UserError: every token uses every expert, or the penalty has no rows to act on.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, factors: dict[str, float], what: Train) -> None:
+        check_choice(model, "--loss")
         self.factors = factors
         self._terms: list[torch.Tensor] = []
         self.mask_N: torch.Tensor | None = None

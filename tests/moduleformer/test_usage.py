@@ -30,9 +30,23 @@ def test_usage_of_several_batches(tiny, ids):
         assert row["conditional"] == pytest.approx(found.conditional.item(), abs=1e-5)
         counts = torch.bincount(choice.experts_NK.flatten(), minlength=len(row["load"]))
         assert row["load"] == pytest.approx((counts / counts.sum()).tolist())
+        assert row["probability"] == pytest.approx(choice.probabilities().mean(0).tolist(), abs=1e-6)
     usage.close()
     model(ids)
     assert usage.take() == []
+
+
+@torch.no_grad()
+def test_a_process_without_text_takes_part_in_every_sum(tiny, ids):
+    """A domain may have fewer batches than there are processes; one that reduced less would wait for the others."""
+    model, sent = tiny(), []
+    busy = GateUsage(model)
+    model(ids)
+    wanted = busy.take(lambda sums: sent.append(sums.clone()))
+    busy.close()
+    idle = GateUsage(model)
+    assert idle.take(lambda sums: sums.add_(sent.pop(0))) == wanted
+    assert not sent
 
 
 def test_divergence():
@@ -41,4 +55,6 @@ def test_divergence():
     assert found[0, 0] == found[1, 1] == 0
     assert found[0, 1].item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert found[1, 0].item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    near = {"a": [{"probability": [0.5, 0.5]}], "b": [{"probability": [0.51, 0.49]}]}
+    assert 0 < domain_divergence(near, "probability")[0, 1] < 1e-3
     assert domain_divergence({"a": [{"load": [1.0, 0.0]}], "b": [{"load": [0.0, 1.0]}]}).isfinite().all()

@@ -14,8 +14,9 @@ import yaml
 from emoe.cli.main import main
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
+from emoe.finetuning.loop import SECONDS
 from emoe.moduleformer.sizes import parameters_of
-from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces
+from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces, spread
 from emoe.pretraining.tokenizer import train_tokenizer
 from emoe.pretraining.train import new_model_config, pretrain
 
@@ -105,6 +106,24 @@ def test_packing(letters, text_file):
     assert len(mixed([found, words], "size", 0)) == len(found) + len(words)
 
 
+def test_what_is_measured_on_comes_from_all_over(letters):
+    """Of the held-out part the first and the last sixteenth of 16 are among 8 that are taken."""
+    domain = Domain("letters", str(letters))
+    tokenizer = train_tokenizer([domain], 300, 0.2)
+    common = {"length": 64, "share": 0.2, "held_out": True}
+    whole = load_domain(domain, tokenizer, **common)["input_ids"][:]
+    part = load_domain(domain, tokenizer, **common, most=512)["input_ids"][:]
+    places = [whole.index(row) for row in part]
+    assert len(part) == 8 and places == sorted(places)
+    assert places[0] < len(whole) / 8 and places[-1] > 3 / 4 * len(whole)
+    near = load_domain(domain, tokenizer, **common, most=512, read=1024)["input_ids"][:]
+    assert [whole.index(row) for row in near] == [0, 2, 4, 6, 8, 10, 12, 14]
+    for number in (3, 8, 9, 15, 16, 17, 1000):
+        found = spread(range(number), 8)
+        assert len(found) == len(set(found)) == min(8, number) and found == sorted(found)
+        assert found[0] == 0 and found[-1] >= number * 3 / 4 - 1
+
+
 def test_training_resuming_and_what_is_written(settings, tmp_path, monkeypatch):
     """A run that was killed behind its first state ends as an undisturbed one, to the bit."""
     whole = pretrain(PretrainConfig(**settings, output=str(tmp_path / "whole")), quiet)
@@ -135,7 +154,12 @@ def test_training_resuming_and_what_is_written(settings, tmp_path, monkeypatch):
         pretrain(PretrainConfig(**parted), killed)
     with pytest.raises(UserError, match="other settings"):
         pretrain(PretrainConfig(**{**parted, "learning_rate": 0.5, "resume": True}), quiet)
-    pretrain(PretrainConfig(**parted, resume=True), quiet)
+    (state,) = (tmp_path / ".parted.emoe-state" / "training").glob("checkpoint-4/trainer_state.json")
+    facts = json.loads(state.read_text())
+    assert 0 < facts["stateful_callbacks"][SECONDS] < 600
+    facts["stateful_callbacks"][SECONDS] += 3600
+    state.write_text(json.dumps(facts))
+    assert 60 < pretrain(PretrainConfig(**parted, resume=True), quiet)["minutes"] < 70
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parted")]
     assert weights[0] == weights[1]
     with pytest.raises(UserError, match="--overwrite"):

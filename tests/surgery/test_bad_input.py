@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import emoe
+import emoe.surgery.baselines
+import emoe.surgery.prune
 from emoe.cli.main import main
 
 
@@ -44,6 +45,22 @@ def refused(capsys, tmp_path):
 )
 def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
+
+
+@pytest.mark.parametrize("method", ["use", "magnitude"])
+def test_an_output_in_the_way_is_seen_before_counting(method, converted_llama, text, tmp_path, capsys, monkeypatch):
+    def reached(*arguments, **keywords):
+        raise AssertionError("counting has begun")
+
+    for module in (emoe.surgery.prune, emoe.surgery.baselines):
+        monkeypatch.setattr(module, "read_blocks", reached)
+    flags = ["prune", "--model", converted_llama, *text, "--keep", 0.5, "--method", method]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert main([*map(str, flags), "--output", str(tmp_path / "out")]) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+    assert main([*map(str, flags)]) == 2
+    assert "--output: missing" in capsys.readouterr().err
 
 
 def test_a_layer_left_without_experts(refused, converted_llama, text, run):

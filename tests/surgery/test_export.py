@@ -109,6 +109,20 @@ def test_dropping_layers(method, kept, converted_llama, run):
         torch.testing.assert_close(small(tokens).logits, whole(tokens, use_cache=False).logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "kept"), [("layers-uniform", [0, 2]), ("layers-top", [0, 1])])
+def test_dropping_layers_of_a_moduleformer(method, kept, tiny_moduleformer, run, text):
+    """One whose layers differ in their numbers of experts, since half of the model's were pruned."""
+    uneven = run("prune", tiny_moduleformer, "uneven", *text, "--keep", 0.5)
+    folder = run("prune", uneven, "shallow", "--keep", 0.7, "--method", method)
+    assert json.loads((folder / "emoe_prune.json").read_text())["layers"] == kept
+    small = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(uneven).eval()
+    whole.transformer.h = torch.nn.ModuleList(whole.transformer.h[i] for i in kept)
+    tokens = torch.randint(5, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens).logits, whole(tokens, use_cache=False).logits, rtol=0, atol=1e-6)
+
+
 def test_without_our_packages(converted_llama, run, text, tmp_path):
     """The files beside a pruned and extended checkpoint are enough for transformers."""
     import subprocess

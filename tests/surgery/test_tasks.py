@@ -76,6 +76,16 @@ def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp
     assert gates <= changed if train == "new-modules" else changed == gates
 
 
+def test_gates_without_a_choice_do_not_train(converted_llama, tmp_path, capsys):
+    """All experts on: nobody asks the gates."""
+    flags = ["finetune", "--model", converted_llama, "--task", write_task(tmp_path / "task"), "--top-k", 8]
+    flags += ["--gate", "discriminant", "--output", tmp_path / "run", "--quiet"]
+    assert main([*map(str, flags), "--train", "router"]) == 2
+    assert "--train: every token uses every expert" in capsys.readouterr().err
+    assert main([*map(str, flags), "--overwrite", "--method", "emoe-learn", "--mi-weight", "0.1"]) == 2
+    assert "--mi-weight: every token uses every expert" in capsys.readouterr().err
+
+
 def test_copies_are_refused(converted_llama, tmp_path, capsys):
     folder = Path(shutil.copytree(converted_llama, tmp_path / "copies"))
     config = json.loads((folder / "config.json").read_text())

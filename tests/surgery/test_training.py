@@ -10,7 +10,10 @@ import transformers
 from safetensors.torch import load_file
 
 from emoe.cli.main import main
+from emoe.config import TuneConfig
 from emoe.errors import UserError
+from emoe.finetuning.low_rank import entries_of_rank_one
+from emoe.finetuning.plain_text import tune
 from emoe.surgery.modules import anatomy_of
 from emoe.surgery.training import RouterLosses, parse_losses, train_only
 
@@ -66,6 +69,29 @@ def test_lora_is_merged(converted_llama, run, text_file):
     assert found["perplexity"]["calibration domain"]["after"] < found["perplexity"]["calibration domain"]["before"]
     assert 0 < found["trained"] < 0.3 * found["parameters"]
     assert weights(trained).keys() == weights(converted_llama).keys()
+
+
+def test_lora_reaches_the_experts_of_a_moduleformer(tiny_moduleformer, text_file, tmp_path):
+    """All stacks change, nothing else is written, and a run that was killed ends as an undisturbed one."""
+    settings = {"model": str(tiny_moduleformer), "text": [str(text_file)], "train": "lora", "lora_rank": 2, "steps": 6}
+    settings |= {"tokens_per_step": 128, "sequence_length": 64, "held_out_tokens": 128, "checkpoint_steps": 2}
+    settings |= {"precision": "float32", "learning_rate": 1e-2}
+    report = tune(TuneConfig(**settings, output=str(tmp_path / "whole")), lambda *_: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_moduleformer)
+    assert report["trained"] == 2 * entries_of_rank_one(model)
+    before, after = weights(tiny_moduleformer), weights(tmp_path / "whole")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "experts.weight" in name)
+
+    def killed(stage, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(TuneConfig(**settings, output=str(tmp_path / "parted")), killed)
+    tune(TuneConfig(**settings, output=str(tmp_path / "parted"), resume=True), lambda *_: None)
+    parted = weights(tmp_path / "parted")
+    assert [name for name in after if not torch.equal(after[name], parted[name])] == []
 
 
 def entropy(folder) -> float:
@@ -133,3 +159,6 @@ def test_bad_input(converted_llama, tiny_llama, text_file, tmp_path, capsys):
     assert "no new modules; add some with `emoe extend`" in refused(converted_llama, "--train", "new-modules")
     assert "has no experts" in refused(tiny_llama, "--train", "router")
     assert "--train: " in refused(converted_llama, "--train", "expert")
+    everything = "every token uses every expert of this model, its gates choose nothing; give --top-k"
+    assert f"--train: {everything}" in refused(converted_llama, "--train", "router", "--top-k", 8)
+    assert f"--loss: {everything}" in refused(converted_llama, "--loss", "concentration=1", "--top-k", 8)
