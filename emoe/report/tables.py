@@ -89,7 +89,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "made by": f"emoe {provenance['emoe_version']}",
     }
     if found["groups"]:
-        rows["experts by layer"] = ", ".join(" + ".join(map(str, group)) for group in found["groups"])
+        rows["experts by layer"] = groups_line(found["groups"])
     for number, step in enumerate(provenance.get("history", []), 1):
         rows[f"history {number}"] = history_line(step)
     if found["files_verified"] is not None:
@@ -108,12 +108,16 @@ def _moduleformer_table(found: dict[str, Any]) -> Table:
     facts.add_column(overflow="fold")
     facts.add_row("model type", f"moduleformer, {found['num_layers']} layers, gate {found['gate']}")
     for kind, part in found["modules"].items():
-        groups = ", ".join(" + ".join(map(str, group)) for group in part["groups"])
-        facts.add_row(f"{kind} experts", f"{groups}; {part['a token']} a token")
+        facts.add_row(f"{kind} experts", f"{groups_line(part['groups'])}; {part['a token']} a token")
     facts.add_row("weights", format_bytes(found["bytes"]))
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
     return facts
+
+
+def groups_line(groups: list[list[int]]) -> str:
+    """Modules of each layer after surgery: those in the budget, then what each extension added."""
+    return ", ".join(" + ".join(map(str, group)) for group in groups)
 
 
 def history_line(step: dict[str, Any]) -> str:
@@ -122,14 +126,14 @@ def history_line(step: dict[str, Any]) -> str:
     if step.get("added"):
         said.append(", ".join(f"{number} {kind} experts a layer" for kind, number in step["added"].items()))
     if step.get("settings"):
-        told = ("method", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
+        told = ("task", "method", "tuning", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
         said.append(
-            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) is not None)
+            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) not in (None, []))
         )
     if step.get("steps"):
         said.append(f"{step['steps']} steps")
     if step.get("when"):
-        said.append(f"{step['when']}, from {step['from_digest'][:16]}")
+        said.append(f"{step['when']}, from {str(step.get('from_digest'))[:16]}")
     return "; ".join(part for part in said if part)
 
 

@@ -68,6 +68,8 @@ def rewrite(
     """
     if not output:
         raise UserError("--output: missing; name the folder to write")
+    from emoe.report.card import write_history_card
+
     workspace = Workspace(Path(output), source, resume=False, overwrite=overwrite)
     before = sizes_of(source)
     with workspace.open(Group()):
@@ -81,6 +83,7 @@ def rewrite(
                 "bytes": {"before": before.bytes, "after": after.bytes},
             }
             write_text(workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2) + "\n")
+            write_history_card(workspace.folder, source, report)
             write_digests(workspace.folder, digests)
             workspace.publish()
         except OSError as error:
