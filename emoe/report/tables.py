@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from emoe.report.records import Conversion
 from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
 
@@ -98,7 +99,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         facts.add_row(name, value)
     console.print(facts)
     if found["report"] and not brief:
-        print_report(found["report"])
+        print_report(Conversion.model_validate(found["report"]).model_dump())
 
 
 def _moduleformer_table(found: dict[str, Any]) -> Table:
@@ -106,13 +107,24 @@ def _moduleformer_table(found: dict[str, Any]) -> Table:
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("model type", f"moduleformer, {found['num_layers']} layers, gate {found['gate']}")
-    for kind, part in found["modules"].items():
-        facts.add_row(f"{kind} experts", f"{groups_line(part['groups'])}; {part['a token']} a token")
-    facts.add_row("weights", format_bytes(found["bytes"]))
+    for name, value in moduleformer_facts(found).items():
+        facts.add_row(name, value)
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
     return facts
+
+
+def moduleformer_facts(found: dict[str, Any]) -> dict[str, str]:
+    """What there is to say of a ModuleFormer, by name."""
+    experts = {
+        f"{kind} experts": f"{groups_line(part['groups'])}; {part['a token']} a token"
+        for kind, part in found["modules"].items()
+    }
+    return {
+        "model type": f"moduleformer, {found['num_layers']} layers, gate {found['gate']}",
+        **experts,
+        "weights": format_bytes(found["bytes"]),
+    }
 
 
 def groups_line(groups: list[list[int]]) -> str:
