@@ -7,6 +7,7 @@ A YAML alias lets 400 bytes stand for a billion values; they cost nothing until 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def read_yaml(path: Path, flag: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
         # PyYAML's constructors let through what int, datetime and re say of a bad value
         raise UserError(f"{flag}: {path} is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """The YAML between dashes that a Markdown file begins with; empty where there is none that can be read."""
+    head = re.match(r"---\r?\n(.*?)\n---", _start_of(path), re.DOTALL)
+    try:
+        found = yaml.load(head[1], Loader=_PlainLoader) if head else None
+    except (RecursionError, yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _start_of(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(LARGEST_YAML).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _read_text(path: Path, flag: str, largest: int, advice: str) -> str:

@@ -20,8 +20,10 @@ ALLOW = (
     "*.model",
     "chat_template*",
     "LICENSE*",
+    "README.md",
 )
-"""Configuration, tokenizer, safetensors. Never ``*.bin``: a pickle can run code when it is loaded."""
+"""Configuration, tokenizer, safetensors, the card with its licence. Never ``*.bin``: a pickle can run code when it is
+loaded."""
 
 IGNORE = ("*/*", "consolidated*", "*.fp16.*", "*.bin")
 """Subfolders (other runtimes' exports, original checkpoints) and second copies of the same weights."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from emoe.plainfiles import read_json
+from emoe.plainfiles import front_matter, read_json
 from emoe.runtime import atomic_write
 
 COPIED = (
@@ -17,6 +18,9 @@ COPIED = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 """Files of the source that go along as they are."""
+
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+"""Of the front matter of a model card on the hub."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -42,6 +46,26 @@ def _drop_remote_code(path: Path) -> None:
     settings = read_json(path)
     if settings.pop("auto_map", None) is not None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def licence_of(folder: Path, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a model card that name the licence (``license`` and, for "other", ``license_name`` and
+    ``license_link``), from the card in a checkpoint's folder, else from its provenance; empty where neither has any."""
+    return _licence_in(front_matter(folder / "README.md")) or _licence_in((provenance or {}).get("licence"))
+
+
+def _licence_in(fields: Any) -> dict[str, Any]:
+    found = {key: fields[key] for key in LICENCE_FIELDS if key in fields} if isinstance(fields, dict) else {}
+    texts = {key: [value] if isinstance(value, str) else value for key, value in found.items()}
+    usable = all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in texts.values())
+    return found if usable and found.get("license") else {}
+
+
+def licence_fields(name: str) -> dict[str, str]:
+    """The same fields for a licence of the table of aliases. The hub knows few names; the others are called "other"."""
+    identifier = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    known = identifier in ("apache-2.0", "mit")
+    return {"license": identifier} if known else {"license": "other", "license_name": identifier}
 
 
 def source_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from emoe.cli.options import Quiet
+from emoe.cli.options import Json, Quiet
 from emoe.errors import UserError, nearest
 
 FORMATS = ("md", "csv", "json", "html", "latex")
@@ -34,10 +34,15 @@ def compare(
     resamples: Annotated[int, typer.Option("--resamples", help="Draws of the bootstrap and the tests.")] = 2000,
     seed: Annotated[int, typer.Option("--seed", help="Seed of these draws.")] = 0,
     per_seed: Annotated[bool, typer.Option("--per-seed", help="Show every seed on the terminal, too.")] = False,
+    json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare fine-tuned runs with a baseline: mean and spread, paired differences, intervals, significance, cost."""
     format = _format(format, output)
+    if json_output and output is None:
+        if format not in (None, "json"):
+            raise UserError(f"--json: standard output has room for one format, --format {format}; add --output")
+        format = "json"
 
     from emoe.cli.progress import progress_bar
     from emoe.evaluation.compare import compare as compute
@@ -58,7 +63,9 @@ def compare(
     if not output.parent.is_dir():
         raise UserError(f"--output: {output.parent} is not a folder; make it first")
     write_text(output, text)
-    if not quiet:
+    if json_output:
+        print(formats()["json"](found), end="")
+    elif not quiet:
         print_comparison(found, per_seed)
         print(f"written: {output}")
 

@@ -12,7 +12,7 @@ from emoe.cli.options import Json, Quiet
 
 
 def push(
-    model: Annotated[Path, typer.Option("--model", help="Folder of a converted, tuned or exported checkpoint.")],
+    model: Annotated[Path, typer.Option("--model", help="Folder of a checkpoint that emoe wrote.")],
     repo: Annotated[str, typer.Option("--repo", help="Repository on the hub.", metavar="ORG/NAME")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     json_output: Json = False,

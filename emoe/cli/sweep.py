@@ -36,15 +36,19 @@ def sweep(
         from emoe.report.sweep import print_estimate
 
         found = estimate(settings, folder)
-        print(json.dumps(asdict(found))) if json_output else print_estimate(found, folder)
+        if json_output:
+            print(json.dumps(asdict(found)))
+        elif not quiet:
+            print_estimate(found, folder)
         return
     silence_libraries()
     from emoe.evaluation.sweep import sweep as run
     from emoe.report.analysis import write_analyses
     from emoe.report.sweep import print_sweep, write_summary
 
+    say = (lambda line: None) if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     with progress_bar(quiet, unit="runs") as show:
-        result = run(settings, folder, show, lambda line: print(line, file=sys.stderr, flush=True))
+        result = run(settings, folder, show, say)
     with progress_bar(quiet, unit="domains") as show:
         found = write_summary(folder, resamples, show)
         tables = write_analyses(settings, folder, resamples, show) if found else []

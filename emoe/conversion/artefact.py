@@ -54,6 +54,7 @@ def provenance(plan: Plan, digest: str, blocks: TokenBlocks | None) -> dict[str,
         "emoe_version": emoe.__version__,
         "source": plan.origin,
         "source_digest": digest,
+        "licence": plan.licence,
         "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment}
         | {"features": c.features, "refine_rounds": plan.refine_rounds},
         "gate": {"method": c.gate, "reference": plan.gate.reference, "prefix": plan.prefix},

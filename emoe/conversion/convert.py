@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from emoe.calibration.text import check_source
+from emoe.checkpoint.companions import licence_fields, licence_of
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
@@ -53,7 +54,8 @@ def prepare(
     resolved = resolve_model(config.model, accept_license=config.accept_license, revision=config.revision, progress=say)
     # A folder's whole path says more of its owner than of the model.
     origin = f"folder {resolved.folder.name}" if resolved.kind == "folder" else resolved.source
-    return make_plan(config, CheckpointReader(resolved.folder), config.model, origin, notes or [], measured)
+    licence = licence_of(resolved.folder) or (licence_fields(resolved.licence) if resolved.licence else {})
+    return make_plan(config, CheckpointReader(resolved.folder), config.model, origin, notes or [], measured, licence)
 
 
 def convert(

@@ -85,6 +85,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     measured: list[int] | None = None
     """Numbers of experts at which quality is measured, where not the usual ones."""
+    licence: dict[str, Any] = field(default_factory=dict)
+    """Of the source, as `emoe.checkpoint.companions.licence_of` has it."""
 
     @property
     def split(self) -> Any:
@@ -198,6 +200,7 @@ def make_plan(
     origin: str,
     notes: list[str],
     measured: list[int] | None = None,
+    licence: dict[str, Any] | None = None,
 ) -> Plan:
     """Check settings against the checkpoint. With `measured`, a plan to measure only, which may use the oracle gate.
 
@@ -233,6 +236,7 @@ def make_plan(
         **automatic(config, gate.needs_calibration),
         notes=notes,
         measured=measured,
+        licence=licence or {},
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from emoe.errors import UserError
+from emoe.exporting.run import REPORT
+from emoe.plainfiles import read_json
 
 HIDDEN = (".*", "**/.*", "*.tmp")
 """Files that do not go along."""
@@ -16,7 +17,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
     """Make the repository if need be, then add the whole folder in one commit; returns the commit's address.
 
     Args:
-        folder: a converted, tuned or exported checkpoint.
+        folder: a checkpoint that emoe wrote, with its card.
         repo: its name on the hub, ``org/name``.
         private: only for a repository that is new.
         quiet: no progress bars.
@@ -35,6 +36,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
+    message = _message(folder)
     logging.set_verbosity_error()
     if quiet:
         disable_progress_bars()
@@ -42,7 +44,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=_message(folder), ignore_patterns=list(HIDDEN)
+            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=list(HIDDEN)
         )
     except HFValidationError as error:
         raise UserError(f"{flag}: '{repo}' is not a repository's name ({_first_line(error)})") from None
@@ -65,8 +67,10 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
 def _message(folder: Path) -> str:
     import emoe
 
-    report = folder / "emoe_export.json"
-    kind = json.loads(report.read_text(encoding="utf-8"))["format"] if report.is_file() else "converted model"
+    report = folder / REPORT
+    kind = read_json(report).get("format") if report.is_file() else "converted model"
+    if not isinstance(kind, str):
+        raise UserError(f"--model: {report} names no format; export the model again")
     return f"{kind}, by emoe {emoe.__version__}"
 
 

@@ -74,12 +74,9 @@ class Source:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        layers = self.config["emoe_layers"]  # read first: it says whether this is a converted checkpoint at all
-        if sorted(self.partition.labels) != sorted(layers):
-            where = self.folder / PARTITION
-            raise UserError(f"--model: {where} and config.json name different layers; convert the model again")
-        if self.fix_k is not None and not 1 <= self.fix_k <= self.num_experts:
-            raise UserError(f"--fix-k: {self.fix_k} must lie between 1 and the model's {self.num_experts} experts")
+        experts = self.num_experts  # read first: it says whether this is a converted checkpoint at all
+        if self.fix_k is not None and not 1 <= self.fix_k <= experts:
+            raise UserError(f"--fix-k: {self.fix_k} must lie between 1 and the model's {experts} experts")
 
     @cached_property
     def config(self) -> dict[str, Any]:

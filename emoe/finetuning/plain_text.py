@@ -33,6 +33,7 @@ from emoe.finetuning.loop import (
     training_into,
 )
 from emoe.finetuning.low_rank import merged, with_lora
+from emoe.report.card import write_history_card
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -180,6 +181,7 @@ def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path
         shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_digests(target)
     write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
+    write_history_card(target, folder, report)
     for file in target.iterdir():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())

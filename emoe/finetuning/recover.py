@@ -42,6 +42,7 @@ from emoe.finetuning.loop import (
     training_into,
 )
 from emoe.modeling.modeling_emoe import EMoEModelMixin
+from emoe.report.card import write_history_card
 from emoe.runtime import write_text
 
 SOURCE_S = "the source's"
@@ -269,6 +270,7 @@ def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    write_history_card(target, folder, report)
     write_digests(target)
     for file in target.iterdir():
         with open(file, "rb+") as handle:

@@ -34,7 +34,9 @@ from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
+from emoe.report.card import write_history_card
 from emoe.runtime import scratch_directory, write_text
+from emoe.surgery.history import entry
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
 
@@ -162,6 +164,7 @@ class Run:
         self.folder = Path(config.output) / f"seed-{seed}"
         self.tokenizer = load_tokenizer(base)
         self.texts = texts_of(data.task, self.tokenizer, config.max_length)
+        self.base = base
         self.start = build(config, arm, base, data.task, self.tokenizer.pad_token_id, seed)
         self.model = choose_parameters(config, arm, self.start, seed)
         self.frozen = freeze(config, self.start, base)
@@ -189,16 +192,26 @@ class Run:
         record = self._record(tuner, watch, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does
         if not self.config.discard_model:
+            self._add_to_history(record)
             tuner.save_model(str(self.folder / "model"))
         if self.group.first:
             write_predictions(self.folder / "predictions", predictions)
             if not self.config.discard_model:
                 self.tokenizer.save_pretrained(self.folder / "model")
                 (self.folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has it all
+                if (self.folder / "model" / "config.json").is_file():  # no adapter, whose card peft writes
+                    write_history_card(self.folder / "model", self.base, record)
             write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
             shutil.rmtree(self.folder / ".training")
         self.group.wait()
         return record
+
+    def _add_to_history(self, record: dict[str, Any]) -> None:
+        facts = self.start.model.config
+        provenance = facts.emoe_provenance or {}
+        settings = {key: record[key] for key in ("task", "method", "tuning")}
+        step = entry("finetune", self.base, steps=record["steps"], settings=settings)
+        facts.emoe_provenance = {**provenance, "history": [*provenance.get("history", []), step]}
 
     def _record(self, tuner: Any, watch: Watch, readings: dict[str, Any]) -> dict[str, Any]:
         state, facts = tuner.state, self.start.model.config

@@ -1,25 +1,26 @@
-"""The model card (README.md) of a converted checkpoint."""
+"""The model card (README.md) of a checkpoint: converted, exported, pruned, extended or trained further."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from emoe.checkpoint.companions import licence_of
+from emoe.plainfiles import read_json
+from emoe.report.tables import groups_line, history_line
 from emoe.runtime import write_text
 
 if TYPE_CHECKING:
     from emoe.conversion.plan import Plan
 
+DONE = {"prune": "pruned", "extend": "extended", "recover": "recovered", "tune": "tuned", "finetune": "fine-tuned"}
+"""What the title says of the last verb."""
 
-def source_licence(folder: Path) -> str | None:
-    """The licence that the source's own card states in its front matter."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*([\w.\-]+)\s*$", front.group(1), re.MULTILINE) if front else None
-    return found.group(1) if found else None
+GROUPS = {"emoe_groups": "experts", "att_groups": "attention experts", "mlp_groups": "FFN experts"}
+"""Fields of config.json that hold how many modules each layer has after surgery."""
 
 
 def write_card(report: dict, plan: Plan, path: Path) -> None:
@@ -27,7 +28,7 @@ def write_card(report: dict, plan: Plan, path: Path) -> None:
     text = _render(
         "card.md.jinja",
         report=report,
-        licence=source_licence(plan.reader.folder),
+        licence=_front(plan.licence),
         encoder=plan.reader.spec.encoder,
         name=_harmless(report["model"]),
     )
@@ -43,20 +44,70 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
         source: its folder.
     """
     provenance = config.get("emoe_provenance") or {}
+    licence = licence_of(source, provenance)
     text = _render(
         "export_card.md.jinja",
         report=report,
         provenance=provenance,
         config=config,
-        licence=source_licence(source),
+        licence=_front(licence),
+        licence_name=_named(licence),
         name=_harmless(str(provenance.get("source", source.name))),
     )
     write_text(path, text)
 
 
+def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> None:
+    """The card of a checkpoint that was made from another one: what was done since the conversion, and the licence.
+
+    Args:
+        folder: holds config.json and the verb's report already; gets the card.
+        source: the checkpoint that it was made from.
+        report: the verb's; the last step of a dense model, whose config.json has no history.
+    """
+    config = read_json(folder / "config.json")
+    provenance = config.get("emoe_provenance")
+    if not provenance:
+        before = read_json(source / "config.json").get("emoe_provenance") or {}
+        provenance = before | {"history": [*before.get("history", []), report]}
+    licence = licence_of(source, provenance)
+    text = _render(
+        "history_card.md.jinja",
+        name=_harmless(str(provenance.get("source", source.name))),
+        licence=_front(licence),
+        licence_name=_named(licence),
+        remote_code="auto_map" in config,
+        groups={kind: groups_line(config[key]) for key, kind in GROUPS.items() if config.get(key)},
+        provenance=provenance,
+        history=[_harmless(history_line(step)) for step in provenance["history"]],
+        reports=sorted(path.name for path in folder.glob("emoe_*.json")),
+        done=DONE.get(provenance["history"][-1].get("verb"), "changed"),
+        auto_class=_auto_class(config),
+    )
+    write_text(folder / "README.md", text)
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    """The class of transformers that loads the checkpoint with its head."""
+    name = (config.get("architectures") or [""])[0].replace("LMHeadModel", "ForCausalLM")
+    heads = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM")
+    return "AutoModel" + next((head for head in heads if name.endswith(head)), "")
+
+
+def _front(licence: dict[str, Any]) -> str:
+    """A licence as lines of front matter."""
+    return yaml.safe_dump(licence, sort_keys=False, width=10_000, allow_unicode=True) if licence else ""
+
+
+def _named(licence: dict[str, Any]) -> str:
+    """A licence in a line of text."""
+    named = licence.get("license_name") or licence.get("license") or "see the source"
+    return _harmless(named if isinstance(named, str) else " and ".join(named))
+
+
 def _harmless(name: str) -> str:
     """A name from a file that others wrote, without what Markdown or HTML would take for its own."""
-    return re.sub(r"[^\w.\-/ ]", "", name)
+    return re.sub(r"[^\w.,;:=+\-/ ]", "", name)
 
 
 def _render(template: str, **values: object) -> str:

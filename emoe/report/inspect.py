@@ -8,12 +8,13 @@ from typing import Any
 
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
+from emoe.checkpoint.limits import check_sizes
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
-from emoe.report.records import Conversion, checked
+from emoe.report.records import Conversion, ModuleFormer, checked
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -31,7 +32,9 @@ def _count_parameters(config: dict[str, Any]) -> int:
 
 def _describe_moduleformer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The facts of a ModuleFormer: sizes, modules by layer, history."""
-    parts = {}
+    path, parts = folder / "config.json", {}
+    check_sizes(config, path, "inspect")
+    checked(ModuleFormer, config, path)
     for kind, short in (("attention", "att"), ("ffn", "mlp")):
         groups = config.get(f"{short}_groups") or [[config[f"n_{short}_experts"]]] * config["n_layer"]
         parts[kind] = {"groups": groups, "a token": config[f"k_{short}"]}

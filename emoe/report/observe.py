@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.modeling.auto import emoe_config_class
 from emoe.modeling.ffn_emoe import SparseFFN, make_sparse
+from emoe.plainfiles import read_json
 
 MOST_TOKENS = 16_384
 """Tokens of all domains together; at F 11,008 what is kept of three layers then takes 0.5 GiB."""
@@ -79,11 +81,11 @@ def observe(folder: Path, texts: list[str], tokens: int, progress: Callable[[str
     """Stream `tokens` tokens of each text through a converted checkpoint.
 
     Raises:
-        UserError: too many tokens, unreadable text, or a damaged checkpoint.
+        UserError: too many tokens, unreadable text, a damaged checkpoint, or one whose layers differ in width.
     """
     if not 64 <= tokens * len(texts) <= MOST_TOKENS:
         raise UserError(f"--tokens: {tokens} of {len(texts)} texts; take 64 to {MOST_TOKENS} in all, or 0 for none")
-    config = read_converted(folder, "report")
+    config = _observable(folder)
     partition = Partition.load(folder / PARTITION)
     reader = CheckpointReader(folder, source_config(config))
     stream = StreamedModel(reader, dtype=_dtype(reader), batch_tokens=1024)
@@ -122,6 +124,16 @@ def observe(folder: Path, texts: list[str], tokens: int, progress: Callable[[str
         for text, own in loads.items()
     }
     return Observation(int(text_NT.numel() // len(texts)), texts, layers, usage, pictures)
+
+
+def _observable(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint whose layers all have the E equal experts of its conversion."""
+    model_type = read_json(folder / "config.json", "report").get("model_type")
+    config = read_converted(folder, "report") if model_type != "moduleformer" else {}
+    if not config or config.get("emoe_groups") or config.get("emoe_copies"):
+        kind = "a model with experts taken, added or copied" if config else "a ModuleFormer"
+        raise UserError(f"report: {folder} is {kind}, whose experts cannot be watched; add --tokens 0 for the rest")
+    return config
 
 
 def _dtype(reader: CheckpointReader) -> torch.dtype:

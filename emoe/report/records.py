@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from emoe.errors import UserError
+from emoe.checkpoint import converted
+from emoe.checkpoint.converted import Changed, Groups
 
 
 class Record(BaseModel):
     """A checked part of a file; what else is in it does not matter."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class Row(Record):
@@ -35,6 +36,45 @@ class Quality(Record):
     tokens: int
     rows: list[Row]
     domains: dict[str, Quality] | None = None
+
+
+class Recovered(Record):
+    """Perplexity by domain at one number of experts."""
+
+    top_k: int
+    active: float
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class Recovery(Record):
+    """``emoe_recover.json``, as far as it is shown."""
+
+    steps: int
+    minutes: float
+    num_experts: int
+    dense: dict[str, Annotated[float, Field(gt=0)]]
+    rows: list[Recovered]
+
+    @model_validator(mode="after")
+    def _same_domains(self) -> Recovery:
+        if any(self.dense.keys() - row.before.keys() or self.dense.keys() - row.after.keys() for row in self.rows):
+            raise ValueError("rows lack a domain of dense")
+        return self
+
+
+class ModuleFormer(Record):
+    """config.json of a ModuleFormer, as far as it is shown."""
+
+    n_layer: int = Field(ge=1)
+    n_att_experts: int
+    n_mlp_experts: int
+    k_att: int
+    k_mlp: int
+    att_groups: list[Groups] | None = None
+    mlp_groups: list[Groups] | None = None
+    gate_type: str = "mlp"
+    emoe_provenance: Changed | None = None
 
 
 class Load(Record):
@@ -62,6 +102,12 @@ class Conversion(Record):
     layers: list[Layer]
     seconds: dict[str, float]
     peak_bytes: dict[str, float]
+
+    @model_validator(mode="after")
+    def _same_stages(self) -> Conversion:
+        if not self.seconds.keys() <= self.peak_bytes.keys():
+            raise ValueError("peak_bytes lacks a stage of seconds")
+        return self
 
 
 class CellDomain(Record):
@@ -97,9 +143,4 @@ def checked(kind: type[Record], value: Any, path: Path) -> Any:
     Raises:
         UserError: it is none; the field is named.
     """
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UserError(f"report: {path}: {field}: {first['msg']}; write it again") from None
+    return converted.checked(kind, value, f"report: {path}", "write it again")

@@ -13,27 +13,43 @@ from typing import Any
 
 import numpy as np
 
-from emoe.errors import UserError, shortened
 from emoe.plainfiles import read_json
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
-from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, checked
+from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, Recovery, checked
 from emoe.report.svg import Line, chart
+from emoe.report.tables import groups_line, history_line, moduleformer_facts
 
 
 def conversion(folder: Path) -> dict[str, Any]:
-    """What was converted, how well, and in what time."""
+    """What was converted, how well, in what time, and what was done since."""
     found = describe(folder)
-    report = Conversion.model_validate(found["report"]) if found["report"] else None
+    report = Conversion.model_validate(found["report"]) if found.get("report") else None
+    facts = moduleformer_facts(found) if found["model_type"] == "moduleformer" else _converted(found)
+    steps = found["provenance"].get("history", [])
+    facts |= {f"history {number}": history_line(step) for number, step in enumerate(steps, 1)}
+    title = Path(report.model).name if report else folder.name
+    return {
+        "title": title,
+        "heading": title + (", a ModuleFormer" if "modules" in found else " as its Emergent Mixture-of-Experts"),
+        "folder": folder.name,
+        "facts": facts,
+        "experts": found.get("num_experts"),
+        "qualities": _qualities(report.quality) if report and report.quality else [],
+        "seconds": sum(report.seconds.values()) if report else None,
+        "shares": _shares(report) if report else "",
+    }
+
+
+def _converted(found: dict[str, Any]) -> dict[str, str]:
     provenance = found["provenance"]
-    fixed = found["routing"] == "top-k" and found["allocation"] == "uniform"
-    facts = {
+    untouched = not found["groups"] and not provenance.get("history")
+    return {
         "source": provenance["source"],
         "family": found["source"]["family"],
-        "parameters": f"{found['parameters']:,}, none of them new",
+        "parameters": f"{found['parameters']:,}" + (", none of them new" if untouched else ""),
         "converted layers": f"{len(found['layers'])}: {_ranges(found['layers'])}",
-        "experts": f"{found['num_experts']} of {found['neurons_per_expert']} neurons in each layer; a token gets "
-        f"{found['num_experts_per_tok']}" + ("" if fixed else " on average"),
+        "experts": _experts(found),
         "always on": str(found["shared_experts"]) if found["shared_experts"] else "none",
         "split": f"{provenance['split']['method']} ({provenance['split']['reference']})",
         "gate": f"{found['gate']} ({provenance['gate']['reference']}); {found['gate_entries']:,} numbers",
@@ -45,15 +61,17 @@ def conversion(folder: Path) -> dict[str, Any]:
         "digest of the source": provenance["source_digest"],
         "made by": f"emoe {provenance['emoe_version']}",
     }
-    return {
-        "title": Path(report.model).name if report else folder.name,
-        "folder": folder.name,
-        "facts": facts,
-        "experts": found["num_experts"],
-        "qualities": _qualities(report.quality) if report and report.quality else [],
-        "seconds": sum(report.seconds.values()) if report else None,
-        "shares": _shares(report) if report else "",
-    }
+
+
+def _experts(found: dict[str, Any]) -> str:
+    groups, fixed = found["groups"], found["routing"] == "top-k" and found["allocation"] == "uniform"
+    if groups:
+        said = f"{groups_line(groups)} by layer, of {found['neurons_per_expert']} neurons"
+    else:
+        said = f"{found['num_experts']} of {found['neurons_per_expert']} neurons in each layer"
+    said += f"; a token gets {found['num_experts_per_tok']}" + ("" if fixed else " on average")
+    extended = any(len(group) > 1 for group in groups or [])
+    return said + (", and of those behind a + as many as their gates say" if extended else "")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -93,7 +111,7 @@ def _qualities(quality: Quality) -> list[dict[str, Any]]:
 def _shares(report: Conversion) -> str:
     """How the budget of experts was shared among layers."""
     points = [(float(layer.layer), 100 * layer.share) for layer in report.layers if layer.share is not None]
-    if len({round(share) for _, share in points}) < 2:
+    if len({f"{share:.0f}" for _, share in points}) < 2:
         return ""
     return chart([Line("share", points)], "layer", "experts of the layer that are used, %")
 
@@ -204,17 +222,12 @@ def recovery(folder: Path) -> dict[str, Any] | None:
     path = folder / "emoe_recover.json"
     if not path.is_file():
         return None
-    found = read_json(path, "report")
-    try:
-        rows = [
-            [domain, f"{row['top_k']} of {found['num_experts']}", f"{100 * row['active']:.0f}%"]
-            + [f"{row[when][domain]:.4g}" for when in ("before", "after")]
-            + [f"{row[when][domain] / dense:.3f}" for when in ("before", "after")]
-            for domain, dense in found["dense"].items()
-            for row in found["rows"]
-        ]
-        return {"steps": int(found["steps"]), "minutes": float(found["minutes"]), "rows": rows}
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"report: {path} is not what recovery writes ({type(error).__name__}: {shortened(str(error))}); delete it"
-        ) from None
+    found = checked(Recovery, read_json(path, "report"), path)
+    rows = [
+        [domain, f"{row.top_k} of {found.num_experts}", f"{100 * row.active:.0f}%"]
+        + [f"{perplexity:.4g}" for perplexity in (row.before[domain], row.after[domain])]
+        + [f"{perplexity / dense:.3f}" for perplexity in (row.before[domain], row.after[domain])]
+        for domain, dense in found.dense.items()
+        for row in found.rows
+    ]
+    return {"steps": found.steps, "minutes": found.minutes, "rows": rows}

@@ -22,9 +22,14 @@ class Line:
 
 
 def chart(lines: list[Line], x_title: str, y_title: str, *, log: bool = False, level: float | None = None) -> str:
-    """Lines over a common x, with a dashed one at `level`, and a legend below; "" where there is no point."""
-    lines = [Line(line.name, [p for p in line.points if _usable(p, log)]) for line in lines]
+    """Lines over a common x, with a dashed one at `level`, and a legend below; "" where there is no point.
+
+    Points that cannot be placed are left out, and so is such a level.
+    """
+    usable = lambda x, y: _is_measured(x) and _is_measured(y) and not (log and y <= 0)  # noqa: E731
+    lines = [Line(line.name, [p for p in line.points if usable(*p)]) for line in lines]
     lines = [line for line in lines if line.points]
+    level = level if level is not None and usable(0.0, level) else None
     if not lines:
         return ""
     xs = [x for line in lines for x, _ in line.points]
@@ -61,8 +66,9 @@ def _style(number: int) -> str:
     return f"c{number % 8}" + (" again" if number >= 8 else "")
 
 
-def _usable(point: tuple[float, float], log: bool) -> bool:
-    return all(math.isfinite(v) for v in point) and not (log and point[1] <= 0)
+def _is_measured(value: float) -> bool:
+    """Nothing that is measured is as large or as near to 0, and distances between such numbers overflow."""
+    return value == 0 or 1e-100 < abs(value) < 1e100
 
 
 class _Axis:

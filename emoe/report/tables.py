@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from emoe.report.records import Conversion
 from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
 
@@ -89,7 +90,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         "made by": f"emoe {provenance['emoe_version']}",
     }
     if found["groups"]:
-        rows["experts by layer"] = ", ".join(" + ".join(map(str, group)) for group in found["groups"])
+        rows["experts by layer"] = groups_line(found["groups"])
     for number, step in enumerate(provenance.get("history", []), 1):
         rows[f"history {number}"] = history_line(step)
     if found["files_verified"] is not None:
@@ -98,7 +99,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         facts.add_row(name, value)
     console.print(facts)
     if found["report"] and not brief:
-        print_report(found["report"])
+        print_report(Conversion.model_validate(found["report"]).model_dump())
 
 
 def _moduleformer_table(found: dict[str, Any]) -> Table:
@@ -106,14 +107,29 @@ def _moduleformer_table(found: dict[str, Any]) -> Table:
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("model type", f"moduleformer, {found['num_layers']} layers, gate {found['gate']}")
-    for kind, part in found["modules"].items():
-        groups = ", ".join(" + ".join(map(str, group)) for group in part["groups"])
-        facts.add_row(f"{kind} experts", f"{groups}; {part['a token']} a token")
-    facts.add_row("weights", format_bytes(found["bytes"]))
+    for name, value in moduleformer_facts(found).items():
+        facts.add_row(name, value)
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
     return facts
+
+
+def moduleformer_facts(found: dict[str, Any]) -> dict[str, str]:
+    """What there is to say of a ModuleFormer, by name."""
+    experts = {
+        f"{kind} experts": f"{groups_line(part['groups'])}; {part['a token']} a token"
+        for kind, part in found["modules"].items()
+    }
+    return {
+        "model type": f"moduleformer, {found['num_layers']} layers, gate {found['gate']}",
+        **experts,
+        "weights": format_bytes(found["bytes"]),
+    }
+
+
+def groups_line(groups: list[list[int]]) -> str:
+    """Modules of each layer after surgery: those in the budget, then what each extension added."""
+    return ", ".join(" + ".join(map(str, group)) for group in groups)
 
 
 def history_line(step: dict[str, Any]) -> str:
@@ -122,14 +138,14 @@ def history_line(step: dict[str, Any]) -> str:
     if step.get("added"):
         said.append(", ".join(f"{number} {kind} experts a layer" for kind, number in step["added"].items()))
     if step.get("settings"):
-        told = ("method", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
+        told = ("task", "method", "tuning", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
         said.append(
-            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) is not None)
+            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) not in (None, []))
         )
     if step.get("steps"):
         said.append(f"{step['steps']} steps")
     if step.get("when"):
-        said.append(f"{step['when']}, from {step['from_digest'][:16]}")
+        said.append(f"{step['when']}, from {str(step.get('from_digest'))[:16]}")
     return "; ".join(part for part in said if part)
 
 

@@ -73,6 +73,8 @@ def rewrite(
     Raises:
         UserError: no output named, or something in its way.
     """
+    from emoe.report.card import write_history_card
+
     workspace = workspace_of(source, output, overwrite=overwrite)
     before = sizes_of(source)
     with workspace.open(Group()):
@@ -86,6 +88,7 @@ def rewrite(
                 "bytes": {"before": before.bytes, "after": after.bytes},
             }
             write_text(workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2) + "\n")
+            write_history_card(workspace.folder, source, report)
             write_digests(workspace.folder, digests)
             workspace.publish()
         except OSError as error:

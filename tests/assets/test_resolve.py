@@ -79,6 +79,8 @@ def test_a_hub_id_works_without_an_alias(hub):
         ("model.safetensors.index.json", True),
         ("tokenizer.model", True),
         ("merges.txt", True),
+        ("README.md", True),  # states the licence
+        ("onnx/README.md", False),
         ("pytorch_model.bin", False),
         ("original/consolidated.00.pth", False),
         ("onnx/model.safetensors", False),  # a second copy of the weights

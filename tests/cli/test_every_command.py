@@ -10,6 +10,7 @@ import sys
 import pytest
 import typer
 from rich.console import Console
+from support.runs import write_run
 
 from emoe.cli.main import app, main
 from emoe.cli.progress import progress_bar
@@ -23,8 +24,7 @@ def options(command) -> set[str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_can_be_read_by_programs(name):
-    assert "--quiet" in options(COMMANDS[name])
-    assert {"--json", "--format"} & options(COMMANDS[name]), "a table that no program can read"
+    assert {"--quiet", "--json"} <= options(COMMANDS[name])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,10 +54,26 @@ def commands(converted, dense, text, place) -> dict[str, list[str]]:
         "doctor": [],
         "fetch": [str(dense)],
         "report": [str(converted), "--html", str(place / "r.html"), "--tokens", "0"],
+        "extend": ["--model", str(converted), "--experts", "1", "--output", str(place / "e")],
+        "prune": ["--model", str(converted), "--method", "random", "--keep", "0.5", "--output", str(place / "p")],
+        "compare": [str(runs(place / "runs", arm)) for arm in ("vanilla", "emoe")] + ["--resamples", "100"],
+        "sweep": [str(sweep_file(place / "sweep.yaml")), "--dry-run"],
     }
 
 
-NAMES = ("convert", "export", "inspect", "estimate", "models", "doctor", "fetch", "report")
+def runs(folder, arm: str):
+    return write_run(folder / arm, seeds=range(2), examples=40)
+
+
+def sweep_file(path):
+    path.write_text("base: {model: m, task: sentiment}\narms: {vanilla: {method: vanilla}}\nseeds: 0:2\n")
+    return path
+
+
+NAMES = (
+    *("convert", "export", "inspect", "estimate", "models", "doctor", "fetch", "report"),
+    *("extend", "prune", "compare", "sweep"),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,6 +82,15 @@ def test_json_is_all_that_is_on_standard_output(name, converted_llama, tiny_llam
     capfd.readouterr()
     assert main([name, *arguments, "--json"]) == 0
     assert isinstance(json.loads(capfd.readouterr().out), dict | list)
+
+
+def test_a_comparison_in_a_file_and_as_json(tmp_path, capsys):
+    arguments = ["compare", str(runs(tmp_path, "vanilla")), str(runs(tmp_path, "emoe")), "--resamples", "100", "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "c.csv")]) == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == "vanilla"
+    assert (tmp_path / "c.csv").read_text().startswith("run,")
+    assert main([*arguments, "--format", "csv"]) == 2
+    assert "--json: standard output has room for one format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

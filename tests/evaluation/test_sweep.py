@@ -264,6 +264,8 @@ def test_the_command_says_that_something_failed(tmp_path, monkeypatch, capsys):
     assert "failed: emoe, seed 1: the loss is nan in step 3" in printed.err
     assert "2 seeds in pairs (0, 2)" in printed.out
     assert "emoe, seed 1: the loss is nan in step 3" in (tmp_path / "out" / "summary.md").read_text()
+    assert main(["sweep", str(path), "--output", str(tmp_path / "quiet"), "--resamples", "200", "--quiet"]) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 FOLDER = Path(__file__).parents[2] / "configs"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.hub import TOKEN, Hub, stand_in
 from support.routing import KEY
+
+from emoe.cli.main import main
+from emoe.errors import UserError
+from emoe.exporting.hub import push
 
 
 @pytest.fixture
@@ -54,6 +60,16 @@ def test_a_converted_folder_is_pushed_with_its_code(hub, converted):
     assert hub.private == {"someone/tiny": False}
 
 
+def test_a_recovered_folder_is_pushed(hub, converted, text_file, tmp_path):
+    flags = ["--model", converted(held_out_tokens=0), "--output", tmp_path / "out", "--text", text_file, "--steps", 1]
+    flags += ["--tokens-per-step", 128, "--sequence-length", 64, "--held-out-tokens", 64, "--precision", "float32"]
+    assert main(["recover", *map(str, flags), "--quiet"]) == 0
+    done = emoe_command(hub, "push", "--model", tmp_path / "out", "--repo", "someone/tiny")
+    assert done.returncode == 0, done.stderr
+    assert hub.files == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert b"recover" in hub.files["README.md"]
+
+
 @pytest.mark.parametrize(
     ("repo", "environment", "message"),
     [
@@ -69,6 +85,14 @@ def test_what_goes_wrong_is_one_line(repo, environment, message, hub, converted)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert hub.files == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 5}', "{}"])
+def test_a_damaged_report_is_refused_before_the_hub_is_asked(content, converted, tmp_path):
+    folder = Path(shutil.copytree(converted(held_out_tokens=0), tmp_path / "model"))
+    (folder / "emoe_export.json").write_text(content)
+    with pytest.raises(UserError, match=r"emoe_export\.json"):
+        push(folder, "someone/tiny")
 
 
 def test_a_folder_without_a_card_is_not_uploaded(hub, tiny_llama):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,11 +18,16 @@ from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import CheckpointReader, shard_map
-from emoe.config import ConvertConfig, RecoverConfig, merge_settings, resolve_config
+from emoe.config import ConvertConfig, ExtendConfig, RecoverConfig, merge_settings, resolve_config
 from emoe.conversion.frontier import read_grid
 from emoe.errors import UserError
 from emoe.evaluation.sweep_config import read_sweep
+from emoe.exporting.source import Source
 from emoe.plainfiles import read_json, read_yaml
+from emoe.report import sections
+from emoe.report.inspect import describe
+from emoe.report.tables import print_inspection
+from emoe.surgery.extend import extend
 from emoe.tasks.user import task_from_yaml
 
 bounded = settings(
@@ -102,19 +109,81 @@ def test_any_value_in_config_json(data, survives, tiny_llama, tmp_path_factory):
         assert reader.num_layers == 4
 
 
+def damage(value: Any, data: st.DataObject) -> Any:
+    """The value of a JSON file with something else in one place, however deep."""
+    where, key = [value], 0
+    while where[key] and isinstance(where[key], dict | list) and (where[key] is value or data.draw(st.booleans())):
+        where = where[key]
+        key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
+    where[key] = data.draw(PLAIN | st.lists(st.lists(st.integers(-1, 9), max_size=3), min_size=4, max_size=4))
+    return value
+
+
+def linked(source: Path, folder: Path, name: str, value: Any) -> Path:
+    """The same checkpoint but for one file."""
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_text(json.dumps(value))
+    return folder
+
+
 @bounded
 @given(data=st.data())
 def test_any_value_in_a_converted_config(data, survives, converted_llama, tmp_path_factory):
     config = json.loads((converted_llama / "config.json").read_text())
-    where, key = config, data.draw(st.sampled_from(sorted(config)))
-    while isinstance(where[key], dict) and data.draw(st.booleans()):
-        where = where[key]
-        key = data.draw(st.sampled_from(sorted(where)))
-    where[key] = data.draw(PLAIN)
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = linked(converted_llama, tmp_path_factory.mktemp("model"), "config.json", damage(config, data))
     with survives():
         read_converted(folder)
+    with survives():
+        assert Source(folder).width == 48
+
+
+@pytest.fixture(scope="module")
+def operated(converted_llama, tmp_path_factory):
+    """A checkpoint with groups of experts and a history, and with a report and a recovery that are not its own."""
+    folder = tmp_path_factory.mktemp("operated") / "model"
+    extend(ExtendConfig(model=str(converted_llama), output=str(folder), experts=1), lambda *_: None)
+    report = json.loads((converted_llama / "emoe_report.json").read_text())
+    report["quality"]["domains"] = {"other": report["quality"] | {"domains": None}}
+    (folder / "emoe_report.json").write_text(json.dumps(report))
+    row = {"top_k": 2, "active": 0.25, "before": {"a": 9.0}, "after": {"a": 8.0}}
+    recovery = {"steps": 1, "minutes": 0.1, "num_experts": 8, "dense": {"a": 7.0}, "rows": [row]}
+    (folder / "emoe_recover.json").write_text(json.dumps(recovery))
+    return folder
+
+
+@settings(bounded, max_examples=80)
+@given(data=st.data(), name=st.sampled_from(["config.json", "emoe_report.json", "emoe_recover.json"]))
+def test_what_is_shown_of_any_checkpoint(data, name, survives, operated, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("emoe.report.inspect._count_parameters", lambda config: 1)  # has a net of its own, and is slow
+    found = json.loads((operated / name).read_text())
+    folder = linked(operated, tmp_path_factory.mktemp("model"), name, damage(found, data))
+    with survives():
+        print_inspection(describe(folder))
+    with survives():
+        sections.conversion(folder)
+    with survives():
+        sections.recovery(folder)
+
+
+@bounded
+@given(data=st.data())
+def test_what_is_shown_of_any_moduleformer(data, survives, tmp_path_factory):
+    config = {
+        "model_type": "moduleformer",
+        "n_layer": 2,
+        "n_att_experts": 4,
+        "n_mlp_experts": 4,
+        "k_att": 1,
+        "k_mlp": 2,
+    }
+    config |= {"att_groups": [[4], [4, 1]], "emoe_provenance": {"history": [{"verb": "extend", "added": {"ffn": 1}}]}}
+    folder = tmp_path_factory.mktemp("model")
+    save_file({}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(damage(config, data)))
+    with survives():
+        print_inspection(describe(folder))
 
 
 @bounded

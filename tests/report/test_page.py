@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.modules import moduleformer
 
 from emoe.cli.main import main
 from emoe.report.observe import _binned, observe
@@ -148,14 +150,19 @@ def test_neurons_that_never_or_always_fire_are_no_numbers_to_fear():
     assert _binned(still, 3).isfinite().all()
 
 
+@pytest.mark.parametrize("level", [2.0, 0.0, -1.0, float("inf"), float("nan"), None])
 @pytest.mark.parametrize("log", [False, True])
-def test_charts_take_any_numbers(log):
+def test_charts_take_any_numbers(log, level):
     points = [(0.0, 0.0), (1.0, float("nan")), (2.0, float("inf")), (3.0, 1e-300), (4.0, 5.0), (5.0, -1.0)]
-    text = chart([Line(EVIL, points)], EVIL, EVIL, log=log, level=2.0)
+    text = chart([Line(EVIL, points)], EVIL, EVIL, log=log, level=level)
     assert "nan" not in text.replace(EVIL, "")
     assert "<script" not in text
     assert chart([Line("none", [(0.0, float("nan"))])], "x", "y") == ""
     assert "circle" in chart([Line("one point", [(1.0, 1.0)])], "x", "y", log=log)
+    far = [1e308, -1e308, 1e300, 5e-324, 1e-99, 1e99, 1.0, 1.0 + 2**-52]
+    for x, y in itertools.product(far, far):  # alone and two by two
+        chart([Line("one", [(x, y)])], "x", "y", log=log, level=level)
+        chart([Line("two", [(x, y), (y, x)])], "x", "y", log=log)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_charts_take_any_numbers(log):
         (lambda f: (f / "config.json").unlink(), "holds no converted checkpoint"),
         (lambda f: (f / "emoe_report.json").write_text('{"model": 3}'), "emoe_report.json: "),
         (lambda f: (f / "frontier.json").write_text('{"cells": [{}]}'), "frontier.json: "),
-        (lambda f: (f / "emoe_recover.json").write_text('{"dense": []}'), "emoe_recover.json is not what"),
+        (lambda f: (f / "emoe_recover.json").write_text('{"dense": []}'), "emoe_recover.json: steps: "),
         (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
 )
@@ -179,6 +186,44 @@ def test_bad_input_is_one_line(change, complaint, converted_llama, tmp_path, cap
     assert len(error) == 1
     assert complaint in error[0]
     assert not (tmp_path / "r.html").exists()
+
+
+def write(folder: Path, *models: Path, tokens: int = 0) -> int:
+    flags = ["--html", str(folder / "r.html"), "--tokens", str(tokens), "--quiet"]
+    return main(["report", *map(str, models), *flags])
+
+
+def test_models_after_surgery(converted_llama, tmp_path, capsys):
+    """Said as they are; their experts are not watched, and the line that says so names the way out."""
+    common = ["--model", str(converted_llama), "--quiet", "--output"]
+    assert main(["extend", *common, str(tmp_path / "big"), "--experts", "2"]) == 0
+    assert main(["prune", *common, str(tmp_path / "small"), "--method", "random", "--keep", "0.5"]) == 0
+    groups = json.loads((tmp_path / "small" / "config.json").read_text())["emoe_groups"]
+    assert write(tmp_path, tmp_path / "big", tmp_path / "small") == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "8 + 2, 8 + 2, 8 + 2, 8 + 2 by layer, of 6 neurons; a token gets 3 on average, and of those behind" in text
+    assert f"<dd>{', '.join(str(group[0]) for group in groups)} by layer, of 6 neurons; a token gets" in text
+    assert "none of them new" not in text
+    assert re.search(r"<dt>history 1</dt><dd>extend; 2 ffn experts a layer; ", text)
+    assert re.search(r"<dt>history 1</dt><dd>prune; method random, keep 0.5", text)
+    assert write(tmp_path, converted_llama) == 0
+    assert "none of them new" in (tmp_path / "r.html").read_text()
+    capsys.readouterr()
+    for name in ("big", "small"):
+        assert write(tmp_path, tmp_path / name, tokens=64) == 2
+        assert (
+            "experts taken, added or copied, whose experts cannot be watched; add --tokens 0" in capsys.readouterr().err
+        )
+
+
+def test_a_moduleformer(tmp_path, capsys):
+    model = moduleformer(tmp_path / "model", "linear")
+    assert write(tmp_path, model) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "model, a ModuleFormer" in text
+    assert "<dt>ffn experts</dt><dd>8, 8, 8; 3 a token</dd>" in text
+    assert write(tmp_path, model, tokens=64) == 2
+    assert "is a ModuleFormer, whose experts cannot be watched; add --tokens 0" in capsys.readouterr().err
 
 
 def test_runs_need_the_comparison(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,125 @@
+"""Every verb that writes a checkpoint writes its card, and the licence goes along from card to card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from support.labelled import write_task
+
+import emoe
+from emoe.assets.resolve import Resolved
+from emoe.checkpoint.companions import licence_fields, licence_of
+from emoe.cli.main import main
+
+GIVEN = {"license": "other", "license_name": "our-own", "license_link": "LICENSE"}
+
+
+@pytest.fixture(scope="module")
+def licensed(tiny_llama, settings, tmp_path_factory) -> Path:
+    """Converted from a source whose card states a licence."""
+    place = tmp_path_factory.mktemp("licensed")
+    dense = Path(shutil.copytree(tiny_llama, place / "dense"))
+    (dense / "README.md").write_text(f"---\n{yaml.safe_dump(GIVEN)}tags: [a]\n---\n# Dense\n")
+    emoe.convert(str(dense), output=place / "converted", **settings | {"held_out_tokens": 0})
+    return place / "converted"
+
+
+def front(folder: Path) -> dict:
+    """What the hub reads at the head of a card."""
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", (folder / "README.md").read_text(), re.DOTALL)[1])
+
+
+def test_conversion_keeps_the_licence(licensed):
+    assert GIVEN.items() <= front(licensed).items()
+    assert json.loads((licensed / "config.json").read_text())["emoe_provenance"]["licence"] == GIVEN
+
+
+def commands(text: Path) -> dict[str, list[str]]:
+    short = [
+        *("--text", str(text), "--sequence-length", "64", "--held-out-tokens", "64", "--tokens-per-step", "128"),
+        *("--steps", "1", "--precision", "float32"),
+    ]
+    random = ["--method", "random", "--keep", "0.5", "--scope", "layer"]
+    magnitude = ["--method", "magnitude", "--keep", "0.5", "--text", str(text), "--tokens", "512"]
+    return {
+        "extend": ["extend", "--experts", "1"],
+        "prune": ["prune", *random],
+        "prune to a dense model": ["prune", *magnitude, "--sequence-length", "64"],
+        "tune": ["tune", *short],
+        "recover": ["recover", *short],
+    }
+
+
+@pytest.mark.parametrize("name", commands(Path()))
+def test_what_is_made_from_it_has_a_card(name, licensed, text_file, tmp_path):
+    verb, *flags = commands(text_file)[name]
+    folder = tmp_path / "out"
+    assert main([verb, "--model", str(licensed), "--output", str(folder), *flags, "--quiet"]) == 0
+    check_card(folder, verb)
+    if verb == "recover":
+        emoe.export(folder, tmp_path / "dense", verify_tokens=0)
+        assert GIVEN.items() <= front(tmp_path / "dense").items()
+
+
+def check_card(folder: Path, verb: str) -> None:
+    assert GIVEN.items() <= front(folder).items()
+    text = (folder / "README.md").read_text()
+    assert re.search(rf"^1\. {verb}; ", text, re.MULTILINE)
+    assert "| licence | our-own |" in text
+    auto = re.search(r"model = (\w+)\.from_pretrained", text)[1]
+    assert getattr(transformers, auto).from_pretrained(folder) is not None
+    remote = "auto_map" in json.loads((folder / "config.json").read_text())
+    assert ("trust_remote_code" in text) == remote
+
+
+def test_a_fine_tuned_model_has_one(licensed, tmp_path):
+    flags = ["--model", licensed, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run"]
+    flags += ["--max-steps", 1, "--precision", "float32", "--gate", "discriminant", "--quiet"]
+    assert main(["finetune", *map(str, flags)]) == 0
+    model = tmp_path / "run" / "seed-0" / "model"
+    check_card(model, "finetune")
+    (step,) = json.loads((model / "config.json").read_text())["emoe_provenance"]["history"]
+    assert step["settings"]["method"] == "emoe"
+    assert str(tmp_path) not in (model / "README.md").read_text()
+
+
+def test_the_table_s_licence_stands_in_for_a_card(tiny_llama, settings, monkeypatch, tmp_path):
+    """Packaged models come without a card."""
+    resolved = Resolved(tiny_llama, "package tiny", "package", "Apache-2.0")
+    monkeypatch.setattr("emoe.assets.resolve_model", lambda *_, **__: resolved)
+    emoe.convert("tiny", output=tmp_path / "out", **settings | {"held_out_tokens": 0})
+    assert front(tmp_path / "out")["license"] == "apache-2.0"
+    assert licence_fields("Llama 3.1 Community") == {"license": "other", "license_name": "llama-3.1-community"}
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("license: apache-2.0", {"license": "apache-2.0"}),
+        ('license: "apache-2.0"  # quoted', {"license": "apache-2.0"}),
+        ("license:\n- mit\n- apache-2.0", {"license": ["mit", "apache-2.0"]}),
+        ("license: other\nlicense_name: ours", {"license": "other", "license_name": "ours"}),
+        ("license: {a: b}", {}),
+        ("license: [1, 2]", {}),
+        ("license: &a mit\nb: *a", {}),
+        ("license: [", {}),
+        ("- license: mit", {}),
+        ("tags: [a]", {}),
+    ],
+)
+def test_licences_are_read_as_yaml(head, found, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\nlicense: mit\n")
+    assert licence_of(tmp_path) == found
+    assert licence_of(tmp_path, {"licence": {"license": "mit"}}) == (found or {"license": "mit"})
+
+
+def test_no_card_no_licence(tmp_path):
+    assert licence_of(tmp_path) == {}
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe---")
+    assert licence_of(tmp_path, {"licence": "mit"}) == {}
