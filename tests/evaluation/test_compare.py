@@ -222,7 +222,7 @@ def test_too_few_seeds_are_named(tmp_path, seeds):
         (["{vanilla}", "{better}", "--format", "pdf"], "--format: unknown 'pdf'"),
         (["{vanilla}", "{better}", "--output", "{empty}/x.pdf"], "--format: 'x.pdf' tells no format"),
         (["{vanilla}", "{better}", "--output", "{empty}/no/x.md"], "--output: "),
-        (["{vanilla}", "{better}", "--resamples", "3"], "--resamples: 3 is too few"),
+        (["{vanilla}", "{better}", "--resamples", "3"], "Invalid value for '--resamples'"),
         (["{vanilla}", "{damaged}"], "amazon.jsonl is damaged"),
         (["{vanilla}", "{gone}"], "tweets.jsonl is missing"),
         (["{vanilla}", "{twice}"], "names example 'x1' twice"),
