@@ -61,11 +61,13 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     family. Formats that choose experts are judged on the same choices; these must be as good as the model's own."""
     comparison = comparisons[-1] if format.routes else comparisons[0]
     added = source.extended and not format.routes  # the gates of added experts go, which changes what is computed
-    if comparison.kl is None or added:
-        return
     limit = NARROW_TOLERANCE if source.narrow else format.tolerance
     wrong = None
-    if not comparison.kl <= limit:
+    if not all(comparison.finite for comparison in comparisons):
+        wrong = "numbers that are not finite, in the model's output or in the export's"
+    elif comparison.kl is None or added:
+        return
+    elif comparison.kl > limit:
         wrong = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected; largest difference of a logit "
         wrong += f"{comparison.max_difference:.2g}"
     elif format.routes and not source.narrow and comparison.margin > format.margin:

@@ -53,20 +53,29 @@ class Comparison:
     margin: float | None = None
     """How much worse the worst of these was, by the reference's gate, in standard deviations of a token's logits."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether everything measured is a number, neither infinite nor NaN."""
+        numbers = [self.max_difference, self.kl, self.agreement, *(self.perplexity or []), self.margin]
+        return all(math.isfinite(number) for number in numbers if number is not None)
+
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         return asdict(self)
 
 
 def kl_divergence(logits_NV: torch.Tensor, difference_NV: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(logits) ‖ softmax(logits - difference)) of each row in nats, (N,) fp64.
+    """KL(softmax(logits) ‖ softmax(logits - difference)) of each row in nats, (N,) fp64; NaN or infinite if they are.
 
     As E[d] + log E[exp(-d)] over the one distribution p: the rounding of p then cancels, and fp32 tells divergences of
-    1e-11, where a difference of two log-softmaxes stops at 1e-7.
+    1e-11, where a difference of two log-softmaxes stops at 1e-7. Logits raised by more than 1 are summed as logarithms:
+    their p may be 0 in fp32, and exp(-d) infinite.
     """
-    p_NV = logits_NV.softmax(-1)
+    p_NV, raised_NV = logits_NV.softmax(-1), difference_NV < -1
     mean_N = (p_NV * difference_NV).sum(-1, dtype=torch.float64)
-    return mean_N + (p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64).log1p()
+    near_N = torch.where(raised_NV, -p_NV, p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64)
+    raised_N = (logits_NV.log_softmax(-1) - difference_NV).masked_fill(~raised_NV, -torch.inf).logsumexp(-1)
+    return mean_N + torch.logaddexp(near_N.clamp_min(-1).log1p(), raised_N.double())
 
 
 class _Sums:
@@ -74,7 +83,7 @@ class _Sums:
 
     def __init__(self, reference: str, language: bool, causal: bool) -> None:
         self.reference, self.language, self.causal = reference, language, causal
-        self.tokens, self.scored, self.largest = 0, 0, 0.0
+        self.tokens, self.scored, self.largest = 0, 0, torch.zeros(())
         self.kl = self.agreed = 0.0
         self.nats = [0.0, 0.0]
 
@@ -83,7 +92,7 @@ class _Sums:
         for start in range(0, len(ours), SLICE):
             a, b = ours[start : start + SLICE], theirs[start : start + SLICE]
             difference = a - b
-            self.largest = max(self.largest, difference.abs().max().item())
+            self.largest = torch.maximum(self.largest, difference.abs().max())  # unlike max(), keeps a NaN
             self.tokens += len(a)
             if not self.language:
                 self.agreed += torch.nn.functional.cosine_similarity(a, b, dim=-1).sum().item()
@@ -99,13 +108,13 @@ class _Sums:
                     ).item()
 
     def finish(self) -> Comparison:
-        """The means."""
-        perplexity = [math.exp(min(700.0, nats / max(1, self.scored))) for nats in self.nats]
+        """The means; min() and max() keep a NaN that comes first."""
+        perplexity = [math.exp(min(nats / max(1, self.scored), 700.0)) for nats in self.nats]
         return Comparison(
             self.reference,
             self.tokens,
-            self.largest,
-            max(0.0, self.kl / self.tokens) if self.language else None,
+            self.largest.item(),
+            max(self.kl / self.tokens, 0.0) if self.language else None,
             self.agreed / self.tokens,
             perplexity if self.scored else None,
         )

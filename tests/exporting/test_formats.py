@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -14,9 +15,9 @@ from support.tiny import VOCAB, tiny_checkpoint
 import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
-from emoe.exporting import stock
+from emoe.exporting import dense, stock
 from emoe.exporting.source import Source
-from emoe.exporting.verify import kl_divergence
+from emoe.exporting.verify import _Sums, kl_divergence
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 BIASED = {"attention_bias": True}
@@ -56,10 +57,10 @@ def test_an_exact_format_is_exact(to, family, shape, given, converted, tmp_path)
     assert config["model_type"] == to
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=2e-4)
     # Fewer experts than the dense model has neurons for: were all of them on, these would differ.
-    dense = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
-    dense.set_top_k(8)
+    all_on = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    all_on.set_top_k(8)
     with torch.no_grad():
-        assert (dense(TOKENS).logits - logits(tmp_path / "out")).abs().max() > 0.1
+        assert (all_on(TOKENS).logits - logits(tmp_path / "out")).abs().max() > 0.1
 
 
 NEAR = [
@@ -207,10 +208,46 @@ def test_small_divergences_are_told_from_none():
     assert (kl_divergence(a, a - a) == 0).all()
 
 
+def test_what_a_reference_thinks_impossible_counts():
+    """A probability of 0 in fp32 times an infinite ratio is no NaN; whatever is NaN stays so."""
+    a = torch.zeros(4, 3)
+    a[:, 2] = -200.0
+    b = a.clone()
+    b[0, 2] = 0.0  # two likely words become three
+    b[1, 2] = 500.0  # nothing is left of the two
+    b[2] += 5.0  # the same distribution
+    b[3, 0] = torch.nan
+    kl_N = kl_divergence(a, a - b)
+    wanted = torch.tensor([math.log(3 / 2), 500 - math.log(2), 0.0, torch.nan], dtype=torch.float64)
+    torch.testing.assert_close(kl_N, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("factor", [1e30, torch.nan])
+def test_numbers_that_are_none_are_thrown_away(family, factor, converted, tmp_path, monkeypatch):
+    own = dense._padded
+    monkeypatch.setattr(dense, "_padded", lambda *arguments: own(*arguments) * factor)
+    with pytest.raises(UserError, match=r"numbers that are not finite.*nothing was written"):
+        emoe.export(converted(family, **FIXED), tmp_path / "out", verify_tokens=256)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_keeps_what_is_not_finite():
+    """In whichever sequence it comes."""
+    tokens_N, good_NV = torch.arange(4), torch.randn(4, 8)
+    for place in range(3):
+        sums = _Sums("the model", language=True, causal=True)
+        for number in range(3):
+            sums.add(good_NV, good_NV * (torch.nan if number == place else 1.0), tokens_N)
+        found = sums.finish()
+        assert not found.finite
+        assert all(math.isnan(number) for number in (found.max_difference, found.kl, found.perplexity[1]))
+
+
 def test_dense_of_a_classifier(settings, tmp_path):
     """No language head: what its head gives is compared."""
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
-    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    own = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
+    emoe.convert(str(own), output=tmp_path / "out", **(settings | FIXED))
     report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=256)
     assert report["comparisons"][0]["kl"] is None
     assert report["comparisons"][0]["agreement"] > 0.9999
