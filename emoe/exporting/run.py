@@ -10,7 +10,7 @@ from typing import Any
 from emoe.checkpoint.digests import check_digests
 from emoe.errors import UserError
 from emoe.exporting.source import Source
-from emoe.exporting.spec import NARROW_TOLERANCE, Format, Progress
+from emoe.exporting.spec import NARROW_TOLERANCE, RELATIVE_TOLERANCE, Format, Progress
 from emoe.exporting.verify import Comparison, verify
 from emoe.runtime import atomic_directory, format_bytes, require_space, write_text
 
@@ -65,8 +65,12 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     wrong = None
     if not all(comparison.finite for comparison in comparisons):
         wrong = "numbers that are not finite, in the model's output or in the export's"
-    elif comparison.kl is None or added:
+    elif added:
         return
+    elif comparison.kl is None:
+        if comparison.relative > RELATIVE_TOLERANCE and not source.narrow:
+            wrong = f"its output is off by {comparison.relative:.2g} of its length, at most {RELATIVE_TOLERANCE:g} was "
+            wrong += "expected"
     elif comparison.kl > limit:
         wrong = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected; largest difference of a logit "
         wrong += f"{comparison.max_difference:.2g}"

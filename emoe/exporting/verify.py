@@ -46,6 +46,8 @@ class Comparison:
     """Share of tokens with the same first choice; mean cosine without a language head."""
     perplexity: list[float] | None
     """Of the reference and of the export; None for models that do not predict the next token."""
+    relative: float | None = None
+    """Mean length of Δ over that of a row of the reference; None with a language head, where `kl` says more."""
     choices: int | None = None
     """Choices of experts made, one a token and layer; only where those of the export were imposed."""
     changed: int | None = None
@@ -56,7 +58,7 @@ class Comparison:
     @property
     def finite(self) -> bool:
         """Whether everything measured is a number, neither infinite nor NaN."""
-        numbers = [self.max_difference, self.kl, self.agreement, *(self.perplexity or []), self.margin]
+        numbers = [self.max_difference, self.kl, self.agreement, *(self.perplexity or []), self.relative, self.margin]
         return all(math.isfinite(number) for number in numbers if number is not None)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class _Sums:
     def __init__(self, reference: str, language: bool, causal: bool) -> None:
         self.reference, self.language, self.causal = reference, language, causal
         self.tokens, self.scored, self.largest = 0, 0, torch.zeros(())
-        self.kl = self.agreed = 0.0
+        self.kl = self.agreed = self.length = self.off = 0.0
         self.nats = [0.0, 0.0]
 
     def add(self, ours: torch.Tensor, theirs: torch.Tensor, tokens_N: torch.Tensor) -> None:
@@ -96,6 +98,8 @@ class _Sums:
             self.tokens += len(a)
             if not self.language:
                 self.agreed += torch.nn.functional.cosine_similarity(a, b, dim=-1).sum().item()
+                self.length += a.norm(dim=-1).sum().item()
+                self.off += difference.norm(dim=-1).sum().item()
                 continue
             self.kl += kl_divergence(a, difference).sum().item()
             self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
@@ -117,6 +121,7 @@ class _Sums:
             max(self.kl / self.tokens, 0.0) if self.language else None,
             self.agreed / self.tokens,
             perplexity if self.scored else None,
+            None if self.language else self.off / max(self.length, 1e-30),
         )
 
 

@@ -244,15 +244,21 @@ def test_a_comparison_keeps_what_is_not_finite():
         assert all(math.isnan(number) for number in (found.max_difference, found.kl, found.perplexity[1]))
 
 
-def test_dense_of_a_classifier(settings, tmp_path):
-    """No language head: what its head gives is compared."""
+def test_dense_of_a_classifier(settings, tmp_path, monkeypatch):
+    """No language head: what its head gives is compared, and judged."""
     own = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
     emoe.convert(str(own), output=tmp_path / "out", **(settings | FIXED))
     report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=256)
     assert report["comparisons"][0]["kl"] is None
     assert report["comparisons"][0]["agreement"] > 0.9999
+    assert report["comparisons"][0]["relative"] < 1e-5
     with pytest.raises(UserError, match="no language head"):
         emoe.export(tmp_path / "out", tmp_path / "granite", "granitemoe")
+    keep = dense._padded
+    monkeypatch.setattr(dense, "_padded", lambda *arguments: 1.01 * keep(*arguments))
+    with pytest.raises(UserError, match=r"computes something else .*off by .*nothing was written"):
+        emoe.export(tmp_path / "out", tmp_path / "wrong", verify_tokens=256)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
