@@ -21,6 +21,7 @@ from emoe.errors import UserError
 from emoe.exporting.dense import restored
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Cost, Format, Progress
+from emoe.exporting.stock import has_window
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
@@ -42,7 +43,6 @@ def refusal(source: Source) -> str | None:
     config, family = source.reader.config, source.reader.spec.model_type
     rope = getattr(config, "rope_parameters", None) or {}
     vocabulary = source.folder / "tokenizer.json"
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     ways = [
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (family not in ARCHITECTURES, f"only {', '.join(ARCHITECTURES)} can be read back; use --to dense"),
@@ -55,7 +55,7 @@ def refusal(source: Source) -> str | None:
             family == "gpt2" and (config.n_positions != 1024 or source.reader.hidden_width != 4 * config.hidden_size),
             "transformers reads back only GPT-2's own 1,024 positions and FFN of four times the width; use --to dense",
         ),
-        (bool(window), "attention within a window would be lost; use --to dense"),
+        (has_window(config), "attention within a window would be lost; use --to dense"),
         (not vocabulary.is_file(), f"{vocabulary} is missing, and the file holds the tokenizer; use --to dense"),
     ]
     return next((why for wrong, why in ways if wrong), None) or _tokenizer_refusal(read_json(vocabulary))

@@ -21,6 +21,7 @@ from emoe.exporting.verify import _Sums, kl_divergence
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 BIASED = {"attention_bias": True}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 
 def logits(folder, **kwargs) -> torch.Tensor:
@@ -39,6 +40,9 @@ EXACT = [
     ("gpt_oss", "llama", {}, FIXED | {"compensate": True}),
     ("gpt_oss", "qwen2", {}, FIXED),
     ("gpt_oss", "mistral", {"sliding_window": 8}, FIXED),  # shorter than the text
+    ("gpt_oss", "qwen2", WINDOW | {"max_window_layers": 2}, FIXED),  # the last two layers slide
+    ("gpt_oss", "qwen2", WINDOW | {"max_window_layers": 4}, FIXED),  # a window that no layer has
+    ("granitemoe", "qwen2", WINDOW | {"max_window_layers": 4}, KEY),
 ]
 
 
@@ -99,6 +103,7 @@ REFUSED = [
     ("granitemoe", "llama", {}, KEY | {"shared_experts": 1}, "1 experts are always chosen.*--shared-experts 0"),
     ("granitemoe", "llama", {}, KEY | {"compensate": True}, "--to gpt_oss.*without --compensate"),
     ("granitemoe", "mistral", {"sliding_window": 8}, KEY, "window"),
+    ("granitemoe", "qwen2", WINDOW | {"max_window_layers": 2}, KEY, "window"),
     ("qwen2_moe", "llama", BIASED, KEY, "output has a bias"),
     ("mixtral", "qwen2", {}, KEY, "attention has biases"),
     ("mixtral", "llama", {}, KEY, "--approximate"),
