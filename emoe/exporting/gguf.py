@@ -121,7 +121,10 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     from emoe.assets.gguf import quiet_loader
 
     with quiet_loader():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=FILE, dtype=dtype, trust_remote_code=False
+        )
+    return model.eval()
 
 
 def _model_arch(name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emoe.calibration.text import BUILTIN, read_blocks
+from emoe.calibration.text import BUILTIN, read_blocks, read_tokenizer
 from emoe.checkpoint.companions import source_config
 from emoe.errors import UserError
 from emoe.exporting.choices import Choices
@@ -137,7 +137,7 @@ def verify(
     Memory: both models, and two sequences' logits.
 
     Raises:
-        UserError: no tokenizer, or too little text.
+        UserError: no usable tokenizer, or too little text.
     """
     auto = _auto_class(source)
     dtype = source.dtype or source.reader.dtype
@@ -182,18 +182,11 @@ def _converted(source: Source, auto: str, dtype: torch.dtype) -> Any:
 
     import emoe  # noqa: F401 - teaches the Auto classes
 
-    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype).eval()
+    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError):
-        raise UserError(
-            f"--verify-tokens: {source.folder} has no tokenizer to read text with; give --verify-tokens 0"
-        ) from None
+    tokenizer = read_tokenizer(source.folder, "give --verify-tokens 0")
     length = min(LENGTH, getattr(source.reader.config, "max_position_embeddings", LENGTH), tokens)
     length -= source.reader.spec.position_offset if length < LENGTH else 0
     blocks = read_blocks(text or BUILTIN, tokenizer, length, -(-tokens // length), "--verify-text")

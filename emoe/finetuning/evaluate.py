@@ -120,14 +120,16 @@ def _load(
         if record is None:
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
         return _with_adapter(folder, record, task, work, progress)
-    facts = transformers.AutoConfig.from_pretrained(folder)
+    facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if task is None or task.kind == "instructions":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     else:
         if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
         _check_labels(task, facts.num_labels)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
     return Loaded(model, load_tokenizer(folder), record)
 
 

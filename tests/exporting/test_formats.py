@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from support.faults import with_tokenizer_of_its_own
 from support.routing import FIXED, KEY
 from support.tiny import VOCAB, tiny_checkpoint
 
@@ -162,6 +165,16 @@ def router_weight(monkeypatch, change) -> None:
         return own._replace(weight_ED=change(own.weight_ED))
 
     monkeypatch.setattr(Source, "table", changed)
+
+
+def test_whoever_answers_yes_runs_no_code_of_the_model(converted, tmp_path, monkeypatch):
+    """transformers would ask on the terminal."""
+    model = with_tokenizer_of_its_own(shutil.copytree(converted(**KEY), tmp_path / "model"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no usable tokenizer in .*give --verify-tokens 0"):
+        emoe.export(model, tmp_path / "out", verify_tokens=256)
+    assert not Path("owned").exists()
 
 
 @pytest.mark.parametrize("to", ["granitemoe", "qwen2_moe"])
