@@ -187,8 +187,12 @@ def _converted(source: Source, auto: str, dtype: torch.dtype) -> Any:
 
 def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
     tokenizer = read_tokenizer(source.folder, "give --verify-tokens 0")
-    length = min(LENGTH, getattr(source.reader.config, "max_position_embeddings", LENGTH), tokens)
-    length -= source.reader.spec.position_offset if length < LENGTH else 0
+    reader = source.reader
+    positions = getattr(reader.config, "max_position_embeddings", None) or LENGTH + reader.spec.position_offset
+    length = min(LENGTH, positions - reader.spec.position_offset, tokens)
+    least = 2 + tokenizer.num_special_tokens_to_add()
+    if length < least:
+        raise UserError(f"--verify-tokens: sequences of {length} are too short; give at least {least}, or 0")
     blocks = read_blocks(text or BUILTIN, tokenizer, length, -(-tokens // length), "--verify-text")
     if not blocks:
         raise UserError(f"--verify-text: {text or BUILTIN} is shorter than {length} tokens; give more text")

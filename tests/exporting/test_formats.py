@@ -14,6 +14,8 @@ import transformers
 from support.faults import with_tokenizer_of_its_own
 from support.routing import FIXED, KEY
 from support.tiny import VOCAB, tiny_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.processors import RobertaProcessing
 
 import emoe
 from emoe.cli.main import main
@@ -215,6 +217,23 @@ def test_dense_is_exact_for_every_family(family, converted, tmp_path):
     assert report["comparisons"][0]["agreement"] == 1.0
 
 
+@pytest.mark.parametrize(("tokens", "compared"), [(2, 2), (131, 260), (1024, 1040)])
+def test_fewer_tokens_than_positions(tokens, compared, converted, tmp_path):
+    """RoBERTa's 132 positions, two of which it does not use, are sequences of 130 tokens, or of fewer if so told."""
+    report = emoe.export(converted("roberta", **FIXED), tmp_path / "out", verify_tokens=tokens)
+    assert report["comparisons"][0]["tokens"] == compared
+
+
+def test_fewer_tokens_than_the_tokenizer_adds(converted, tmp_path):
+    model = shutil.copytree(converted("roberta", **FIXED), tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 1))
+    tokenizer.save(str(model / "tokenizer.json"))
+    with pytest.raises(UserError, match="--verify-tokens: sequences of 2 are too short; give at least 4, or 0"):
+        emoe.export(model, tmp_path / "out", verify_tokens=2)
+    assert emoe.export(model, tmp_path / "out", verify_tokens=4)["comparisons"][0]["tokens"] == 4
+
+
 def test_small_divergences_are_told_from_none():
     """Against the textbook in fp64, from far apart to below fp32's own rounding."""
     torch.manual_seed(0)
@@ -301,7 +320,8 @@ def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
         (["--to", "granite"], r"--to: unknown format 'granite' \(did you mean 'granitemoe'\?\)"),
         (["--to", "granitemoe", "--fix-k", "9"], "--fix-k: 9 must lie between 1 and the model's 8 experts"),
         (["--dtype", "int4"], "--dtype: unknown element type 'int4'"),
-        (["--verify-tokens", "-1"], "--verify-tokens: -1 must be 0 or more"),
+        (["--verify-tokens", "-1"], "--verify-tokens: -1 must be 0, or 2 or more"),
+        (["--verify-tokens", "1"], "--verify-tokens: 1 must be 0, or 2 or more"),
         (["--verify-text", "missing.txt"], "--verify-text: missing.txt does not exist"),
         (["--to", "granitemoe", "--dtype", "float16"], "float16 has no room"),
     ],
