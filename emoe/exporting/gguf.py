@@ -21,6 +21,7 @@ from emoe.exporting.dense import restored
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Cost, Format, Progress
 from emoe.exporting.stock import has_window
+from emoe.exporting.verify import auto_class
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
@@ -55,6 +56,7 @@ def refusal(source: Source) -> str | None:
     ways = [
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (family not in ARCHITECTURES, f"only {', '.join(ARCHITECTURES)} can be read back; use --to dense"),
+        (auto_class(source) != "AutoModelForCausalLM", "the model has no language head; use --to dense"),
         (rope.get("rope_type", "default") != "default", "rope scaling would be lost; use --to dense"),
         (
             ARCHITECTURES.get(family) == "llama" and (getattr(config, "attention_bias", False) or _mlp_bias(source)),

@@ -139,7 +139,7 @@ def verify(
     Raises:
         UserError: no usable tokenizer, or too little text.
     """
-    auto = _auto_class(source)
+    auto = auto_class(source)
     dtype = source.dtype or source.reader.dtype
     blocks = _text(source, tokens, text)
     theirs = format.load(folder, dtype) if format.name != "dense" else format.load(folder, dtype, auto)
@@ -168,7 +168,7 @@ def verify(
     return found
 
 
-def _auto_class(source: Source) -> str:
+def auto_class(source: Source) -> str:
     """The Auto class of the architecture that the checkpoint was saved as."""
     from emoe.modeling.auto import stock_classes
 

@@ -95,6 +95,15 @@ def test_heads_of_their_own_width_are_said(settings, tmp_path):
     assert [fields[f"llama.{name}"].contents() for name in facts] == [16, 16, 16]
 
 
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_model_without_a_language_head_is_refused(head, settings, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", head=head)
+    byte_level_tokenizer(dense)
+    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    with pytest.raises(UserError, match="no language head; use --to dense"):
+        emoe.export(tmp_path / "out", tmp_path / "gguf", "gguf")
+
+
 DAMAGED = [
     ("tokenizer.json", {"model": []}),
     ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence"}}),
