@@ -2,8 +2,9 @@
 
 SmolLM2-135M with 64 experts in all layers and in layers 26 and 28 only, and made-up weights in the shapes of GPT-2 and
 Pythia (`make_checkpoint.py`), whose exports are checked on real text all the same. What a format cannot represent is a
-row, too: it says why. Conversions are kept in ``--folder`` and used again, as are the rows that an earlier run of this
-commit has measured; exports are deleted then. Results: docs/results/exports.*.
+row, too: it says why. An export that fails for another reason, or goes through where it should be refused, is listed as
+failed, and the exit status is 1. Conversions are kept in ``--folder`` and used again, as are the rows that an earlier
+run of this commit has measured; exports are deleted then. Results: docs/results/exports.*.
 
     python scripts/check_exports.py --folder /tmp/emoe-exports --output docs/results/exports.json
 """
@@ -40,31 +41,38 @@ CONVERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → model and settings beside 64 experts; "like:" stands for made-up weights in that shape."""
 
-EXPORTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("late", "dense", {}),
-    ("late", "gguf", {}),
-    ("late", "qwen2_moe", {}),
-    ("late", "granitemoe", {}),
-    ("late", "gpt_oss", {}),
-    ("late", "mixtral", {"approximate": True}),
-    ("all-default", "dense", {}),
-    ("all-default", "gguf", {}),
-    ("all-default", "gpt_oss", {"fix_k": 32}),
-    ("all-default", "gpt_oss", {"fix_k": 32, "dtype": "bfloat16"}),
-    ("all-discriminant", "gpt_oss", {}),
-    ("all-discriminant", "mixtral", {"approximate": True}),
-    ("all-key", "granitemoe", {}),
-    ("all-key", "granitemoe", {"fix_k": 56}),
-    ("all-key", "qwen2_moe", {"fix_k": 56}),
-    ("all-key", "mixtral", {"fix_k": 56}),
-    ("all-key", "mixtral", {"fix_k": 56, "approximate": True}),
-    ("gpt2", "dense", {}),
-    ("gpt2", "gguf", {}),
-    ("gpt2", "gpt_oss", {}),
-    ("pythia-160m", "dense", {}),
-    ("pythia-160m", "gguf", {}),
+CANNOT = "cannot represent this model"
+DENSE_LAYERS, BIASED_GATE, SOFTMAX = (
+    "28 of 30 layers are dense",
+    "gate 'discriminant' has a bias",
+    "takes a softmax before",
+)
+EXPORTS: list[tuple[str, str, dict[str, Any], str | None]] = [
+    ("late", "dense", {}, None),
+    ("late", "gguf", {}, None),
+    ("late", "qwen2_moe", {}, None),
+    ("late", "granitemoe", {}, DENSE_LAYERS),
+    ("late", "gpt_oss", {}, DENSE_LAYERS),
+    ("late", "mixtral", {"approximate": True}, DENSE_LAYERS),
+    ("all-default", "dense", {}, None),
+    ("all-default", "gguf", {}, None),
+    ("all-default", "gpt_oss", {"fix_k": 32}, None),
+    ("all-default", "gpt_oss", {"fix_k": 32, "dtype": "bfloat16"}, None),
+    ("all-discriminant", "gpt_oss", {}, None),
+    ("all-discriminant", "mixtral", {"approximate": True}, BIASED_GATE),
+    ("all-key", "granitemoe", {}, None),
+    ("all-key", "granitemoe", {"fix_k": 56}, None),
+    ("all-key", "qwen2_moe", {"fix_k": 56}, None),
+    ("all-key", "mixtral", {"fix_k": 56}, SOFTMAX),
+    ("all-key", "mixtral", {"fix_k": 56, "approximate": True}, None),
+    ("gpt2", "dense", {}, None),
+    ("gpt2", "gguf", {}, None),
+    ("gpt2", "gpt_oss", {}, "the decoder of gpt2 is not"),
+    ("pythia-160m", "dense", {}, None),
+    ("pythia-160m", "gguf", {}, "can be read back"),
 ]
-"""Average-key with half of the experts in all layers leaves a broken model, of which 56 of 64 leave more."""
+"""Conversion, format, options, and the words of the refusal where the format cannot represent that model. Average-key
+with half of the experts in all layers leaves a broken model, of which 56 of 64 leave more."""
 
 
 def main() -> None:
@@ -77,14 +85,16 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     silence_libraries()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
-    rows = [row for row in rows if row.get("commit") == commit()]
-    for name, to, options in EXPORTS:
+    rows = [row for row in rows if row.get("commit") == commit() and "failed" not in row]
+    for name, to, options, refusal in EXPORTS:
         key = {"conversion": name, "format": to, "options": options, "tokens": arguments.tokens, "commit": commit()}
         if (arguments.only and to not in arguments.only.split(",")) or any(key.items() <= row.items() for row in rows):
             continue
-        rows.append(key | measure(converted(name, arguments.folder), to, options, arguments))
+        rows.append(key | measure(converted(name, arguments.folder), to, options, refusal, arguments))
         publish(rows, arguments.output)
         print(json.dumps(rows[-1]), flush=True)
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 @functools.cache
@@ -107,14 +117,19 @@ def converted(name: str, folder: Path) -> Path:
     return output
 
 
-def measure(model: Path, to: str, options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row: the export's own report, or why there is none, and how long it took."""
+def measure(
+    model: Path, to: str, options: dict[str, Any], refusal: str | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: the export's own report, or why there is none ("refused" or "failed"), and how long it took."""
     target, start = arguments.folder / f"export-{os.getpid()}", time.perf_counter()
     try:
         with progress_bar(quiet=False, unit="parts") as show:
             report = emoe.export(model, target, to, verify_tokens=arguments.tokens, progress=show, **options)
+        if refusal:
+            report = {"failed": f"written, though the format {CANNOT} ({refusal})", "comparisons": []}
     except UserError as error:
-        report = {"refused": str(error), "comparisons": []}
+        expected = refusal and CANNOT in str(error) and refusal in str(error)
+        report = {"refused" if expected else "failed": str(error), "comparisons": []}
     finally:
         shutil.rmtree(target, ignore_errors=True)
     return {**report, "seconds": round(time.perf_counter() - start, 1)}
@@ -146,12 +161,13 @@ of these takes an expert behind one that it leaves out, in standard deviations o
 
 def page(command: str, rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines, refused = [], ["", "Refused, as it should be:", ""]
+    lines, without = [], {"failed": [], "refused": []}
     for row in rows:
         options = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in row["options"].items())
         what = f"{row['format']}{f' ({options})' if options else ''}"
-        if "refused" in row:
-            refused.append(f"- {row['conversion']}, {what}: {row['refused']}")
+        for outcome, found in without.items():
+            if outcome in row:
+                found.append(f"- {row['conversion']}, {what}: {row[outcome]}")
         for c in row["comparisons"]:
             other, own = c["perplexity"]
             choices = f"{c['changed']:,} of {c['choices']:,} | {c['margin']:.1e}" if c["choices"] else "|"
@@ -160,7 +176,9 @@ def page(command: str, rows: list[dict[str, Any]]) -> str:
                 f"{c['kl']:.2e} | {100 * c['agreement']:.3f}% | {own:.4f}, {other:.4f} | {choices} |"
             )
     text = INTRODUCTION.format(command=command, commit=commit()[:12])
-    return text + "\n".join(lines + (refused if len(refused) > 3 else [])) + "\n"
+    for title, found in (("Failed:", without["failed"]), ("Refused, as it should be:", without["refused"])):
+        lines += ["", title, "", *found] if found else []
+    return text + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,19 @@ def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_no_model_brings_code_of_its_own():
+    """Left alone, transformers asks on the terminal whether to run what a stranger's folder names."""
+    asking = []
+    for path in (ROOT / "emoe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                refuses = any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords)
+                loads = node.func.attr == "from_pretrained" and ast.unparse(node.func.value) != "super()"
+                if loads and not refuses:
+                    asking.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not asking
+
+
 def imported(path: Path) -> list[str]:
     """Floors' names imported at module level."""
     names = []

@@ -74,9 +74,11 @@ def import_gguf(path: Path, output: Path) -> Path:
     with quiet_loader():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
         except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path.name}: transformers cannot read this GGUF file: {reason}") from error

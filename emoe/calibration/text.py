@@ -50,11 +50,11 @@ class TokenBlocks:
     """Hex sha256 over the token ids."""
 
 
-def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again") -> Any:
-    """The tokenizer in a model's folder.
+def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again", flag: str = "--model") -> Any:
+    """The tokenizer in a model's folder; one that asks to run code of its own is none.
 
     Raises:
-        UserError: there is none that works; ``advice`` says what to do.
+        UserError: there is none that works; ``advice`` says what to do, ``flag`` where the folder was named.
     """
     from transformers import AutoTokenizer
 
@@ -62,7 +62,7 @@ def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again") 
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model: no usable tokenizer in {folder} ({problem}); {advice}") from None
+        raise UserError(f"{flag}: no usable tokenizer in {folder} ({problem}); {advice}") from None
 
 
 def check_source(source: str, flag: str = "--calibration") -> None:

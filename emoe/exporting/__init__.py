@@ -61,7 +61,7 @@ def export(
         fix_k: route every token of every layer to so many experts, where the model itself routes by need.
         approximate: write formats, too, that cannot choose as the model does.
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own.
-        verify_tokens: tokens of text to compare on; 0 for no comparison.
+        verify_tokens: tokens of text to compare on, at least 2; 0 for no comparison.
         verify_text: where that text comes from, as for ``emoe convert --calibration``; None for the built-in.
         progress: called with stage, done, total.
         say: called with the cost, a line, before anything is written.
@@ -77,8 +77,8 @@ def export(
     model, output = Path(model), Path(output)
     if output.exists():
         raise UserError(f"--output: {output} exists; choose another folder")
-    if verify_tokens < 0:
-        raise UserError(f"--verify-tokens: {verify_tokens} must be 0 or more")
+    if verify_tokens < 0 or verify_tokens == 1:
+        raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
     from emoe.exporting.run import run
     from emoe.exporting.source import Source, element_type
 

@@ -66,5 +66,6 @@ class Choices:
             logits_NE, chosen_NE = (t[differs_N, self.shared :] for t in (logits_NE, chosen_NE))
             best_N = logits_NE.masked_fill(chosen_NE, -torch.inf).amax(1)
             least_N = logits_NE.masked_fill(~chosen_NE, torch.inf).amin(1)
-            self.margin = max(self.margin, ((best_N - least_N) / logits_NE.std(1)).max().item())
+            margin_N = (best_N - least_N) / logits_NE.std(1).clamp_min(1e-30)  # a token without any gate has no margin
+            self.margin = torch.maximum(margin_N.max(), margin_N.new_tensor(self.margin)).item()  # keeps a NaN
         return experts_NK

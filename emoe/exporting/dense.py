@@ -6,6 +6,7 @@ After pruning that is a smaller dense model, after extending a wider one.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,24 @@ def refusal(source: Source) -> str | None:
 
 
 def cost(source: Source) -> Cost:
-    """The source's own tensors."""
+    """The source's own tensors, and zeros."""
     exact = "bit for bit the source where nothing has been trained since; the gates go"
-    return Cost(source.nbytes(), exact if source.dtype is None else f"rounded to {source.dtype}; the gates go")
+    return Cost(
+        source.nbytes(_zeros(source)), exact if source.dtype is None else f"rounded to {source.dtype}; the gates go"
+    )
+
+
+def _zeros(source: Source) -> int:
+    """Entries that `_padded` adds, in all layers together."""
+    reader, entries = source.reader, 0
+    for index, width in source.widths.items():
+        for name, (role, parameter) in reader.ffn_tensors(index).items():
+            axis = neuron_axis(reader.spec, role, parameter)
+            if axis is not None:
+                shape = list(reader.shape(name))
+                shape[axis] = (source.width - width) * (2 if reader.spec.fused and role == "up" else 1)
+                entries += math.prod(shape)
+    return entries
 
 
 def restored(source: Source, index: int) -> tuple[dict[str, Any], bool]:

@@ -16,23 +16,35 @@ import numpy as np
 import torch
 
 from emoe.checkpoint.companions import copy_companions
-from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError
 from emoe.exporting.dense import restored
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Cost, Format, Progress
+from emoe.exporting.stock import has_window
+from emoe.exporting.verify import auto_class
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
 """Families whose GGUF transformers reads back as the same model, and their architecture there."""
 
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def _split(numbers: str) -> list[dict[str, Any]]:
+    pattern = {"Regex": f"{_WORDS}|{numbers}|{_REST}"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return [split, _LEVEL | {"use_regex": False}]
+
+
 PRE_TOKENIZERS = {
-    "smollm": [("Digits", True), ("ByteLevel", None)],
-    "gpt-2": [("ByteLevel", None)],
-    "qwen2": [("Split", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"), ("ByteLevel", None)],
-    "llama-bpe": [("Split", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"), ("ByteLevel", None)],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _LEVEL],
+    "gpt-2": [_LEVEL],
+    "qwen2": _split(r"\p{N}"),
+    "llama-bpe": _split(r"\p{N}{1,3}"),
 }
-"""llama.cpp's names of splitting rules → the steps in tokenizer.json: kind, and setting or beginning of the pattern."""
+"""llama.cpp's names of splitting rules → the steps in tokenizer.json, with every setting that changes the tokens."""
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -41,11 +53,10 @@ def refusal(source: Source) -> str | None:
     """Why there is no GGUF of this model."""
     config, family = source.reader.config, source.reader.spec.model_type
     rope = getattr(config, "rope_parameters", None) or {}
-    vocabulary = source.folder / "tokenizer.json"
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     ways = [
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (family not in ARCHITECTURES, f"only {', '.join(ARCHITECTURES)} can be read back; use --to dense"),
+        (auto_class(source) != "AutoModelForCausalLM", "the model has no language head; use --to dense"),
         (rope.get("rope_type", "default") != "default", "rope scaling would be lost; use --to dense"),
         (
             ARCHITECTURES.get(family) == "llama" and (getattr(config, "attention_bias", False) or _mlp_bias(source)),
@@ -55,16 +66,32 @@ def refusal(source: Source) -> str | None:
             family == "gpt2" and (config.n_positions != 1024 or source.reader.hidden_width != 4 * config.hidden_size),
             "transformers reads back only GPT-2's own 1,024 positions and FFN of four times the width; use --to dense",
         ),
-        (bool(window), "attention within a window would be lost; use --to dense"),
-        (not vocabulary.is_file(), f"{vocabulary} is missing, and the file holds the tokenizer; use --to dense"),
+        (has_window(config), "attention within a window would be lost; use --to dense"),
     ]
-    return next((why for wrong, why in ways if wrong), None) or _tokenizer_refusal(read_json(vocabulary))
+    return next((why for wrong, why in ways if wrong), None) or _tokenizer_refusal(_tokenizer(source))
+
+
+def _tokenizer(source: Source) -> dict[str, Any]:
+    """tokenizer.json as the library reads it: every setting is there, and of its type.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = source.folder / "tokenizer.json"
+    try:
+        return json.loads(Tokenizer.from_file(str(path)).to_str())
+    except Exception as error:  # the library raises nothing more exact
+        raise UserError(
+            f"--to: the file holds the tokenizer, but {path} is not usable ({error}); use --to dense"
+        ) from None
 
 
 def _tokenizer_refusal(settings: dict[str, Any]) -> str | None:
-    if settings.get("model", {}).get("type") != "BPE" or (settings.get("decoder") or {}).get("type") != "ByteLevel":
+    if settings["model"]["type"] != "BPE" or (settings["decoder"] or {}).get("type") != "ByteLevel":
         return "only byte-level BPE tokenizers are written; use --to dense and llama.cpp's own converter"
-    if pre_tokenizer_name(settings.get("pre_tokenizer")) is None:
+    if pre_tokenizer_name(settings["pre_tokenizer"]) is None:
         known = ", ".join(PRE_TOKENIZERS)
         return f"its tokenizer's splitting rule is none of {known}; use --to dense and llama.cpp's own converter"
     return None
@@ -121,7 +148,10 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     from emoe.assets.gguf import quiet_loader
 
     with quiet_loader():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=FILE, dtype=dtype, trust_remote_code=False
+        )
+    return model.eval()
 
 
 def _model_arch(name: str) -> Any:
@@ -189,6 +219,8 @@ def _add_facts(writer: Any, source: Source) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)  # llama.cpp takes width / heads for both unless told
+    writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
 
@@ -197,10 +229,10 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     """Tokens, kinds, merges, special ids and chat template from tokenizer.json."""
     import gguf
 
-    settings = read_json(source.folder / "tokenizer.json")
+    settings = _tokenizer(source)
     model = settings["model"]
     by_id = {number: token for token, number in model["vocab"].items()}
-    special = {added["id"]: added for added in settings.get("added_tokens", [])}
+    special = {added["id"]: added for added in settings["added_tokens"]}
     by_id |= {number: added["content"] for number, added in special.items()}
     size = source.reader.config.vocab_size
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
@@ -215,29 +247,23 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     writer.add_tokenizer_pre(pre_tokenizer_name(settings["pre_tokenizer"]))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    vocabulary = gguf.SpecialVocab(source.folder, load_merges=False, n_vocab=size)
-    vocabulary.add_to_gguf(writer, quiet=True)
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    try:
+        gguf.SpecialVocab(source.folder, load_merges=False, n_vocab=size).add_to_gguf(writer, quiet=True)
+    except Exception as error:  # it reads tokenizer_config.json and trusts it
+        path = source.folder / "tokenizer_config.json"
+        raise UserError(f"--to: {path} is not usable ({type(error).__name__}: {error}); use --to dense") from None
 
 
 def pre_tokenizer_name(settings: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name of a splitting rule in tokenizer.json; None for one that it is not known to have."""
+    """llama.cpp's name of a splitting rule, as `_tokenizer` reads it; None for one that it is not known to have."""
     if not settings:
         return None
     steps = settings["pretokenizers"] if settings["type"] == "Sequence" else [settings]
     for name, wanted in PRE_TOKENIZERS.items():
-        if len(steps) == len(wanted) and all(map(_is_step, steps, wanted)):
+        if len(steps) == len(wanted) and all(w.items() <= step.items() for step, w in zip(steps, wanted, strict=True)):
             return name
     return None
-
-
-def _is_step(step: dict[str, Any], wanted: tuple[str, Any]) -> bool:
-    kind, setting = wanted
-    if step["type"] != kind:
-        return False
-    if kind == "Digits":
-        return step.get("individual_digits") is setting
-    return kind != "Split" or json.dumps(step["pattern"].get("Regex", ""))[1:].startswith(json.dumps(setting)[1:-1])
 
 
 FORMAT = Format(name="gguf", routes=False, refusal=refusal, cost=cost, write=write, load=load)

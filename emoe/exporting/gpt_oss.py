@@ -38,7 +38,8 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     config, experts_count = source.reader.config, source.num_experts
     neurons = source.neurons
     biased = source.biases("q_proj", "k_proj", "v_proj", "o_proj")
-    window = config.sliding_window if stock.has_window(config) else None
+    # transformers makes that mask even if no layer asks
+    window = config.sliding_window if stock.has_window(config) else config.max_position_embeddings
 
     def layer(index: int) -> dict[str, torch.Tensor]:
         experts, table = source.experts(index), stock.scaled(source.table(index), stock.RAW_SCALE)
@@ -69,9 +70,8 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
         "attention_bias": biased,
         "swiglu_alpha": 1.0,
         "swiglu_limit": NO_LIMIT,
-        "sliding_window": window
-        or config.max_position_embeddings,  # transformers makes that mask even if no layer asks
-        "layer_types": ["sliding_attention" if window else "full_attention"] * source.reader.num_layers,
+        "sliding_window": window,
+        "layer_types": stock.layer_types(config),
     }
     stock.write(source, folder, fields, layer, progress)
     return {"layers": len(source.layers)}

@@ -37,13 +37,15 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
             found[f"{name}.w2.weight"] = experts.down_EDS[e].float() * source.top_k
         return found
 
+    # Mistral's layers slide all or none; Qwen2's differ, but its biases are refused.
+    window = source.reader.config.sliding_window if stock.has_window(source.reader.config) else None
     config = {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
         "intermediate_size": source.neurons,
         "num_local_experts": source.num_experts,
         "num_experts_per_tok": source.top_k,
-        "sliding_window": source.reader.config.sliding_window if stock.has_window(source.reader.config) else None,
+        "sliding_window": window,
     }
     stock.write(source, folder, config, layer, progress)
     return {"layers": len(source.layers)}

@@ -10,7 +10,7 @@ from typing import Any
 from emoe.checkpoint.digests import check_digests
 from emoe.errors import UserError
 from emoe.exporting.source import Source
-from emoe.exporting.spec import NARROW_TOLERANCE, Format, Progress
+from emoe.exporting.spec import NARROW_TOLERANCE, RELATIVE_TOLERANCE, Format, Progress
 from emoe.exporting.verify import Comparison, verify
 from emoe.runtime import atomic_directory, format_bytes, require_space, write_text
 
@@ -61,11 +61,17 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     family. Formats that choose experts are judged on the same choices; these must be as good as the model's own."""
     comparison = comparisons[-1] if format.routes else comparisons[0]
     added = source.extended and not format.routes  # the gates of added experts go, which changes what is computed
-    if comparison.kl is None or added:
-        return
     limit = NARROW_TOLERANCE if source.narrow else format.tolerance
     wrong = None
-    if not comparison.kl <= limit:
+    if not all(comparison.finite for comparison in comparisons):
+        wrong = "numbers that are not finite, in the model's output or in the export's"
+    elif added:
+        return
+    elif comparison.kl is None:
+        if comparison.relative > RELATIVE_TOLERANCE and not source.narrow:
+            wrong = f"its output is off by {comparison.relative:.2g} of its length, at most {RELATIVE_TOLERANCE:g} was "
+            wrong += "expected"
+    elif comparison.kl > limit:
         wrong = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected; largest difference of a logit "
         wrong += f"{comparison.max_difference:.2g}"
     elif format.routes and not source.narrow and comparison.margin > format.margin:

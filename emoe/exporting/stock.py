@@ -114,9 +114,17 @@ def _is_causal(source: Source) -> bool:
     return any(name.endswith("ForCausalLM") for name in source.config["emoe_source"].get("architectures") or [])
 
 
+def layer_types(config: Any) -> list[str]:
+    """Each layer's attention, "sliding_attention" or "full_attention"."""
+    if hasattr(type(config), "layer_types"):  # Qwen2 has some layers slide; Mistral does not read such a list
+        return config.layer_types
+    slides = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+
+
 def has_window(config: Any) -> bool:
-    window = getattr(config, "sliding_window", None)
-    return bool(window) and getattr(config, "use_sliding_window", True)
+    """Whether attention looks back through a window in some layer."""
+    return "sliding_attention" in layer_types(config)
 
 
 def decoder_fields(source: Source) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emoe.calibration.text import BUILTIN, read_blocks
+from emoe.calibration.text import BUILTIN, read_blocks, read_tokenizer
 from emoe.checkpoint.companions import source_config
 from emoe.errors import UserError
 from emoe.exporting.choices import Choices
@@ -46,6 +46,8 @@ class Comparison:
     """Share of tokens with the same first choice; mean cosine without a language head."""
     perplexity: list[float] | None
     """Of the reference and of the export; None for models that do not predict the next token."""
+    relative: float | None = None
+    """Mean length of Δ over that of a row of the reference; None with a language head, where `kl` says more."""
     choices: int | None = None
     """Choices of experts made, one a token and layer; only where those of the export were imposed."""
     changed: int | None = None
@@ -53,20 +55,29 @@ class Comparison:
     margin: float | None = None
     """How much worse the worst of these was, by the reference's gate, in standard deviations of a token's logits."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether everything measured is a number, neither infinite nor NaN."""
+        numbers = [self.max_difference, self.kl, self.agreement, *(self.perplexity or []), self.relative, self.margin]
+        return all(math.isfinite(number) for number in numbers if number is not None)
+
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         return asdict(self)
 
 
 def kl_divergence(logits_NV: torch.Tensor, difference_NV: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(logits) ‖ softmax(logits - difference)) of each row in nats, (N,) fp64.
+    """KL(softmax(logits) ‖ softmax(logits - difference)) of each row in nats, (N,) fp64; NaN or infinite if they are.
 
     As E[d] + log E[exp(-d)] over the one distribution p: the rounding of p then cancels, and fp32 tells divergences of
-    1e-11, where a difference of two log-softmaxes stops at 1e-7.
+    1e-11, where a difference of two log-softmaxes stops at 1e-7. Logits raised by more than 1 are summed as logarithms:
+    their p may be 0 in fp32, and exp(-d) infinite.
     """
-    p_NV = logits_NV.softmax(-1)
+    p_NV, raised_NV = logits_NV.softmax(-1), difference_NV < -1
     mean_N = (p_NV * difference_NV).sum(-1, dtype=torch.float64)
-    return mean_N + (p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64).log1p()
+    near_N = torch.where(raised_NV, -p_NV, p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64)
+    raised_N = (logits_NV.log_softmax(-1) - difference_NV).masked_fill(~raised_NV, -torch.inf).logsumexp(-1)
+    return mean_N + torch.logaddexp(near_N.clamp_min(-1).log1p(), raised_N.double())
 
 
 class _Sums:
@@ -74,8 +85,8 @@ class _Sums:
 
     def __init__(self, reference: str, language: bool, causal: bool) -> None:
         self.reference, self.language, self.causal = reference, language, causal
-        self.tokens, self.scored, self.largest = 0, 0, 0.0
-        self.kl = self.agreed = 0.0
+        self.tokens, self.scored, self.largest = 0, 0, torch.zeros(())
+        self.kl = self.agreed = self.length = self.off = 0.0
         self.nats = [0.0, 0.0]
 
     def add(self, ours: torch.Tensor, theirs: torch.Tensor, tokens_N: torch.Tensor) -> None:
@@ -83,10 +94,12 @@ class _Sums:
         for start in range(0, len(ours), SLICE):
             a, b = ours[start : start + SLICE], theirs[start : start + SLICE]
             difference = a - b
-            self.largest = max(self.largest, difference.abs().max().item())
+            self.largest = torch.maximum(self.largest, difference.abs().max())  # unlike max(), keeps a NaN
             self.tokens += len(a)
             if not self.language:
                 self.agreed += torch.nn.functional.cosine_similarity(a, b, dim=-1).sum().item()
+                self.length += a.norm(dim=-1).sum().item()
+                self.off += difference.norm(dim=-1).sum().item()
                 continue
             self.kl += kl_divergence(a, difference).sum().item()
             self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
@@ -99,15 +112,16 @@ class _Sums:
                     ).item()
 
     def finish(self) -> Comparison:
-        """The means."""
-        perplexity = [math.exp(min(700.0, nats / max(1, self.scored))) for nats in self.nats]
+        """The means; min() and max() keep a NaN that comes first."""
+        perplexity = [math.exp(min(nats / max(1, self.scored), 700.0)) for nats in self.nats]
         return Comparison(
             self.reference,
             self.tokens,
-            self.largest,
-            max(0.0, self.kl / self.tokens) if self.language else None,
+            self.largest.item(),
+            max(self.kl / self.tokens, 0.0) if self.language else None,
             self.agreed / self.tokens,
             perplexity if self.scored else None,
+            None if self.language else self.off / max(self.length, 1e-30),
         )
 
 
@@ -123,9 +137,9 @@ def verify(
     Memory: both models, and two sequences' logits.
 
     Raises:
-        UserError: no tokenizer, or too little text.
+        UserError: no usable tokenizer, or too little text.
     """
-    auto = _auto_class(source)
+    auto = auto_class(source)
     dtype = source.dtype or source.reader.dtype
     blocks = _text(source, tokens, text)
     theirs = format.load(folder, dtype) if format.name != "dense" else format.load(folder, dtype, auto)
@@ -154,7 +168,7 @@ def verify(
     return found
 
 
-def _auto_class(source: Source) -> str:
+def auto_class(source: Source) -> str:
     """The Auto class of the architecture that the checkpoint was saved as."""
     from emoe.modeling.auto import stock_classes
 
@@ -168,20 +182,17 @@ def _converted(source: Source, auto: str, dtype: torch.dtype) -> Any:
 
     import emoe  # noqa: F401 - teaches the Auto classes
 
-    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype).eval()
+    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError):
-        raise UserError(
-            f"--verify-tokens: {source.folder} has no tokenizer to read text with; give --verify-tokens 0"
-        ) from None
-    length = min(LENGTH, getattr(source.reader.config, "max_position_embeddings", LENGTH), tokens)
-    length -= source.reader.spec.position_offset if length < LENGTH else 0
+    tokenizer = read_tokenizer(source.folder, "give --verify-tokens 0")
+    reader = source.reader
+    positions = getattr(reader.config, "max_position_embeddings", None) or LENGTH + reader.spec.position_offset
+    length = min(LENGTH, positions - reader.spec.position_offset, tokens)
+    least = 2 + tokenizer.num_special_tokens_to_add()
+    if length < least:
+        raise UserError(f"--verify-tokens: sequences of {length} are too short; give at least {least}, or 0")
     blocks = read_blocks(text or BUILTIN, tokenizer, length, -(-tokens // length), "--verify-text")
     if not blocks:
         raise UserError(f"--verify-text: {text or BUILTIN} is shorter than {length} tokens; give more text")

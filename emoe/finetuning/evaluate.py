@@ -121,16 +121,18 @@ def _load(
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
         return _with_adapter(folder, record, task, work, progress)
     try:
-        facts = transformers.AutoConfig.from_pretrained(folder)
+        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model: {folder} is not a model: {' '.join(str(error).split())[:160]}") from None
     if task is None or task.kind == "instructions":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     else:
         if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
         _check_labels(task, [str(facts.id2label[number]) for number in range(facts.num_labels)])
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
     return Loaded(model, load_tokenizer(folder), record)
 
 

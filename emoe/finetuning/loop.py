@@ -80,9 +80,10 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
         UserError: the folder holds no model that transformers knows.
     """
     try:
-        longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
+    longest = getattr(facts, "max_position_embeddings", None)
     if longest is None or config.sequence_length <= longest:
         return config, []
     note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"

@@ -135,7 +135,7 @@ def build(config: FinetuneConfig, arm: Arm, folder: Path, task: Task, pad_token_
     Raises:
         UserError: K is not between 1 and E, the model has another head, or is no language model.
     """
-    facts = transformers.AutoConfig.from_pretrained(folder)
+    facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     top_k = _top_k(config, facts)
     facts.pad_token_id = pad_token_id
     facts.use_cache = False
@@ -180,7 +180,9 @@ def _load(folder: Path, facts: Any, task: Task) -> tuple[EMoEModelMixin, set[str
         facts.id2label = dict(enumerate(labels))
         facts.label2id = {label: index for index, label in enumerate(labels)}
         facts.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
-    model, info = auto.from_pretrained(folder, config=facts, dtype=torch.float32, output_loading_info=True)
+    model, info = auto.from_pretrained(
+        folder, config=facts, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     return model, set(info["missing_keys"])
 
 

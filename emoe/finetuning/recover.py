@@ -149,7 +149,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
 
 def _load(folder: Path) -> EMoEModelMixin:
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:  # what the model's own classes say of a bad config.json
         raise UserError(f"--model: {folder / 'config.json'} is not usable: {' '.join(str(error).split())}") from None
     if not isinstance(model, EMoEModelMixin):
@@ -163,7 +163,7 @@ def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
         teacher.set_top_k(teacher.config.num_experts)
     else:
         teacher = transformers.AutoModelForCausalLM.from_pretrained(
-            _teacher_folder(config.teacher), dtype=torch.float32
+            _teacher_folder(config.teacher), dtype=torch.float32, trust_remote_code=False
         )
     return teacher.eval().requires_grad_(False)
 

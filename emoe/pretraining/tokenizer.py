@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from emoe.calibration.text import read_tokenizer
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
 from emoe.pretraining.text import Domain, pieces
@@ -23,10 +24,10 @@ def load_tokenizer(config: PretrainConfig, domains: list[Domain], folder: Path) 
     """The tokenizer of these settings; a trained one is kept in `folder`, where a resumed run finds it.
 
     Raises:
-        UserError: there is no such tokenizer, or it is not a fast one.
+        UserError: there is no such tokenizer, none that works, or it is not a fast one.
     """
     if (folder / "tokenizer.json").is_file():
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return read_tokenizer(folder, "give another folder", "--output")
     if config.tokenizer == "train":
         tokenizer = train_tokenizer(domains, config.vocabulary, config.held_out_share)
     else:
@@ -41,11 +42,9 @@ def _existing(name: str) -> Any:
     path = Path(name).expanduser()
     try:
         folder = path if (path / "tokenizer.json").is_file() else resolve_model(name).folder
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--tokenizer", 1)) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer: {name} holds no tokenizer ({str(error).splitlines()[0]})") from None
+    tokenizer = read_tokenizer(folder, "give another, or 'train'", "--tokenizer")
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer: {name} has no tokenizer.json; give a fast tokenizer, or 'train'")
     tokenizer.chat_template = None

@@ -32,7 +32,7 @@ def load_model(folder: Path, *, head: bool) -> nn.Module:
     """
     auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
-        return auto.from_pretrained(folder, dtype=torch.float32).eval()
+        return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except ValueError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"--model: {folder} is no causal language model ({first_line})") from None
@@ -44,7 +44,8 @@ def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, s
     Raises:
         UserError: too little text.
     """
-    longest = getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    longest = getattr(facts, "max_position_embeddings", None)
     length = min(length, longest or length)
     tokenizer = read_tokenizer(folder)
     found = load_blocks(

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from support.faults import with_tokenizer_of_its_own
 from support.routing import FIXED, KEY
 from support.tiny import VOCAB, tiny_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.processors import RobertaProcessing
 
 import emoe
 from emoe.cli.main import main
 from emoe.errors import UserError
-from emoe.exporting import stock
+from emoe.exporting import dense, stock
 from emoe.exporting.source import Source
-from emoe.exporting.verify import kl_divergence
+from emoe.exporting.verify import _Sums, kl_divergence
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 BIASED = {"attention_bias": True}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 
 def logits(folder, **kwargs) -> torch.Tensor:
@@ -38,6 +45,9 @@ EXACT = [
     ("gpt_oss", "llama", {}, FIXED | {"compensate": True}),
     ("gpt_oss", "qwen2", {}, FIXED),
     ("gpt_oss", "mistral", {"sliding_window": 8}, FIXED),  # shorter than the text
+    ("gpt_oss", "qwen2", WINDOW | {"max_window_layers": 2}, FIXED),  # the last two layers slide
+    ("gpt_oss", "qwen2", WINDOW | {"max_window_layers": 4}, FIXED),  # a window that no layer has
+    ("granitemoe", "qwen2", WINDOW | {"max_window_layers": 4}, KEY),
 ]
 
 
@@ -56,10 +66,10 @@ def test_an_exact_format_is_exact(to, family, shape, given, converted, tmp_path)
     assert config["model_type"] == to
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=2e-4)
     # Fewer experts than the dense model has neurons for: were all of them on, these would differ.
-    dense = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
-    dense.set_top_k(8)
+    all_on = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    all_on.set_top_k(8)
     with torch.no_grad():
-        assert (dense(TOKENS).logits - logits(tmp_path / "out")).abs().max() > 0.1
+        assert (all_on(TOKENS).logits - logits(tmp_path / "out")).abs().max() > 0.1
 
 
 NEAR = [
@@ -98,6 +108,7 @@ REFUSED = [
     ("granitemoe", "llama", {}, KEY | {"shared_experts": 1}, "1 experts are always chosen.*--shared-experts 0"),
     ("granitemoe", "llama", {}, KEY | {"compensate": True}, "--to gpt_oss.*without --compensate"),
     ("granitemoe", "mistral", {"sliding_window": 8}, KEY, "window"),
+    ("granitemoe", "qwen2", WINDOW | {"max_window_layers": 2}, KEY, "window"),
     ("qwen2_moe", "llama", BIASED, KEY, "output has a bias"),
     ("mixtral", "qwen2", {}, KEY, "attention has biases"),
     ("mixtral", "llama", {}, KEY, "--approximate"),
@@ -158,6 +169,16 @@ def router_weight(monkeypatch, change) -> None:
     monkeypatch.setattr(Source, "table", changed)
 
 
+def test_whoever_answers_yes_runs_no_code_of_the_model(converted, tmp_path, monkeypatch):
+    """transformers would ask on the terminal."""
+    model = with_tokenizer_of_its_own(shutil.copytree(converted(**KEY), tmp_path / "model"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no usable tokenizer in .*give --verify-tokens 0"):
+        emoe.export(model, tmp_path / "out", verify_tokens=256)
+    assert not Path("owned").exists()
+
+
 @pytest.mark.parametrize("to", ["granitemoe", "qwen2_moe"])
 def test_an_export_that_computes_something_else_is_thrown_away(to, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "RAW_SCALE", 1.0)  # weights that follow the logits instead of being alike
@@ -196,6 +217,23 @@ def test_dense_is_exact_for_every_family(family, converted, tmp_path):
     assert report["comparisons"][0]["agreement"] == 1.0
 
 
+@pytest.mark.parametrize(("tokens", "compared"), [(2, 2), (131, 260), (1024, 1040)])
+def test_fewer_tokens_than_positions(tokens, compared, converted, tmp_path):
+    """RoBERTa's 132 positions, two of which it does not use, are sequences of 130 tokens, or of fewer if so told."""
+    report = emoe.export(converted("roberta", **FIXED), tmp_path / "out", verify_tokens=tokens)
+    assert report["comparisons"][0]["tokens"] == compared
+
+
+def test_fewer_tokens_than_the_tokenizer_adds(converted, tmp_path):
+    model = shutil.copytree(converted("roberta", **FIXED), tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 1))
+    tokenizer.save(str(model / "tokenizer.json"))
+    with pytest.raises(UserError, match="--verify-tokens: sequences of 2 are too short; give at least 4, or 0"):
+        emoe.export(model, tmp_path / "out", verify_tokens=2)
+    assert emoe.export(model, tmp_path / "out", verify_tokens=4)["comparisons"][0]["tokens"] == 4
+
+
 def test_small_divergences_are_told_from_none():
     """Against the textbook in fp64, from far apart to below fp32's own rounding."""
     torch.manual_seed(0)
@@ -207,15 +245,57 @@ def test_small_divergences_are_told_from_none():
     assert (kl_divergence(a, a - a) == 0).all()
 
 
-def test_dense_of_a_classifier(settings, tmp_path):
-    """No language head: what its head gives is compared."""
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
-    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+def test_what_a_reference_thinks_impossible_counts():
+    """A probability of 0 in fp32 times an infinite ratio is no NaN; whatever is NaN stays so."""
+    a = torch.zeros(4, 3)
+    a[:, 2] = -200.0
+    b = a.clone()
+    b[0, 2] = 0.0  # two likely words become three
+    b[1, 2] = 500.0  # nothing is left of the two
+    b[2] += 5.0  # the same distribution
+    b[3, 0] = torch.nan
+    kl_N = kl_divergence(a, a - b)
+    wanted = torch.tensor([math.log(3 / 2), 500 - math.log(2), 0.0, torch.nan], dtype=torch.float64)
+    torch.testing.assert_close(kl_N, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("factor", [1e30, torch.nan])
+def test_numbers_that_are_none_are_thrown_away(family, factor, converted, tmp_path, monkeypatch):
+    own = dense._padded
+    monkeypatch.setattr(dense, "_padded", lambda *arguments: own(*arguments) * factor)
+    with pytest.raises(UserError, match=r"numbers that are not finite.*nothing was written"):
+        emoe.export(converted(family, **FIXED), tmp_path / "out", verify_tokens=256)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_keeps_what_is_not_finite():
+    """In whichever sequence it comes."""
+    tokens_N, good_NV = torch.arange(4), torch.randn(4, 8)
+    for place in range(3):
+        sums = _Sums("the model", language=True, causal=True)
+        for number in range(3):
+            sums.add(good_NV, good_NV * (torch.nan if number == place else 1.0), tokens_N)
+        found = sums.finish()
+        assert not found.finite
+        assert all(math.isnan(number) for number in (found.max_difference, found.kl, found.perplexity[1]))
+
+
+def test_dense_of_a_classifier(settings, tmp_path, monkeypatch):
+    """No language head: what its head gives is compared, and judged."""
+    own = tiny_checkpoint(tmp_path / "dense", "llama", head="AutoModelForSequenceClassification")
+    emoe.convert(str(own), output=tmp_path / "out", **(settings | FIXED))
     report = emoe.export(tmp_path / "out", tmp_path / "back", verify_tokens=256)
     assert report["comparisons"][0]["kl"] is None
     assert report["comparisons"][0]["agreement"] > 0.9999
+    assert report["comparisons"][0]["relative"] < 1e-5
     with pytest.raises(UserError, match="no language head"):
         emoe.export(tmp_path / "out", tmp_path / "granite", "granitemoe")
+    keep = dense._padded
+    monkeypatch.setattr(dense, "_padded", lambda *arguments: 1.01 * keep(*arguments))
+    with pytest.raises(UserError, match=r"computes something else .*off by .*nothing was written"):
+        emoe.export(tmp_path / "out", tmp_path / "wrong", verify_tokens=256)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
@@ -240,7 +320,8 @@ def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
         (["--to", "granite"], r"--to: unknown format 'granite' \(did you mean 'granitemoe'\?\)"),
         (["--to", "granitemoe", "--fix-k", "9"], "--fix-k: 9 must lie between 1 and the model's 8 experts"),
         (["--dtype", "int4"], "--dtype: unknown element type 'int4'"),
-        (["--verify-tokens", "-1"], "--verify-tokens: -1 must be 0 or more"),
+        (["--verify-tokens", "-1"], "--verify-tokens: -1 must be 0, or 2 or more"),
+        (["--verify-tokens", "1"], "--verify-tokens: 1 must be 0, or 2 or more"),
         (["--verify-text", "missing.txt"], "--verify-text: missing.txt does not exist"),
         (["--to", "granitemoe", "--dtype", "float16"], "float16 has no room"),
     ],

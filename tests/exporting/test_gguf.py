@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from support.tiny import TEXT, VOCAB, tiny_checkpoint
 
 import emoe
 from emoe.assets.gguf import import_gguf
+from emoe.errors import UserError
 from emoe.exporting.gguf import pre_tokenizer_name
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -78,16 +81,72 @@ def test_emoe_converts_it_again(source, tmp_path):
         torch.testing.assert_close(models[0](TOKENS).logits, models[1](TOKENS).logits)
 
 
+def test_heads_of_their_own_width_are_said(settings, tmp_path):
+    """llama.cpp takes the model's width over the number of heads otherwise, and does not load the file."""
+    import gguf
+
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", head_dim=16)
+    byte_level_tokenizer(dense)
+    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    report = emoe.export(tmp_path / "out", tmp_path / "gguf", "gguf", verify_tokens=256)
+    assert report["comparisons"][0]["max_difference"] < 1e-4
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    facts = ["attention.key_length", "attention.value_length", "rope.dimension_count"]
+    assert [fields[f"llama.{name}"].contents() for name in facts] == [16, 16, 16]
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_model_without_a_language_head_is_refused(head, settings, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", head=head)
+    byte_level_tokenizer(dense)
+    emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
+    with pytest.raises(UserError, match="no language head; use --to dense"):
+        emoe.export(tmp_path / "out", tmp_path / "gguf", "gguf")
+
+
+DAMAGED = [
+    ("tokenizer.json", {"model": []}),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence"}}),
+    ("tokenizer.json", {"added_tokens": [{"id": "first"}]}),
+    ("tokenizer.json", None),
+    ("tokenizer_config.json", {"chat_template": [5]}),
+]
+
+
+@pytest.mark.parametrize(("file", "change"), DAMAGED)
+def test_a_damaged_tokenizer_is_one_line(file, change, source, tmp_path):
+    model = shutil.copytree(source, tmp_path / "model")
+    if change:
+        settings = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(settings | change))
+    else:
+        (model / file).unlink()
+    with pytest.raises(UserError, match=rf"{file} is not usable \(.*\); use --to dense$"):
+        emoe.export(model, tmp_path / "out", "gguf", verify_tokens=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_splitting_rules_are_known_by_their_steps():
-    level = {"type": "ByteLevel", "add_prefix_space": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    bare = level | {"use_regex": False}
     digits = {"type": "Digits", "individual_digits": True}
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    split = lambda rule: {"type": "Split", "pattern": {"Regex": rule}}  # noqa: E731
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    qwen2 = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{rest}"
+    llama = qwen2.replace("+|\\p{N}|", "+|\\p{N}{1,3}|")
+    split = lambda rule: {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}  # noqa: E731
     sequence = lambda *steps: {"type": "Sequence", "pretokenizers": list(steps)}  # noqa: E731
     assert pre_tokenizer_name(level) == "gpt-2"
     assert pre_tokenizer_name(sequence(digits, level)) == "smollm"
-    assert pre_tokenizer_name(sequence(split(pattern + "| ?[^\\s]"), level)) == "qwen2"
-    assert pre_tokenizer_name(sequence(split(pattern + "{1,3}| ?[^\\s]"), level)) == "llama-bpe"
-    assert pre_tokenizer_name(sequence(split("x"), level)) is None
-    assert pre_tokenizer_name(sequence(digits | {"individual_digits": False}, level)) is None
-    assert pre_tokenizer_name(None) is None
+    assert pre_tokenizer_name(sequence(split(qwen2), bare)) == "qwen2"
+    assert pre_tokenizer_name(sequence(split(llama), bare)) == "llama-bpe"
+    others = [
+        None,
+        bare,  # does not split at all
+        level | {"add_prefix_space": True},
+        sequence(digits | {"individual_digits": False}, level),
+        sequence(split("x"), bare),
+        sequence(split(qwen2.removesuffix(rest)), bare),
+        sequence(split(qwen2), level),  # splits twice
+        sequence(split(qwen2) | {"behavior": "Removed"}, bare),
+    ]
+    assert [pre_tokenizer_name(other) for other in others] == [None] * len(others)

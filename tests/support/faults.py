@@ -249,14 +249,27 @@ def _(bench: Bench) -> list[str]:
     return [*convert(model, bench.inputs, bench.output), "--split", "weights", "--gate", "average-key"]
 
 
-@_fault("tokenizer that asks to run code of its own", "convert", "tokenizer")
-def _(bench: Bench) -> list[str]:
-    model = bench.copy("dense")
+def with_tokenizer_of_its_own(model: Path) -> Path:
+    """A model whose tokenizer is code in its folder."""
     own = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
     (model / "tokenizer_config.json").write_text(json.dumps(own))
     (model / "tokenizer.json").unlink()
     (model / "evil.py").write_text("import os; os.system('touch owned')\nclass Evil: pass\n")
-    return convert(model, bench.inputs, bench.output)
+    return model
+
+
+OWN_TOKENIZER = "tokenizer that asks to run code of its own"
+
+
+@_fault(OWN_TOKENIZER, "convert", "no usable tokenizer")
+def _(bench: Bench) -> list[str]:
+    return convert(with_tokenizer_of_its_own(bench.copy("dense")), bench.inputs, bench.output)
+
+
+@_fault(OWN_TOKENIZER, "export", "no usable tokenizer .* give --verify-tokens 0")
+def _(bench: Bench) -> list[str]:
+    model = with_tokenizer_of_its_own(bench.copy("converted"))
+    return ["export", "--model", str(model), "--output", str(bench.output)]
 
 
 # -- hostile settings and text ----------------------------------------------------------------------------------------

@@ -48,6 +48,10 @@ def test_widths_that_differ(converted_llama, run, text, tmp_path, capsys):
     assert export(small, tmp_path / "dense") == 2
     assert "prune all layers with --scope layer, or add --pad" in capsys.readouterr().err
     assert export(small, tmp_path / "dense", "--pad") == 0
+    written = [
+        tensor.nbytes for path in (tmp_path / "dense").glob("*.safetensors") for tensor in load_file(path).values()
+    ]
+    assert json.loads((tmp_path / "dense" / "emoe_export.json").read_text())["bytes"] == sum(written)
     most = max(group[0] for group in groups)
     torch.testing.assert_close(
         logits(tmp_path / "dense"), logits(small, top_k=most), rtol=0, atol=1e-4
