@@ -123,10 +123,10 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove temporary folders of ``path``."""
-    _remove_unheld(path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"))
+    remove_unheld(path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"))
 
 
-def _remove_unheld(folders: Iterable[Path]) -> None:
+def remove_unheld(folders: Iterable[Path]) -> None:
     """Remove folders whose process is gone: nobody holds their lock."""
     for folder in folders:
         if folder.is_dir() and not folder.is_symlink():
@@ -154,7 +154,7 @@ def scratch_directory(folder: Path, siblings: str) -> Iterator[None]:
         UserError: as `sole_writer`.
     """
     with sole_writer(folder):
-        _remove_unheld(other for other in folder.parent.glob(siblings) if other != folder)
+        remove_unheld(other for other in folder.parent.glob(siblings) if other != folder)
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:

@@ -92,7 +92,8 @@ def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
         raise UserError("--model: this model has a trained gate already; give the converted model it was made from")
     if (facts.get("emoe_provenance") or {}).get("outputs", "the source's") != "the source's":
         raise UserError("--model: its outputs were refitted, so the dense model is not inside; convert it without that")
-    given = [key for key in _CUT if key in config.model_fields_set]
+    agreed = {"gate": facts.get("emoe_gate", "average-key"), "experts": facts.get("num_experts")}
+    given = [k for k in _CUT if k in config.model_fields_set and getattr(config, k) != agreed.get(k)]
     if given:
         flags = ", ".join("--" + key.replace("_", "-") for key in given)
         raise UserError(f"{flags}: the model is cut into experts already; leave out, or give the dense model")

@@ -35,7 +35,7 @@ from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.report.card import write_history_card
-from emoe.runtime import scratch_directory, write_text
+from emoe.runtime import remove_unheld, scratch_directory, write_text
 from emoe.surgery.history import entry
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
@@ -75,6 +75,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
                 run = Run(config, arm, data, base, seed, group, progress)
                 group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
                 run.finish()
+    else:  # a kill may have left what a finished run has no use for
+        group.first_then_all(lambda: remove_unheld(output.glob(".base-*")))
     return [json.loads((output / f"seed-{seed}" / RECORD).read_text(encoding="utf-8")) for seed in seeds]
 
 

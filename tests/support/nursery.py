@@ -69,6 +69,7 @@ class Nursery:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
         # One thread: a forked process has none of its parent's, and OpenMP does not expect that.
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment["SOURCE_DATE_EPOCH"] = "0"  # model cards say when
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
