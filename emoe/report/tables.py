@@ -191,19 +191,25 @@ def print_recovery(report: dict[str, Any]) -> None:
 
 
 def print_pretraining(report: dict[str, Any]) -> None:
-    """Perplexity and, where there are gates, the mean entropies of their choices, a row a domain."""
+    """Perplexity and, where there are gates, the mean entropies of their choices, a row a domain. Gates of attention
+    and of the FFN apart: one kind may choose while the other does not."""
     console = terminal()
     total, active = (report["parameters"][key] / 1e6 for key in ("total", "active"))
     table = Table(
         title=f"{report['model_type']}, {total:.1f} M parameters, {active:.1f} M active: {report['steps']} steps, "
         f"{report['tokens'] / 1e6:.2f} M tokens in {report['minutes']:.1f} min"
     )
-    for heading in ("domain", "perplexity", "H(m)", "H(m|x)"):
+    parts = list(dict.fromkeys(gate["part"] for gates in report["gates"].values() for gate in gates))
+    names = {"attention": "attention", "ffn": "FFN"}
+    columns = [f"{names[part]} {entropy}" for part in parts for entropy in ("H(m)", "H(m|x)")]
+    for heading in ("domain", "perplexity", *columns):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for domain, perplexity in report["perplexity"].items():
-        gates = report["gates"].get(domain, [])
-        mean = lambda key, gates=gates: f"{sum(g[key] for g in gates) / len(gates):.3f}" if gates else ""  # noqa: E731
-        table.add_row(domain, f"{perplexity:.2f}", mean("marginal"), mean("conditional"))
+        means = []
+        for part in parts:
+            gates = [gate for gate in report["gates"].get(domain, []) if gate["part"] == part]
+            means += [sum(gate[key] for gate in gates) / max(1, len(gates)) for key in ("marginal", "conditional")]
+        table.add_row(domain, f"{perplexity:.2f}", *(f"{mean:.3f}" for mean in means))
     console.print(table)
 
 
