@@ -31,6 +31,7 @@ from emoe.moduleformer.usage import GateUsage
 from emoe.pretraining.evaluate import evaluate
 from emoe.pretraining.text import Domain, load_domain, mixed, parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
+from emoe.report.card import write_pretraining_card
 from emoe.runtime import multiplies_bfloat16_fast, write_text
 
 LOG = "log.jsonl"
@@ -254,6 +255,7 @@ def _write(model: Any, tokenizer: Any, target: Path, report: dict[str, Any]) -> 
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     write_text(target / PRETRAINED, json.dumps(report, indent=2) + "\n")
+    write_pretraining_card(report, target)
     for file in target.iterdir():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())

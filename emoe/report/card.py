@@ -1,4 +1,4 @@
-"""The model card (README.md) of a checkpoint: converted, exported, pruned, extended or trained further."""
+"""The model card (README.md) of a checkpoint: converted, exported, pruned, extended, trained further or anew."""
 
 from __future__ import annotations
 
@@ -84,6 +84,13 @@ def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> No
         done=DONE.get(provenance["history"][-1].get("verb"), "changed"),
         auto_class=_auto_class(config),
     )
+    write_text(folder / "README.md", text)
+
+
+def write_pretraining_card(report: dict[str, Any], folder: Path) -> None:
+    """The card of a model that `emoe pretrain` made; ``report`` is its own, ``folder`` holds config.json already."""
+    remote_code = "auto_map" in read_json(folder / "config.json")
+    text = _render("pretraining_card.md.jinja", report=report, remote_code=remote_code, harmless=_harmless)
     write_text(folder / "README.md", text)
 
 

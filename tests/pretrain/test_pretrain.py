@@ -188,7 +188,11 @@ def test_command(settings, tmp_path, capsys):
     config = tmp_path / "settings.yaml"
     config.write_text(yaml.safe_dump({**settings, "steps": 2}))
     assert main(["pretrain", "--config", str(config), "--output", str(tmp_path / "out")]) == 0
-    assert "H(m|x)" in capsys.readouterr().out
+    assert "FFN H(m|x)" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    report = json.loads((tmp_path / "out" / "emoe_pretrain.json").read_text())
+    for name, perplexity in report["perplexity"].items():
+        assert f"| {name} | {report['corpus_tokens'][name]:,} | {perplexity:.2f} |" in card
 
 
 @pytest.mark.parametrize(
