@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from emoe import tasks
 from emoe.checkpoint.reader import read_json
@@ -60,7 +61,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
     task = tasks.get(config.task or record["settings"]["task"]) if config.task or record else None
     with tempfile.TemporaryDirectory() as work:
         data = None if task is None else _data(config, task, record, say)
-        loaded = _load(folder, record, task, Path(work), progress)
+        loaded = _load(config, folder, record, task, Path(work), progress)
         _read_as(config, loaded)
         report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}}
         if config.lm_eval:
@@ -110,6 +111,7 @@ def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: An
 
 
 def _load(
+    config: EvalConfig,
     folder: Path,
     record: dict[str, Any] | None,
     task: Task | None,
@@ -119,21 +121,23 @@ def _load(
     if (folder / ADAPTER).is_file():
         if record is None:
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
-        return _with_adapter(folder, record, task, work, progress)
-    try:
-        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {folder} is not a model: {' '.join(str(error).split())[:160]}") from None
+        return _with_adapter(config, folder, record, task, work, progress)
+    facts = _from_folder(transformers.AutoConfig, folder)
     if task is None or task.kind == "instructions":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = _from_folder(transformers.AutoModelForCausalLM, folder, dtype=torch.float32)
     else:
         if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
         _check_labels(task, [str(facts.id2label[number]) for number in range(facts.num_labels)])
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
+        model = _from_folder(transformers.AutoModelForSequenceClassification, folder, dtype=torch.float32)
     return Loaded(model, load_tokenizer(folder), record)
+
+
+def _from_folder(auto_class: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--model: {folder} is not a model: {' '.join(str(error).split())[:160]}") from None
 
 
 def _check_labels(task: Task, own: list[str]) -> None:
@@ -153,7 +157,9 @@ def _settings(record: dict[str, Any]) -> FinetuneConfig:
     return FinetuneConfig(**{k: v for k, v in record["settings"].items() if k in fields and v != fields[k].default})
 
 
-def _with_adapter(folder: Path, record: dict[str, Any], task: Task | None, work: Path, progress: Progress) -> Loaded:
+def _with_adapter(
+    config: EvalConfig, folder: Path, record: dict[str, Any], task: Task | None, work: Path, progress: Progress
+) -> Loaded:
     """The run's start, made again from its settings, and the adapter on it."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -162,8 +168,9 @@ def _with_adapter(folder: Path, record: dict[str, Any], task: Task | None, work:
     own = tasks.get(settings.task)
     if task is not None:
         _check_labels(task, list(own.labels or ("score",)))
-    data_dir = Path(settings.data_dir).expanduser() if settings.data_dir else None
-    trained_on = read_data(settings, own, Where(data_dir)).train
+    moved = config.data_dir if task is None or task.name == own.name else None
+    data_dir = moved or settings.data_dir
+    trained_on = read_data(settings, own, Where(Path(data_dir).expanduser() if data_dir else None)).train
     base = converted_folder(settings, work, [example.text for example in trained_on], Group(), progress)
     tokenizer = load_tokenizer(base)
     start = build(settings, arm, base, own, tokenizer.pad_token_id, record["seed"])

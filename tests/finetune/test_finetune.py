@@ -1,22 +1,19 @@
-"""`emoe finetune` and `emoe eval`: what lies on the disk afterwards, interruptions, bad input."""
+"""`emoe finetune`: what lies on the disk afterwards, interruptions, bad input."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import shutil
-import sys
 from functools import partial
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from support.labelled import sentences, write_csv, write_task
+from support.labelled import sentences, write_csv, write_glue, write_task
 from support.scripts import script
 from support.tiny import tiny_checkpoint
 
-import emoe
 from emoe.cli.main import main
 from emoe.errors import Busy, UserError
 from emoe.finetuning import tune
@@ -68,27 +65,6 @@ def test_a_run_leaves_what_the_comparison_reads(arm_settings, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("method", ["vanilla", "emoe-learn", "gmoe"])
-@pytest.mark.parametrize("tuning", ["full", "lora", "head"])
-def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
-    config = arm_settings(method=method, tuning=tuning, max_steps=4, group_by_length=True)
-    if method == "gmoe" and tuning != "full":
-        with pytest.raises(UserError, match="use --tuning full"):
-            finetune(config)
-        return
-    (record,) = finetune(config)
-    for reading, sets in record["readings"].items():
-        report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), read_as=reading, domains="own,far"))
-        assert list(report["sets"]) == ["own", "far"]
-        for name, facts in report["sets"].items():
-            assert facts == sets[name], (reading, name)
-    validated = [
-        entry["validation"] for entry in lines(tmp_path / "out" / "seed-0" / "log.jsonl") if "validation" in entry
-    ]
-    (own,) = (facts for facts in record["readings"]["as-trained"].values() if facts["role"] == "id-validation")
-    assert own["score"] == pytest.approx(max(validated))
-
-
 def test_two_processes_do_not_train_one_seed(arm_settings, tmp_path):
     """Whichever of its seeds the other call is at."""
     settings = arm_settings(output=str(tmp_path / "run"), seeds="0,1", resume=True)
@@ -132,21 +108,6 @@ def test_one_folder_holds_one_arm(arm_settings):
     finetune(arm_settings(max_steps=2, eval_steps=2))
     with pytest.raises(UserError, match=r"--output: .*seed-0 was made with .* the same settings or another --output$"):
         finetune(arm_settings(max_steps=2, eval_steps=2, seeds="1", learning_rate=2e-3))
-
-
-def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
-    (record,) = finetune(arm_settings(precision="bfloat16", max_steps=4))
-    assert record["precision"] == "bfloat16"
-    finetune(arm_settings(max_steps=4, output=str(tmp_path / "whole")))
-    folders = [tmp_path / name / "seed-0" for name in ("out", "whole")]
-    half, whole = ([r["scores"] for r in lines(f / "predictions/as-trained/far.jsonl")] for f in folders)
-    assert half != whole
-    evaluate(EvalConfig(model=str(folders[0]), domains="far", output=str(tmp_path / "again")))
-    again = [r["scores"] for r in lines(tmp_path / "again" / "predictions" / "as-trained" / "far.jsonl")]
-    again, half = torch.tensor(again), torch.tensor(half)
-    assert torch.equal(again, again.bfloat16().float())
-    torch.testing.assert_close(again, half, rtol=2e-2, atol=2e-2)  # in larger batches sums are rounded otherwise
-    assert all(weight.dtype == torch.float32 for weight in weights(folders[0]).values())
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(arm_settings, tmp_path, experts):
@@ -371,43 +332,6 @@ def test_bad_tasks(changes, rows, complaint, arm_settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monkeypatch):
-    finetune(arm_settings(max_steps=2, eval_steps=2, discard_model=True))
-    run = tmp_path / "out" / "seed-0"
-    three = write_task(tmp_path / "three", **{"'yes']": "'yes', 'perhaps']"})
-    turned = write_task(tmp_path / "turned", **{"['no', 'yes']": "['yes', 'no']"})
-    for given, complaint in (
-        ({"model": str(run)}, "weights are gone"),
-        ({"model": str(run.parent)}, "holds several runs"),
-        ({"model": str(tmp_path)}, "is not a model folder"),
-        ({"model": str(tiny_llama)}, "--task: missing"),
-        ({"model": str(tiny_llama), "task": str(three)}, "has no classification head"),
-        ({"model": str(tiny_llama), "lm_eval": "mmlu"}, "needs the package lm-eval"),
-    ):
-        with pytest.raises(UserError) as caught:
-            evaluate(EvalConfig(**given))
-        assert complaint in str(caught.value)
-    shutil.rmtree(run)
-    for tuning in ("full", "lora"):
-        finetune(arm_settings(max_steps=2, eval_steps=2, tuning=tuning, overwrite=True))
-        with pytest.raises(UserError, match=r"'neurons' has 3 labels .*, the model's head has 2"):
-            evaluate(EvalConfig(model=str(run), task=str(three)))
-        with pytest.raises(UserError, match=r"2 labels \(yes, no\), the model's head has 2 \(no, yes\)"):
-            evaluate(EvalConfig(model=str(run), task=str(turned)))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--model: .* is not a model: "):
-        evaluate(EvalConfig(model=str(tmp_path), task=str(three)))
-
-
-def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):
-    """Else the run's own: at two tokens beside the special ones, most texts have lost what tells their class."""
-    (record,) = finetune(arm_settings(max_steps=30, learning_rate=3e-3, max_length=32))
-    run = str(tmp_path / "out" / "seed-0")
-    scores = {length: evaluate(EvalConfig(model=run, max_length=length))["sets"] for length in (None, 32, 4)}
-    assert scores[None] == scores[32] != scores[4]
-    assert scores[None]["far"]["score"] == pytest.approx(record["readings"]["as-trained"]["far"]["score"])
-
-
 def test_settings_know_their_seeds():
     assert FinetuneConfig(seeds="0:5").seed_list() == [0, 1, 2, 3, 4]
     assert FinetuneConfig(seeds="7, 2").seed_list() == [7, 2]
@@ -434,34 +358,9 @@ def test_other_families_from_a_dense_model(family, changes, arm_settings, tmp_pa
     assert report["sets"]["far"] == record["readings"]["dense"]["far"]
 
 
-def test_benchmarks_get_the_loaded_model(arm_settings, tmp_path, monkeypatch):
-    """The package is played: its real benchmarks need the hub."""
-    for name, code in {
-        "__init__": "def simple_evaluate(model, tasks, limit):\n"
-        "    assert tasks == ['mmlu', 'arc_easy'] and limit == 3\n"
-        "    return {'results': {'mmlu': {'acc,none': float(model.pretrained.config.num_experts_per_tok)}}}\n",
-        "models/__init__": "",
-        "models/huggingface": "class HFLM:\n    def __init__(self, pretrained, tokenizer, batch_size):\n"
-        "        self.pretrained = pretrained\n",
-    }.items():
-        path = tmp_path / "packages" / "lm_eval" / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(code)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    given = {"lm_eval": "mmlu, arc_easy", "limit": 3}
-    report = evaluate(EvalConfig(model=arm_settings().model, read_as="dense", **given))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
-        del sys.modules[name]  # later tests must not take it for the package
-    assert report["lm_eval"] == {"mmlu": {"acc,none": 8.0}}
-
-
 def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
-    for name, count in (("train", 60), ("validation", 12)):
-        file = write_csv(tmp_path / f"{name}.csv", [(t, str(int(y == "yes"))) for t, y in sentences(count, count)])
-        target = tmp_path / "data" / "sst2" / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(file.read_text().replace("text,label", "sentence,label"))
-    flags = ["--model", str(tiny_llama), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "glue")]
+    data = write_glue(tmp_path / "data")
+    flags = ["--model", str(tiny_llama), "--data-dir", str(data), "--output", str(tmp_path / "glue")]
     flags += ["--max-steps", "2", "--seeds", "0,1", "--experts", "8", "--layers", "2:4"]
     monkeypatch.setattr("sys.argv", ["finetune_glue", *flags])
     assert script("finetune_glue").main() == 0
@@ -470,24 +369,3 @@ def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
         [method, name] for method in ("vanilla", "emoe") for name in ("sst2-validation", "sst2")
     ]
     assert "domain imdb is left out" in found.err
-
-
-def test_a_tuned_model_exported_as_dense_is_its_dense_reading(arm_settings, task_file, tmp_path):
-    (record,) = finetune(arm_settings(max_steps=8, learning_rate=3e-3))
-    exported = emoe.export(tmp_path / "out" / "seed-0" / "model", tmp_path / "dense")
-    assert (exported["layers"], exported["identical"]) == (2, 0)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
-    assert type(model) is transformers.LlamaForSequenceClassification
-    given = {"model": str(tmp_path / "dense"), "task": str(task_file), "domains": "own,far"}
-    report = evaluate(EvalConfig(**given, output=str(tmp_path / "scores")))
-    for name, facts in report["sets"].items():
-        assert facts == record["readings"]["dense"][name]
-        ours = lines(tmp_path / "out" / "seed-0" / "predictions" / "dense" / f"{name}.jsonl")
-        theirs = lines(tmp_path / "scores" / "predictions" / "as-trained" / f"{name}.jsonl")
-        assert [r["id"] for r in ours] == [r["id"] for r in theirs]
-        torch.testing.assert_close(*(torch.tensor([r["scores"] for r in rows]) for rows in (ours, theirs)))
-    with pytest.raises(UserError, match="only as-trained fits"):
-        evaluate(EvalConfig(**given, read_as="dense"))
-    finetune(arm_settings(method="gmoe", max_steps=2, eval_steps=2, output=str(tmp_path / "copies")))
-    with pytest.raises(UserError, match="copies of whole FFNs"):
-        emoe.export(tmp_path / "copies" / "seed-0" / "model", tmp_path / "no")

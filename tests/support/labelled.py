@@ -49,3 +49,13 @@ def write_task(folder: Path, train: int = 96, **changes: str) -> Path:
     path = folder / "task.yaml"
     path.write_text(text)
     return path
+
+
+def write_glue(folder: Path) -> Path:
+    """FOLDER/sst2/train.csv and validation.csv, as `--data-dir` wants them; returns the folder."""
+    (folder / "sst2").mkdir(parents=True)
+    for name, count in (("train", 60), ("validation", 12)):
+        rows = [(text, str(int(label == "yes"))) for text, label in sentences(count, count)]
+        file = write_csv(folder / "sst2" / f"{name}.csv", rows)
+        file.write_text(file.read_text().replace("text,label", "sentence,label"))
+    return folder
