@@ -8,13 +8,13 @@ from typing import Any
 
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
-from emoe.checkpoint.limits import check_sizes
+from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
-from emoe.report.records import Conversion, ModuleFormer, checked
+from emoe.report.records import Conversion, checked
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -30,11 +30,9 @@ def _count_parameters(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _describe_moduleformer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _describe_moduleformer(folder: Path) -> dict[str, Any]:
     """The facts of a ModuleFormer: sizes, modules by layer, history."""
-    path, parts = folder / "config.json", {}
-    check_sizes(config, path, "inspect")
-    checked(ModuleFormer, config, path)
+    config, parts = read_moduleformer(folder, "inspect"), {}
     for kind, short in (("attention", "att"), ("ffn", "mlp")):
         groups = config.get(f"{short}_groups") or [[config[f"n_{short}_experts"]]] * config["n_layer"]
         parts[kind] = {"groups": groups, "a token": config[f"k_{short}"]}
@@ -63,9 +61,8 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
 
     if not folder.is_dir():
         raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
-    config = read_json(folder / "config.json", "inspect")
-    if config.get("model_type") == "moduleformer":
-        return _describe_moduleformer(folder, config)
+    if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
+        return _describe_moduleformer(folder)
     config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
     try:

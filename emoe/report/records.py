@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emoe.checkpoint import converted
-from emoe.checkpoint.converted import Changed, Groups
 
 
 class Record(BaseModel):
@@ -61,20 +60,6 @@ class Recovery(Record):
         if any(self.dense.keys() - row.before.keys() or self.dense.keys() - row.after.keys() for row in self.rows):
             raise ValueError("rows lack a domain of dense")
         return self
-
-
-class ModuleFormer(Record):
-    """config.json of a ModuleFormer, as far as it is shown."""
-
-    n_layer: int = Field(ge=1)
-    n_att_experts: int
-    n_mlp_experts: int
-    k_att: int
-    k_mlp: int
-    att_groups: list[Groups] | None = None
-    mlp_groups: list[Groups] | None = None
-    gate_type: str = "mlp"
-    emoe_provenance: Changed | None = None
 
 
 class Load(Record):

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError
 
@@ -151,16 +153,15 @@ def anatomy_of(folder: Path, flag: str = "--model") -> Anatomy:
     Raises:
         UserError: a model without modules.
     """
-    config = read_json(folder / "config.json", flag)
-    model_type = str(config.get("model_type"))
+    model_type = str(read_json(folder / "config.json", flag).get("model_type"))
     if model_type.startswith("emoe_"):
         from emoe.surgery.converted import Converted
 
-        return Converted(folder, config)
+        return Converted(folder, read_converted(folder, flag))
     if model_type == "moduleformer":
         from emoe.surgery.moduleformer import ModuleFormer
 
-        return ModuleFormer(folder, config)
+        return ModuleFormer(folder, read_moduleformer(folder, flag))
     raise UserError(f"{flag}: {folder} has no experts (model_type '{model_type}'); convert it first")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,24 @@ def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, co
     assert "--text: missing" in refused("prune", tiny_moduleformer, "--keep", 0.5)
     flags = ("--keep", 0.5, "--count", "energy", *text)
     assert "attention experts have no energy" in refused("prune", tiny_moduleformer, *flags)
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "value", "complaint"),
+    [
+        ("converted_llama", "num_experts_per_tok", 99, "num_experts_per_tok: 99 is more than num_experts"),
+        ("converted_llama", "emoe_layers", [0, 1], "name different layers"),
+        ("tiny_moduleformer", "n_layer", None, "n_layer: Field required"),
+        ("tiny_moduleformer", "n_layer", 10**9, "says n_layer=1000000000, no model has that"),
+        ("tiny_moduleformer", "mlp_groups", [[4]], "groups of 1 layers where n_layer is"),
+    ],
+)
+def test_damaged_config(model, field, value, complaint, refused, text, tmp_path, request):
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    (folder / "config.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
+    assert complaint in refused("prune", folder, *text, "--keep", 0.5)
+    assert complaint in refused("extend", folder, "--experts", 1)
 
 
 def test_all_on_cannot_be_counted_hard(refused, tiny_llama, settings, text, tmp_path):
