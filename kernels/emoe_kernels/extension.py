@@ -32,15 +32,11 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "csrc"
 _LIBRARY = "emoe_cpu.so"
-_COMPILER_FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-DCPU_CAPABILITY=AVX512",  # at::vec: vectors of 16 floats
-    "-DCPU_CAPABILITY_AVX512",
-    "-Wno-ignored-attributes",
-)
-_REQUIRED_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_COMPILER_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-ignored-attributes")
+_CAPABILITIES = {  # at::vec's names of what csrc/wide.h tells apart → the processor's features that they need
+    "AVX512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "AVX2": ("avx2", "fma", "f16c"),
+}
 
 _lock = threading.Lock()
 _loaded = False
@@ -78,10 +74,22 @@ def _cache() -> Path:
     return Path(os.environ.get("EMOE_KERNELS_CACHE") or "~/.cache/emoe_kernels").expanduser().absolute()
 
 
+def _capability() -> str | None:
+    """The first of `_CAPABILITIES` that this processor has."""
+    return next((name for name, needed in _CAPABILITIES.items() if features().issuperset(needed)), None)
+
+
+def _compiler_flags() -> list[str]:
+    """Those of this processor. AVX-512 is switched off by name where it is incomplete: wide.h asks the compiler."""
+    name = _capability()
+    narrow = ["-mno-avx512f"] if name == "AVX2" else []
+    return [*_COMPILER_FLAGS, *narrow, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+
+
 @functools.cache
 def _digest() -> str:
     vector = sorted(name for name in features() if name.startswith(("avx", "amx", "fma", "bmi")))
-    digest = hashlib.sha256(repr((torch.__version__, platform.libc_ver(), _COMPILER_FLAGS, vector)).encode())
+    digest = hashlib.sha256(repr((torch.__version__, platform.libc_ver(), _compiler_flags(), vector)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -91,9 +99,9 @@ def _unsupported() -> str | None:
     """Why no compiler could help, or None."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"the C++ kernels are written for x86-64 Linux, not {platform.machine()} {sys.platform}"
-    missing = [feature for feature in _REQUIRED_FEATURES if feature not in features()]
-    if missing:
-        return f"the C++ kernels need AVX-512; this processor lacks {', '.join(missing)}"
+    if _capability() is None:
+        missing = [feature for feature in _CAPABILITIES["AVX2"] if feature not in features()]
+        return f"the C++ kernels need AVX2 and FMA; this processor lacks {', '.join(missing)}"
     release = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if release < (2, 8):  # older wheels bring an OpenMP runtime that a library of ours cannot share
         return f"the C++ kernels need torch 2.8 or newer, this is {torch.__version__}"
@@ -122,7 +130,7 @@ def status() -> Status:
     if compiler() is None:
         wanted = f"$CXX is {os.environ['CXX']!r}, no" if os.environ.get("CXX") else "the C++ kernels need a C++"
         return Status(False, f"{wanted} compiler, once (on Debian: apt-get install g++)", path)
-    return Status(True, "the C++ kernels will be compiled on first use, in about half a minute", path)
+    return Status(True, "the C++ kernels will be compiled on first use, in about a minute", path)
 
 
 def _foreign(path: Path) -> str | None:
@@ -193,7 +201,7 @@ def _compile(path: Path) -> None:
         cpp_extension.load(
             "emoe_cpu",
             [str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
-            extra_cflags=list(_COMPILER_FLAGS),
+            extra_cflags=_compiler_flags(),
             extra_ldflags=["-fopenmp"],
             build_directory=folder,
             is_python_module=False,

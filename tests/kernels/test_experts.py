@@ -5,6 +5,7 @@ Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons p
 
 import pytest
 import torch
+from support.dtypes import skip_without
 from support.expert_ffn import BIASES, assert_same, error, make, run, run_with_grads, stack
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -210,6 +211,7 @@ def test_bf16_is_as_exact_as_a_dense_layer(fast, N, E, K):
     expert's part to bf16 and adds the parts in fp32. 1.25: a gradient with few tokens an expert is a sum of fewer
     terms than the dense one, and its error scatters; the largest ratio seen is 1.15.
     """
+    skip_without(fast, torch.bfloat16)
     args = make(N, 64, 256, E, K, dtype=torch.bfloat16)
     exact = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in args.items()}
     expected, actual = run_with_grads("reference", exact), run_with_grads(fast, args)
@@ -235,6 +237,7 @@ def test_bf16_is_as_exact_as_a_dense_layer(fast, N, E, K):
 
 
 def test_router_weights_may_stay_fp32(fast):
+    skip_without(fast, torch.bfloat16)
     args = make(40, 24, 40, 5, 2, dtype=torch.bfloat16)
     args["weights_NK"] = args["weights_NK"].float() + 1e-4
     actual, expected = run_with_grads(fast, args), run_with_grads("reference", args)

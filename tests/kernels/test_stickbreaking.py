@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from support.dtypes import skip_without
 
 from emoe_kernels import extension, use
 from emoe_kernels.stickbreaking import portable, stick_breaking_attention
@@ -114,8 +115,7 @@ def test_wider_than_a_tile_of_triton(implementation):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 6e-4)], ids=str)
 def test_half_precision(implementation, dtype, tolerance):
     """Against fp64 on the same values: one or two roundings (bf16: 2^-9) of operands and of the result."""
-    if implementation == "cpu" and dtype == torch.float16:
-        pytest.skip("has no float16")
+    skip_without(implementation, dtype)
     if INTERPRETED and dtype == torch.bfloat16:
         tolerance = 9e-3  # the interpreter cuts bf16 off instead of rounding
     args = make(1, 2, 1, 40, 70, 32, sticks="long", masked=True, dtype=dtype)
@@ -302,6 +302,7 @@ def test_gradcheck(current):
 def test_far_keys_of_used_up_sticks_get_no_noise(dtype, tolerance):
     """Eight sharp keys use the stick up, hundreds behind it each would still take half. Their dz is zero, and a prefix
     sum that is off by a rounding would show hundreds of times in dq."""
+    skip_without("cpu", dtype)
     q, k = torch.ones(1, 1, 8, 16), torch.full((1, 1, 400, 16), 0.05)
     k[:, :, -12:] = 1.0
     v = torch.randn(1, 1, 400, 16, generator=torch.Generator().manual_seed(0))
@@ -382,6 +383,7 @@ def test_wrong_arguments_are_named(change, message):
 @torch_only
 @NEEDS["cpu"]
 def test_what_the_extension_cannot_take_goes_to_portable():
+    skip_without("cpu", torch.bfloat16)
     args = make(1, 1, 1, 3, 5, 7, dtype=torch.bfloat16)
     with pytest.raises(
         ValueError, match="'cpu' was asked for, but in bfloat16 the C\\+\\+ kernels take pairs, and A=7"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.dtypes import skip_without
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
@@ -46,7 +47,7 @@ FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 def _implementation(request):
     """Held fixed, so that both are given fused and transposed weights, with and without a GPU."""
     with use(request.param):
-        yield
+        yield request.param
 
 
 def build(family, implementation="eager", dtype=torch.float32):
@@ -101,8 +102,9 @@ def test_logits_and_all_gradients_equal_eager(family, monkeypatch):
 
 
 @FAMILIES
-def test_bf16_is_as_exact_as_eager(family):
+def test_bf16_is_as_exact_as_eager(family, _implementation):
     """Both against fp32 on the same bf16 weights; ours may err 1.25 times as much as theirs."""
+    skip_without(_implementation, torch.bfloat16)
     eager, ours = build(family, "eager", torch.bfloat16), build(family, "emoe", torch.bfloat16)
     exact = build(family)
     exact.load_state_dict({k: v.float() for k, v in eager.state_dict().items()})
@@ -125,7 +127,8 @@ def test_save_load_and_generate(family, tmp_path):
     assert torch.equal(ours.generate(tokens()[:1], **greedy), model.generate(tokens()[:1], **greedy))
 
 
-def test_autocast_is_followed():
+def test_autocast_is_followed(_implementation):
+    skip_without(_implementation, torch.bfloat16)
     model = build("Mixtral", "emoe")
     with torch.no_grad():
         expected = model(tokens()).logits

@@ -6,17 +6,19 @@
 
 #include <cmath>
 
+#include "wide.h"
+
 namespace emoe {
 
 using Vec = at::vec::Vectorized<float>;
-static_assert(Vec::size() == 16, "compile with -DCPU_CAPABILITY_AVX512");
+static_assert(Vec::size() == (kManyRegisters ? 16 : 8), "compile with -DCPU_CAPABILITY_AVX512 or _AVX2");
 
 enum class Activation : int64_t { silu, gelu, gelu_tanh, quick_gelu, relu, relu_squared };
 
 inline Vec sigmoid(Vec x) { return Vec(1.f) / (Vec(1.f) + x.neg().exp()); }
 
 template <Activation A>
-Vec activate(Vec x) {
+Vec activate_vec(Vec x) {
   if constexpr (A == Activation::silu) return x / (Vec(1.f) + x.neg().exp());
   if constexpr (A == Activation::gelu) return Vec(0.5f) * x * (Vec(1.f) + (x * Vec(float(M_SQRT1_2))).erf());
   if constexpr (A == Activation::gelu_tanh) {
@@ -33,7 +35,7 @@ Vec activate(Vec x) {
 }
 
 template <Activation A>
-Vec derivative(Vec x) {
+Vec derivative_vec(Vec x) {
   if constexpr (A == Activation::silu) {
     const Vec s = sigmoid(x);
     return s * (Vec(1.f) + x * (Vec(1.f) - s));
@@ -56,6 +58,26 @@ Vec derivative(Vec x) {
   if constexpr (A == Activation::relu) return Vec::blendv(Vec(1.f), Vec(0.f), x <= Vec(0.f));  // 1 at NaN, as torch
   if constexpr (A == Activation::relu_squared) return Vec(2.f) * at::vec::maximum(x, Vec(0.f));
 }
+
+#ifdef __AVX512F__
+template <Activation A>
+Floats activate(Floats x) {
+  return activate_vec<A>(Vec(x));
+}
+template <Activation A>
+Floats derivative(Floats x) {
+  return derivative_vec<A>(Vec(x));
+}
+#else
+template <Activation A>
+Floats activate(Floats x) {
+  return {activate_vec<A>(Vec(x.low)), activate_vec<A>(Vec(x.high))};
+}
+template <Activation A>
+Floats derivative(Floats x) {
+  return {derivative_vec<A>(Vec(x.low)), derivative_vec<A>(Vec(x.high))};
+}
+#endif
 
 // Calls f(std::integral_constant<Activation, A>) for the activation chosen at run time.
 template <typename F>

@@ -62,33 +62,32 @@ void hidden_gradients(const Call<T>& c, const Plan& plan, const Group& group, co
     const int64_t live = std::clamp<int64_t>(group.count - i, 0, kLanes);
     alignas(64) float dots[16] = {};
     for (int64_t s = 0; s < S; s += kLanes) {
-      const __mmask16 lanes = first_lanes(S - s);
-      __m512 du[16], dg[16], h[16];
+      const Lanes lanes = first_lanes(S - s);
+      Floats du[16], dg[16], h[16];
       for (int64_t j = 0; j < kLanes; j++) {
-        du[j] = dg[j] = h[j] = _mm512_setzero_ps();
+        du[j] = dg[j] = h[j] = zeros();
         if (j >= live) continue;
         const int64_t p = group.first + i + j;
         const float weight = c.weights ? c.weights[plan.slots[p]] : 1.f;
-        const Vec grad(load(dh + (i + j) * S + s, lanes)), up(load(up_pre + p * S + s, lanes));
-        const Vec scaled = grad * Vec(weight);
-        Vec value;
+        const Floats grad = load(dh + (i + j) * S + s, lanes), up = load(up_pre + p * S + s, lanes);
+        const Floats scaled = mul(grad, all(weight));
+        Floats value;
         if (c.gate.data) {
-          const Vec gate(load(gate_pre + p * S + s, lanes));
-          const Vec active = activate<A>(gate);
-          value = active * up;
-          du[j] = active * scaled;
-          dg[j] = derivative<A>(gate) * up * scaled;
+          const Floats gate = load(gate_pre + p * S + s, lanes), active = activate<A>(gate);
+          value = mul(active, up);
+          du[j] = mul(active, scaled);
+          dg[j] = mul(mul(derivative<A>(gate), up), scaled);
           if (out.dg) store(out.dg + p * S + s, dg[j], lanes);
         } else {
           value = activate<A>(up);
-          du[j] = derivative<A>(up) * scaled;
+          du[j] = mul(derivative<A>(up), scaled);
         }
         if (out.du) store(out.du + p * S + s, du[j], lanes);
-        if (dweights) dots[j] += _mm512_mask_reduce_add_ps(lanes, grad * value);
-        h[j] = value * Vec(weight);
+        if (dweights) dots[j] += sum_lanes(mul(grad, value));  // beyond the lanes grad is 0
+        h[j] = mul(value, all(weight));
       }
       const int64_t rows = std::min(kLanes, S - s);
-      const auto store_columns = [&](T* to, __m512 block[16]) {
+      const auto store_columns = [&](T* to, Floats block[16]) {
         if (!to) return;
         transpose_16x16(block);
         for (int64_t r = 0; r < rows; r++) store(to + column + (s + r) * piece.depth, block[r]);
@@ -204,7 +203,7 @@ void write_block(const float* value, int64_t S, int64_t width, T* to, int64_t ro
   if (col == 1) {
     for (int64_t s = 0; s < S; s++) {
       for (int64_t j = 0; j < width; j += kLanes) {
-        const __mmask16 lanes = first_lanes(width - j);
+        const Lanes lanes = first_lanes(width - j);
         store(to + s * row + j, load(value + s * width + j, lanes), lanes);
       }
     }
@@ -263,13 +262,13 @@ void sweep_weights(const Call<T>& c, const Plan& plan, const Hidden<T>& hidden, 
 template <typename T>
 void bias_gradient(const T* pieces, int64_t S, int64_t padded, T* bias) {
   for (int64_t s = 0; s < S; s++) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = zeros();
     for (int64_t p = 0; p < padded;) {
       const int64_t depth = piece_at(padded, p).depth;
-      for (int64_t i = 0; i < depth; i += kLanes) sum = _mm512_add_ps(sum, load(pieces + p * S + s * depth + i));
+      for (int64_t i = 0; i < depth; i += kLanes) sum = add(sum, load(pieces + p * S + s * depth + i));
       p += depth;
     }
-    bias[s] = static_cast<T>(_mm512_reduce_add_ps(sum));
+    bias[s] = static_cast<T>(sum_lanes(sum));
   }
 }
 

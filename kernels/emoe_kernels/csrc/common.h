@@ -80,7 +80,7 @@ void parallel_dynamic(int64_t count, const F& f) {
 }
 
 // C (M, N) fp32 = A (M, K) B (K, N), plus C if `add`. A is row-major; B is what `pack_rows` or `pack_transposed` write,
-// with leading dimension ldb in dwords. oneDNN's kernel for the best instruction set of the machine (AMX, AVX-512),
+// with leading dimension ldb in dwords. oneDNN's kernel for the best instruction set of the machine (AMX, AVX-512, AVX2),
 // generated once per thread for each (M, N, K, lda, ldb, ldc, add) and never forgotten: all of them must come from small
 // sets, none may be the number of an expert's tokens.
 template <typename T>
@@ -185,8 +185,8 @@ inline void add_rows(const float* part, int64_t ld, int64_t width, const int32_t
   for (int64_t i = 0; i < count; i++) {
     float* to = sums + tokens[i] * width;
     for (int64_t j = 0; j < width; j += kLanes) {
-      const __mmask16 lanes = first_lanes(width - j);
-      store(to + j, _mm512_add_ps(load(to + j, lanes), load(part + i * ld + j, lanes)), lanes);
+      const Lanes lanes = first_lanes(width - j);
+      store(to + j, add(load(to + j, lanes), load(part + i * ld + j, lanes)), lanes);
     }
   }
 }
@@ -196,7 +196,7 @@ template <typename T>
 void write_columns(const float* sums, int64_t N, int64_t width, T* y, int64_t D, int64_t d) {
   for (int64_t n = 0; n < N; n++) {
     for (int64_t j = 0; j < width; j += kLanes) {
-      const __mmask16 lanes = first_lanes(width - j);
+      const Lanes lanes = first_lanes(width - j);
       store(y + n * D + d + j, load(sums + n * width + j, lanes), lanes);
     }
   }

@@ -39,13 +39,13 @@ void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t 
     }
     if (up_pre) store(up_pre + (first + i) * S + r0, load(u), first_lanes(rows));
     if (up_pre && gate) store(gate_pre + (first + i) * S + r0, load(g), first_lanes(rows));
-    const Vec value = gate ? activate<A>(Vec::loadu(g)) * Vec::loadu(u) : activate<A>(Vec::loadu(u));
+    const Floats value = gate ? mul(activate<A>(load(g)), load(u)) : activate<A>(load(u));
     const float weight = c.weights ? c.weights[plan.slots[first + i]] : 1.f;
-    store(h + (first + i) * S + r0, _mm512_mul_ps(value, _mm512_set1_ps(weight)), first_lanes(rows));
+    store(h + (first + i) * S + r0, mul(value, all(weight)), first_lanes(rows));
   }
 }
 
-constexpr int kOutputs = 8;  // output columns d computed together: they share the loads of h
+constexpr int kOutputs = kManyRegisters ? 8 : 4;  // output columns d computed together: they share the loads of h
 
 // y[:, d .. d + ROWS - 1]: a row of down is a run of S values an expert; runs of experts nobody chose are skipped.
 template <int ROWS, typename T>
@@ -53,8 +53,8 @@ void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_
   using dot = Dot<T>;
   thread_local Scratch accumulators, copies;
   const int64_t N = c.N, S = c.S;
-  __m512* acc = accumulators.get<__m512>(N * ROWS);
-  for (int64_t i = 0; i < N * ROWS; i++) acc[i] = _mm512_setzero_ps();
+  Floats* acc = accumulators.get<Floats>(N * ROWS);
+  for (int64_t i = 0; i < N * ROWS; i++) acc[i] = zeros();
 
   for (const int64_t e : plan.chosen) {
     const Block<T> w(c.down, e, d, ROWS, 0, S, copies);
@@ -71,7 +71,7 @@ void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_
       for (int64_t p = begin; p < stop; p++) {
         const T* from = h + p * S + s;
         const auto token = width == dot::kWidth ? dot::load(from) : dot::load(from, width);
-        __m512* sum = acc + plan.tokens[p] * ROWS;
+        Floats* sum = acc + plan.tokens[p] * ROWS;
         for (int r = 0; r < ROWS; r++) sum[r] = dot::add(sum[r], value[r], token);
       }
     }
@@ -79,7 +79,7 @@ void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_
   for (int64_t n = 0; n < N; n++) {
     for (int r = 0; r < ROWS; r++) {
       const float bias = c.down_bias ? static_cast<float>(c.down_bias[d + r]) : 0.f;
-      y[n * c.D + d + r] = static_cast<T>(_mm512_reduce_add_ps(acc[n * ROWS + r]) + bias);
+      y[n * c.D + d + r] = static_cast<T>(sum_lanes(acc[n * ROWS + r]) + bias);
     }
   }
 }

@@ -5,17 +5,17 @@
 
 namespace emoe {
 
-// out[m] (cols) = sum over r of x[m][r] * w[r] for TOKENS tokens: w (rows, cols) is read once, row by row. 6 registers
-// of 16 lanes: experts of up to 96 neurons take one pass.
+// out[m] (cols) = sum over r of x[m][r] * w[r] for TOKENS tokens: w (rows, cols) is read once, row by row. With many
+// registers experts of up to 96 neurons take one pass.
 template <int TOKENS, typename T>
 void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float* const* x, float* const* out) {
-  constexpr int kVectors = 6;
+  constexpr int kVectors = kManyRegisters ? 6 : 3;
   for (int64_t c = 0; c < cols; c += kVectors * kLanes) {
-    __mmask16 lanes[kVectors];
-    __m512 acc[TOKENS][kVectors];
+    Lanes lanes[kVectors];
+    Floats acc[TOKENS][kVectors];
     for (int v = 0; v < kVectors; v++) {
       lanes[v] = first_lanes(std::max<int64_t>(cols - c - v * kLanes, 0));
-      for (int m = 0; m < TOKENS; m++) acc[m][v] = _mm512_setzero_ps();
+      for (int m = 0; m < TOKENS; m++) acc[m][v] = zeros();
     }
     for (int64_t r = 0; r < rows; r++) {
       const T* row = w + r * ld + c;
@@ -24,8 +24,8 @@ void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float
         if (v * sizeof(T) % sizeof(float) == 0) {
           _mm_prefetch(reinterpret_cast<const char*>(row + 8 * ld + v * kLanes), _MM_HINT_T0);
         }
-        const __m512 value = load(row + v * kLanes, lanes[v]);
-        for (int m = 0; m < TOKENS; m++) acc[m][v] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[m][r]), acc[m][v]);
+        const Floats value = load(row + v * kLanes, lanes[v]);
+        for (int m = 0; m < TOKENS; m++) acc[m][v] = fma(value, all(x[m][r]), acc[m][v]);
       }
     }
     for (int m = 0; m < TOKENS; m++) {
@@ -34,12 +34,13 @@ void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float
   }
 }
 
-// Any number of tokens, four at a time.
+// Any number of tokens, kTile at a time.
 template <typename T>
 void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float* const* x, float* const* out,
                  int64_t tokens) {
+  constexpr int kTile = kManyRegisters ? 4 : 2;
   int64_t m = 0;
-  for (; m + 4 <= tokens; m += 4) sum_of_rows<4>(w, ld, rows, cols, x + m, out + m);
+  for (; m + kTile <= tokens; m += kTile) sum_of_rows<kTile>(w, ld, rows, cols, x + m, out + m);
   switch (tokens - m) {
     case 3: return sum_of_rows<3>(w, ld, rows, cols, x + m, out + m);
     case 2: return sum_of_rows<2>(w, ld, rows, cols, x + m, out + m);
@@ -54,14 +55,14 @@ void add_weighted_rows(const T* w, int64_t ld, int64_t S, int64_t width, const T
   constexpr int kRows = 4;  // rows added at a time: a quarter of the traffic to the sums
   const auto add = [&](auto rows, int64_t s) {
     for (int64_t j = 0; j < width; j += kLanes) {
-      const __mmask16 lanes = first_lanes(width - j);
-      __m512 value[kRows];
+      const Lanes lanes = first_lanes(width - j);
+      Floats value[kRows];
       for (int r = 0; r < rows(); r++) value[r] = load(w + (s + r) * ld + j, lanes);
       for (int64_t i = 0; i < count; i++) {
         float* to = sums + tokens[i] * width + j;
-        __m512 sum = load(to, lanes);
+        Floats sum = load(to, lanes);
         for (int r = 0; r < rows(); r++) {
-          sum = _mm512_fmadd_ps(value[r], _mm512_set1_ps(static_cast<float>(h[i * S + s + r])), sum);
+          sum = fma(value[r], all(static_cast<float>(h[i * S + s + r])), sum);
         }
         store(to, sum, lanes);
       }
@@ -75,16 +76,16 @@ void add_weighted_rows(const T* w, int64_t ld, int64_t S, int64_t width, const T
 // out[s] (width) = sum over i < count of h[s * ld + i] * rows[i]: a block of a weight's gradient, S rows.
 template <typename T>
 void outer_products(const T* h, int64_t ld, int64_t S, const T* const* rows, int64_t count, int64_t width, float* out) {
-  constexpr int kRows = 8;  // of the gradient, made together: they share the loads of the tokens
+  constexpr int kRows = kManyRegisters ? 8 : 4;  // of the gradient, made together: they share the loads of the tokens
   const auto some = [&](auto n, int64_t s) {
     for (int64_t j = 0; j < width; j += kLanes) {
-      const __mmask16 lanes = first_lanes(width - j);
-      __m512 sum[kRows];
-      for (int r = 0; r < n(); r++) sum[r] = _mm512_setzero_ps();
+      const Lanes lanes = first_lanes(width - j);
+      Floats sum[kRows];
+      for (int r = 0; r < n(); r++) sum[r] = zeros();
       for (int64_t i = 0; i < count; i++) {
-        const __m512 token = load(rows[i] + j, lanes);
+        const Floats token = load(rows[i] + j, lanes);
         for (int r = 0; r < n(); r++) {
-          sum[r] = _mm512_fmadd_ps(token, _mm512_set1_ps(static_cast<float>(h[(s + r) * ld + i])), sum[r]);
+          sum[r] = fma(token, all(static_cast<float>(h[(s + r) * ld + i])), sum[r]);
         }
       }
       for (int r = 0; r < n(); r++) store(out + (s + r) * width + j, sum[r], lanes);

@@ -34,15 +34,14 @@ void project(const Weight<T>& weight, int64_t e, int64_t S, int64_t D, const T* 
 template <typename T>
 void add_bias(float* value, const T* bias, int64_t S, int64_t padded) {
   for (int64_t s = 0; s < S; s++) {
-    const __m512 b = _mm512_set1_ps(static_cast<float>(bias[s]));
-    for (int64_t j = 0; j < padded; j += kLanes) store(value + s * padded + j, _mm512_add_ps(load(value + s * padded + j), b));
+    const Floats b = all(static_cast<float>(bias[s]));
+    for (int64_t j = 0; j < padded; j += kLanes) store(value + s * padded + j, add(load(value + s * padded + j), b));
   }
 }
 
 template <Activation A>
-__m512 hidden(const float* up, const float* gate, int64_t at, __m512 weight) {
-  const Vec h = gate ? activate<A>(Vec(load(gate + at))) * Vec(load(up + at)) : activate<A>(Vec(load(up + at)));
-  return _mm512_mul_ps(h, weight);
+Floats hidden(const float* up, const float* gate, int64_t at, Floats weight) {
+  return mul(gate ? mul(activate<A>(load(gate + at)), load(up + at)) : activate<A>(load(up + at)), weight);
 }
 
 // h^T (S, padded) as the right operand of the second GEMM.
@@ -50,14 +49,13 @@ template <Activation A, typename T>
 void activate_chunk(const float* up, const float* gate, const float* weights, int64_t S, int64_t padded, T* packed) {
   for (int64_t s = 0; s < S; s += kPerDword<T>) {
     for (int64_t j = 0; j < padded; j += kLanes) {
-      const __m512 w = load(weights + j);
-      const __m512 first = hidden<A>(up, gate, s * padded + j, w);
+      const Floats w = load(weights + j);
+      const Floats first = hidden<A>(up, gate, s * padded + j, w);
       if constexpr (kPerDword<T> == 1) {
         store(packed + s * padded + j, first);
       } else {
-        const __m512 second = hidden<A>(up, gate, (s + 1) * padded + j, w);
-        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(first)), high = _mm512_cvtepu16_epi32(to_bf16(second));
-        _mm512_storeu_si512(packed + (s * padded + 2 * j), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const Floats second = hidden<A>(up, gate, (s + 1) * padded + j, w);
+        store_dwords(reinterpret_cast<int32_t*>(packed + (s * padded + 2 * j)), interleave(to_bf16(first), to_bf16(second)));
       }
     }
   }
@@ -91,17 +89,17 @@ void up_chunk(const Call<T>& c, const Plan& plan, const Chunk& chunk, T* packed_
 // sums (N, width)[token of column j] += part (width, padded)[:, j] for the `count` pairs of a chunk.
 void add_transposed(const float* part, int64_t padded, int64_t width, const int32_t* tokens, int64_t count, float* sums) {
   for (int64_t d = 0; d < width; d += kLanes) {
-    const __mmask16 lanes = first_lanes(width - d);
+    const Lanes lanes = first_lanes(width - d);
     for (int64_t j = 0; j < count; j += kLanes) {
-      __m512 block[16];
+      Floats block[16];
       for (int64_t i = 0; i < kLanes; i++) {
-        block[i] = d + i < width ? load(part + (d + i) * padded + j) : _mm512_setzero_ps();
+        block[i] = d + i < width ? load(part + (d + i) * padded + j) : zeros();
       }
       transpose_16x16(block);
       const int64_t live = std::min(kLanes, count - j);
       for (int64_t i = 0; i < live; i++) {
         float* to = sums + tokens[j + i] * width + d;
-        store(to, _mm512_add_ps(load(to, lanes), block[i]), lanes);
+        store(to, add(load(to, lanes), block[i]), lanes);
       }
     }
   }

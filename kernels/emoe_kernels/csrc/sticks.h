@@ -56,28 +56,28 @@ struct Sticks {
 };
 
 // exp(x) for x <= 0, to two units in the last place; NaN stays.
-inline __m512 exp_of_negative(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);  // below, also at -inf, the result is zero
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts: the first times n is exact
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.f / 5040);  // Taylor's series: |r| <= ln 2 / 2, the next term is 5e-9
+inline Floats exp_of_negative(Floats x) {
+  x = max(all(-104.f), x);  // below, also at -inf, the result is zero
+  const Floats n = nearest(mul(x, all(1.44269504f)));
+  Floats r = fnma(n, all(0.693359375f), x);  // ln 2 in two parts: the first times n is exact
+  r = fnma(n, all(-2.12194440e-4f), r);
+  Floats p = all(1.f / 5040);  // Taylor's series: |r| <= ln 2 / 2, the next term is 5e-9
   for (const float term : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
+    p = fma(p, r, all(term));
   }
-  return _mm512_scalef_ps(p, n);
+  return times_power_of_2(p, n);
 }
 
 struct Share {
-  __m512 taken, left;  // sigmoid(z) and 1 - sigmoid(z), both without cancellation
+  Floats taken, left;  // sigmoid(z) and 1 - sigmoid(z), both without cancellation
 };
 
-inline Share share(__m512 logit) {
-  const __m512 sign = _mm512_set1_ps(-0.f), one = _mm512_set1_ps(1.f);
-  const __m512 small = exp_of_negative(_mm512_or_ps(logit, sign));
-  const __m512 large_part = _mm512_div_ps(one, _mm512_add_ps(one, small)), small_part = _mm512_mul_ps(small, large_part);
-  const __mmask16 positive = _mm512_cmp_ps_mask(logit, _mm512_setzero_ps(), _CMP_GE_OQ);
-  return {_mm512_mask_mov_ps(small_part, positive, large_part), _mm512_mask_mov_ps(large_part, positive, small_part)};
+inline Share share(Floats logit) {
+  const Floats one = all(1.f);
+  const Floats small = exp_of_negative(minus_abs(logit));
+  const Floats large_part = divide(one, add(one, small)), small_part = mul(small, large_part);
+  const Mask positive = at_least(logit, zeros());
+  return {choose(positive, large_part, small_part), choose(positive, small_part, large_part)};
 }
 
 // A tile of rows: `count` of them from `first`, computed as `padded` lanes, a multiple of 16.
@@ -107,35 +107,35 @@ struct RowTile {
 template <int GROUPS, typename T, typename F>
 bool break_sticks(const Sticks<T>& c, int64_t b, int64_t tile, const float* logits, RowTile& rows, const F& visit) {
   constexpr int64_t width = GROUPS * kLanes;
-  const __m512 scale = _mm512_set1_ps(c.scale), zero = _mm512_setzero_ps();
+  const Floats scale = all(c.scale), zero = zeros();
   const int64_t key0 = tile * kKeys;
   const bool all_see = rows.least_last >= key0 + kKeys - 1 && rows.count == width;
-  __m512 stick[GROUPS];
-  __m512i last[GROUPS];
+  Floats stick[GROUPS];
+  Dwords last[GROUPS];
   for (int i = 0; i < GROUPS; i++) {
-    stick[i] = _mm512_load_ps(rows.stick + i * kLanes);
-    last[i] = _mm512_load_si512(rows.last + i * kLanes);
+    stick[i] = load(rows.stick + i * kLanes);
+    last[i] = load_dwords(rows.last + i * kLanes);
   }
   for (int64_t j = kKeys - 1; j >= 0; j--) {
     if (!c.visible(b, key0 + j)) {
       for (int i = 0; i < GROUPS; i++) visit(j, i * kLanes, zero, zero);
       continue;
     }
-    const __m512i key = _mm512_set1_epi32(int32_t(key0 + j));
+    const Dwords key = all_dwords(int32_t(key0 + j));
     for (int i = 0; i < GROUPS; i++) {
-      const Share s = share(_mm512_mul_ps(_mm512_loadu_ps(logits + j * width + i * kLanes), scale));
-      const __mmask16 sees = all_see ? __mmask16(0xFFFF) : _mm512_cmpge_epi32_mask(last[i], key);
-      visit(j, i * kLanes, _mm512_maskz_mov_ps(sees, s.taken), _mm512_maskz_mul_ps(sees, s.taken, stick[i]));
-      stick[i] = _mm512_mask_mul_ps(stick[i], sees, stick[i], s.left);
+      const Share s = share(mul(load(logits + j * width + i * kLanes), scale));
+      const Mask sees = all_see ? every_lane() : at_least(last[i], key);
+      visit(j, i * kLanes, only(sees, s.taken), only(sees, mul(s.taken, stick[i])));
+      stick[i] = choose(sees, mul(stick[i], s.left), stick[i]);
     }
   }
-  __mmask16 any = 0;
+  bool any_left = false;
   for (int i = 0; i < GROUPS; i++) {
-    const __mmask16 left = _mm512_cmp_ps_mask(stick[i], _mm512_set1_ps(FLT_MIN), _CMP_NLT_UQ);  // NaN is left
-    _mm512_store_ps(rows.stick + i * kLanes, _mm512_maskz_mov_ps(left, stick[i]));
-    any |= left;
+    const Mask left = not_less(stick[i], all(FLT_MIN));  // NaN is left
+    store(rows.stick + i * kLanes, only(left, stick[i]));
+    any_left = any_left || any(left);
   }
-  return any != 0;
+  return any_left;
 }
 
 // Calls f(std::integral_constant<int, padded / 16>).

@@ -61,36 +61,36 @@ void sticks_backward(const Sticks<T>& c, const Heads<T>& dy, const T* d_remainde
         const int64_t at = (head * tiles + stop) * tile_size, strip = stop * kKeys * width;
         gemm<T>(kKeys, width, c.A, keys + at, c.A, q_columns, width, logits, width, false);
         gemm<T>(kKeys, width, c.A, values + at, c.A, dy_columns, width, slopes, width, false);
-        const auto keep = [&](int64_t j, int64_t r, __m512 share, __m512 weight) {
+        const auto keep = [&](int64_t j, int64_t r, Floats share, Floats weight) {
           const int64_t place = j * width + r;
           store(tile_of_T + place, weight);
           store(taken + strip + place, share);
-          store(dlog + strip + place, _mm512_mul_ps(weight, _mm512_loadu_ps(slopes + place)));
+          store(dlog + strip + place, mul(weight, load(slopes + place)));
         };
         const bool left = break_sticks<groups()>(c, b, stop, logits, rows, keep);
         gemm<T>(kKeys, c.A, width, tile_of_T, width, dy_rows, c.A, dv + stop * tile_size, c.A, true);
         if (!left) break;
       }
 
-      __m512 before[groups()];
+      Floats before[groups()];
       for (int i = 0; i < groups(); i++) {
         alignas(64) float grad[kLanes] = {};
         for (int64_t r = 0; r < kLanes && i * kLanes + r < rows.count && d_remainder; r++) {
           grad[r] = d_remainder[c.flat(b, g, rows.first + i * kLanes + r)];
         }
-        before[i] = _mm512_mul_ps(_mm512_load_ps(grad), _mm512_load_ps(rows.stick + i * kLanes));
+        before[i] = mul(load(grad), load(rows.stick + i * kLanes));
       }
-      const __m512 scale = _mm512_set1_ps(c.scale);
+      const Floats scale = all(c.scale);
       for (int64_t tile = std::max<int64_t>(stop, 0); tile <= last; tile++) {
         if (!c.any_visible(b, tile)) continue;
         const int64_t at = (head * tiles + tile) * tile_size, strip = tile * kKeys * width;
         for (int64_t j = 0; j < kKeys; j++) {
           for (int i = 0; i < groups(); i++) {
             const int64_t place = j * width + i * kLanes;
-            const __m512 own = _mm512_loadu_ps(dlog + strip + place);
-            before[i] = _mm512_add_ps(before[i], own);
-            const __m512 dz = _mm512_fnmadd_ps(_mm512_loadu_ps(taken + strip + place), before[i], own);
-            store(tile_of_T + place, _mm512_mul_ps(dz, scale));
+            const Floats own = load(dlog + strip + place);
+            before[i] = add(before[i], own);
+            const Floats dz = fnma(load(taken + strip + place), before[i], own);
+            store(tile_of_T + place, mul(dz, scale));
           }
         }
         const T* right = operand(tile_of_T, kKeys, width, packed_dz);

@@ -41,7 +41,7 @@ void sticks_forward(const Sticks<T>& c, T* y, T* remainder) {
         if (!c.any_visible(b, tile)) continue;
         const int64_t at = (i % heads * tiles + tile) * tile_size;
         gemm<T>(kKeys, width, c.A, keys + at, c.A, queries, width, logits, width, false);
-        const bool left = break_sticks<groups()>(c, b, tile, logits, rows, [&](int64_t j, int64_t r, __m512, __m512 weight) {
+        const bool left = break_sticks<groups()>(c, b, tile, logits, rows, [&](int64_t j, int64_t r, Floats, Floats weight) {
           store(weights + j * width + r, weight);
         });
         const T* right = operand(weights, kKeys, width, packed_of);
@@ -62,26 +62,26 @@ namespace {
 // sums (ROWS rows, A) += weights^T v for `count` keys from `key0`; weights (count, kLanes), columns from `row`.
 template <int ROWS, typename T>
 void add_values(const Sticks<T>& c, int64_t b, int64_t g, int64_t key0, int64_t count, const float* weights, float* sums) {
-  constexpr int64_t step = 4 * kLanes;
-  for (int64_t a = 0; a < c.A; a += step) {
-    __mmask16 lanes[4];
-    __m512 acc[ROWS][4];
-    for (int i = 0; i < 4; i++) {
+  constexpr int kVectors = kManyRegisters ? 4 : 2;
+  for (int64_t a = 0; a < c.A; a += kVectors * kLanes) {
+    Lanes lanes[kVectors];
+    Floats acc[ROWS][kVectors];
+    for (int i = 0; i < kVectors; i++) {
       lanes[i] = first_lanes(std::max<int64_t>(0, c.A - a - i * kLanes));
       for (int r = 0; r < ROWS; r++) acc[r][i] = load(sums + r * c.A + a + i * kLanes, lanes[i]);
     }
     for (int64_t j = 0; j < count; j++) {
       if (!c.visible(b, key0 + j)) continue;  // its value may be anything
       const T* from = c.v.at(b, g, key0 + j) + a;
-      __m512 value[4];
-      for (int i = 0; i < 4; i++) value[i] = load(from + i * kLanes, lanes[i]);
+      Floats value[kVectors];
+      for (int i = 0; i < kVectors; i++) value[i] = load(from + i * kLanes, lanes[i]);
       for (int r = 0; r < ROWS; r++) {
-        const __m512 weight = _mm512_set1_ps(weights[j * kLanes + r]);
-        for (int i = 0; i < 4; i++) acc[r][i] = _mm512_fmadd_ps(weight, value[i], acc[r][i]);
+        const Floats weight = all(weights[j * kLanes + r]);
+        for (int i = 0; i < kVectors; i++) acc[r][i] = fma(weight, value[i], acc[r][i]);
       }
     }
     for (int r = 0; r < ROWS; r++) {
-      for (int i = 0; i < 4; i++) store(sums + r * c.A + a + i * kLanes, acc[r][i], lanes[i]);
+      for (int i = 0; i < kVectors; i++) store(sums + r * c.A + a + i * kLanes, acc[r][i], lanes[i]);
     }
   }
 }
@@ -104,18 +104,19 @@ void sticks_forward_few(const Sticks<T>& c, T* y, T* remainder) {
       if (!c.any_visible(b, tile)) continue;
       const int64_t key0 = tile * kKeys, count = std::min(kKeys, rows.last_key + 1 - key0);
       dot_block(c.k.at(b, g, key0), c.k.position, count, queries, rows.count, c.A, logits, kLanes);
-      const bool left = break_sticks<1>(c, b, tile, logits, rows, [&](int64_t j, int64_t, __m512, __m512 weight) {
+      const bool left = break_sticks<1>(c, b, tile, logits, rows, [&](int64_t j, int64_t, Floats, Floats weight) {
         store(weights + j * kLanes, weight);
       });
+      constexpr int kTile = kManyRegisters ? 4 : 2;
       int64_t r = 0;
-      for (; r + 4 <= rows.count; r += 4) add_values<4>(c, b, g, key0, count, weights + r, sums + r * c.A);
+      for (; r + kTile <= rows.count; r += kTile) add_values<kTile>(c, b, g, key0, count, weights + r, sums + r * c.A);
       for (; r < rows.count; r++) add_values<1>(c, b, g, key0, count, weights + r, sums + r * c.A);
       if (!left) break;
     }
     for (int64_t r = 0; r < rows.count; r++) {
       const int64_t at = c.flat(b, g, r);
       for (int64_t a = 0; a < c.A; a += kLanes) {
-        const __mmask16 lanes = first_lanes(c.A - a);
+        const Lanes lanes = first_lanes(c.A - a);
         store(y + at * c.A + a, load(sums + r * c.A + a, lanes), lanes);
       }
       remainder[at] = static_cast<T>(rows.stick[r]);
