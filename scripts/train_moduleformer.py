@@ -41,6 +41,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "moduleformer"
 GPT2 = CONFIGS.parent / "pretrain" / "gpt2_small_corpus.yaml"
 ARMS = {
     "ModuleFormer, mutual information": "tiny",
+    "ModuleFormer, mutual information × 3": "tiny-strong",
     "ModuleFormer, unbalanced": "tiny-unbalanced",
     "switch-balanced": "tiny-switch",
     "dense, equal active size": "tiny-dense",
@@ -56,7 +57,7 @@ USES = {"load": "loads", "probability": "mean probabilities"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--arms", default="tiny,tiny-unbalanced,tiny-switch,tiny-dense", help="files, by their stems; or gpt2"
+        "--arms", default="tiny,tiny-strong,tiny-unbalanced,tiny-switch,tiny-dense", help="files, by their stems; or gpt2"
     )
     parser.add_argument("--corpus", action="append", help="as for `emoe pretrain`; default: four domains")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm; default: the configurations'")
@@ -235,7 +236,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     arms = {name: arm for name, arm in result["arms"].items() if arm["over_training"]}
-    shown = [name for name in arms if ARMS[name] in ("tiny", "tiny-switch")]
+    shown = [name for name in arms if ARMS[name] in ("tiny", "tiny-strong", "tiny-switch")]
     size = (4 * (2 + len(shown)), 3.6 * len(PARTS))
     figure, axes = plt.subplots(len(PARTS), 2 + len(shown), figsize=size, layout="constrained")
     for row, (part, called) in zip(axes, PARTS.items(), strict=True):
