@@ -57,7 +57,9 @@ USES = {"load": "loads", "probability": "mean probabilities"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--arms", default="tiny,tiny-strong,tiny-unbalanced,tiny-switch,tiny-dense", help="files, by their stems; or gpt2"
+        "--arms",
+        default="tiny,tiny-strong,tiny-unbalanced,tiny-switch,tiny-dense",
+        help="files, by their stems; or gpt2",
     )
     parser.add_argument("--corpus", action="append", help="as for `emoe pretrain`; default: four domains")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm; default: the configurations'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -51,8 +52,9 @@ def test_an_export_is_pushed_whole(hub, converted, tmp_path):
 
 def test_a_converted_folder_is_pushed_with_its_code(hub, converted):
     source = converted(held_out_tokens=0)
-    done = emoe_command(hub, "push", "--model", source, "--repo", "someone/tiny")
+    done = emoe_command(hub, "push", "--model", source, "--repo", "someone/tiny", "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"].startswith(f"{hub.url}/someone/tiny/commit/")
     code = {f"{name}.py" for name in ("modeling_emoe", "ffn_emoe", "routing_emoe", "configuration_emoe", "portable")}
     assert code <= set(hub.files)
     assert "partition.safetensors" in hub.files
