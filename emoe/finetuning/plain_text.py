@@ -36,7 +36,7 @@ from emoe.finetuning.low_rank import merged, with_lora
 from emoe.report.card import write_history_card
 from emoe.runtime import write_text
 from emoe.surgery.history import entry
-from emoe.surgery.modules import Anatomy, anatomy_of
+from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import Frozen, RouterLosses, parse_losses, train_only, trained_entries
 from emoe.surgery.usage import load_model, set_budget
 
@@ -122,12 +122,9 @@ def _what(config: TuneConfig) -> str:
 
 def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:
     """None for a model without modules, which can be trained whole or by LoRA, without losses on routers."""
-    try:
+    if has_modules(folder) or config.train in ("router", "new-modules") or config.loss:
         return anatomy_of(folder)
-    except UserError:
-        if config.train in ("router", "new-modules") or config.loss:
-            raise
-        return None
+    return None
 
 
 def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> tuple[nn.Module, Frozen]:

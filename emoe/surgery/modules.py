@@ -147,6 +147,14 @@ class Anatomy(Protocol):
         """config.json with this provenance."""
 
 
+def has_modules(folder: Path, flag: str = "--model") -> bool:
+    """Whether config.json, sound or damaged, speaks of experts that a gate chooses among."""
+    config = read_json(folder / "config.json", flag)
+    if config.get("model_type") == "moduleformer":
+        return config.get("gate_type") != "all"
+    return str(config.get("model_type")).startswith("emoe_") and not config.get("emoe_copies")
+
+
 def anatomy_of(folder: Path, flag: str = "--model") -> Anatomy:
     """The anatomy of a checkpoint.
 

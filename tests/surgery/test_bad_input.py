@@ -102,7 +102,11 @@ def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, co
         ("converted_llama", "emoe_layers", [0, 1], "name different layers"),
         ("tiny_moduleformer", "n_layer", None, "n_layer: Field required"),
         ("tiny_moduleformer", "n_layer", 10**9, "says n_layer=1000000000, no model has that"),
-        ("tiny_moduleformer", "mlp_groups", [[4]], "groups of 1 layers where n_layer is"),
+        ("tiny_moduleformer", "mlp_groups", [[4]], "need an entry a layer"),
+        ("tiny_moduleformer", "k_mlp", 99, "k_mlp=99 must lie between 1 and n_mlp_experts"),
+        ("tiny_moduleformer", "n_mlp_experts", 10**9, "n_mlp_experts: Input should be less than"),
+        ("tiny_moduleformer", "gate_type", "cosine", "gate_type='cosine' is unknown"),
+        ("tiny_moduleformer", "sample_topk", "x", "sample_topk: Input should be a valid integer"),
     ],
 )
 def test_damaged_config(model, field, value, complaint, refused, text, tmp_path, request):

@@ -19,12 +19,14 @@ void sum_of_rows(const T* w, int64_t ld, int64_t rows, int64_t cols, const float
     }
     for (int64_t r = 0; r < rows; r++) {
       const T* row = w + r * ld + c;
+#pragma GCC unroll 8  // else GCC 12 keeps the accumulators of AVX2, pairs of registers, in memory
       for (int v = 0; v < kVectors; v++) {
         // eight rows ahead: neighbouring rows of down lie in different pages, where no hardware prefetcher follows
         if (v * sizeof(T) % sizeof(float) == 0) {
           _mm_prefetch(reinterpret_cast<const char*>(row + 8 * ld + v * kLanes), _MM_HINT_T0);
         }
         const Floats value = load(row + v * kLanes, lanes[v]);
+#pragma GCC unroll 8
         for (int m = 0; m < TOKENS; m++) acc[m][v] = fma(value, all(x[m][r]), acc[m][v]);
       }
     }

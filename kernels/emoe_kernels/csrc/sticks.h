@@ -4,8 +4,8 @@
 // The queries that share a key head are rows 0 .. T * S - 1 of a matrix: row r is query t = r / S of head r % S * G + g, so
 // that rows side by side see almost the same keys. Keys come in tiles of kKeys, rows in tiles of at most kTileRows.
 //
-// Logits are computed transposed, (keys, rows): a register holds one key for 16 queries, and what is left of 16 sticks
-// is one register that is multiplied on the way from the right to the left. No logarithm, no cumulative sum. Where a stick
+// Logits are computed transposed, (keys, rows): sixteen lanes hold one key for 16 queries, and what is left of 16 sticks
+// are sixteen lanes that are multiplied on the way from the right to the left. No logarithm, no cumulative sum. Where a stick
 // is shorter than the least normal float it counts as used up, and a tile of rows is done when all of its sticks are.
 #pragma once
 
