@@ -87,7 +87,8 @@ def test_a_near_format_is_near(to, family, shape, given, converted, tmp_path):
     source = converted(family, shape, **given)
     report = emoe.export(source, tmp_path / "out", to, approximate=to == "mixtral", verify_tokens=256)
     free, imposed = report["comparisons"]
-    assert 1e-12 < imposed["kl"] <= free["kl"] < 1e-3
+    assert 1e-12 < imposed["kl"] < 1e-3
+    assert imposed["kl"] <= free["kl"] < 1e-2  # one token that chooses the other of two near ties is 3e-3 of it
     assert free["agreement"] > 0.97
     assert imposed["margin"] < 1e-2
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -200,7 +201,7 @@ def test_an_export_that_chooses_otherwise_is_thrown_away(to, converted, tmp_path
 def test_ties_are_told_from_errors(converted, tmp_path, monkeypatch):
     """A router off by less than rounding is: its few other choices are counted, and the export is kept."""
     noise = torch.Generator().manual_seed(0)
-    wrong = lambda weight_ED: weight_ED * (1 + 1e-4 * torch.randn(weight_ED.shape, generator=noise))  # noqa: E731
+    wrong = lambda weight_ED: weight_ED * (1 + 4e-4 * torch.randn(weight_ED.shape, generator=noise))  # noqa: E731
     router_weight(monkeypatch, wrong)
     report = emoe.export(converted(**KEY), tmp_path / "out", "granitemoe", verify_tokens=2048)
     free, imposed = report["comparisons"]

@@ -33,7 +33,7 @@ def test_a_pruned_model_becomes_a_smaller_stock_llama(converted_llama, tiny_llam
     assert not [key for key in config if key.startswith("emoe_")]
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense")
     assert model.model.layers[0].mlp.up_proj.weight.shape == (24, 32)
-    torch.testing.assert_close(logits(tmp_path / "dense"), logits(small, top_k=4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(small, top_k=4), rtol=0, atol=2e-5)
     # The neurons that are left stand in the source's order.
     whole = {n: t for p in tiny_llama.glob("*.safetensors") for n, t in load_file(p).items()}
     name = "model.layers.1.mlp.up_proj.weight"
