@@ -93,6 +93,8 @@ def read_converted(folder: Path, flag: str = "--model") -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json(path, flag)
     model_type = str(config.get("model_type", ""))
+    if model_type == "moduleformer":
+        raise UserError(f"{flag}: {folder} is a ModuleFormer, born with experts; this is for converted checkpoints")
     if not model_type.startswith("emoe_"):
         raise UserError(
             f"{flag}: {folder} is not a converted checkpoint (model_type {shortened(model_type)}); convert it first"
