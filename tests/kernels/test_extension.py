@@ -130,6 +130,12 @@ def test_status_says_what_is_missing(monkeypatch):
     assert "aarch64" in extension.status().detail
 
 
+def test_incomplete_avx512_is_avx2(monkeypatch):
+    monkeypatch.setattr(extension, "features", lambda: frozenset({"avx2", "fma", "f16c", "avx512f"}))
+    flags = extension._compiler_flags()
+    assert "-mno-avx512f" in flags and "-DCPU_CAPABILITY_AVX2" in flags
+
+
 @needs_extension
 def test_the_activations_are_numbered_alike():
     from emoe_kernels.experts.cpu import _ACTIVATIONS
