@@ -51,6 +51,20 @@ def _umask() -> int:
     return current
 
 
+def settle(file: Path) -> None:
+    """Put a written file on the disk, readable by whom the umask says: some libraries keep it to its owner."""
+    with open(file, "rb+") as handle:
+        os.fchmod(handle.fileno(), 0o666 & ~_umask())
+        os.fsync(handle.fileno())
+
+
+def settle_folder(folder: Path) -> None:
+    """`settle` all files in ``folder`` and below."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            settle(file)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``.
@@ -62,9 +76,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # some libraries create files that only their owner may read
-            os.fsync(file.fileno())
+        settle(temporary)
         os.replace(temporary, path)
         fsync_directory(path.parent)
     finally:
@@ -90,10 +102,7 @@ def atomic_directory(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     temporary, held = _locked_folder(path)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
+        settle_folder(temporary)
         try:
             os.rename(temporary, path)
         except OSError:

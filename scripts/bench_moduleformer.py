@@ -3,7 +3,8 @@
 24 layers scaled down in width, 2 of 32 FFN experts and 2 of 16 attention experts, keys and values shared as in the
 released models. The dense models are the same code without gates: every expert of a layer in one, with all the
 parameters, or with those that a token uses. Speeds are medians over rounds that take the models in turn; memory is
-each model's peak in a process of its own, over that of a bare interpreter.
+each model's peak in a process of its own, over that of a bare interpreter. A quarter of an hour for each dtype on two
+cores; the files are written anew after each mode.
 
     python scripts/bench_moduleformer.py --output docs/results/bench_moduleformer.json
 """
@@ -99,38 +100,48 @@ def main() -> None:
             task(build(models[name], DTYPES[dtype]), mode)()
         print(peak_memory())
         return
-    rows = []
-    for dtype in arguments.dtypes.split(","):
-        for mode in MODES:
-            seconds = times({name: task(build(f, DTYPES[dtype]), mode) for name, f in models.items()}, arguments.rounds)
-            for name, fields in models.items():
-                parameters = count_parameters(build(fields, DTYPES[dtype]))
-                rows.append({"model": name, "dtype": dtype, "mode": mode, "parameters": parameters._asdict()})
-                rows[-1]["tokens_per_second"] = round(TOKENS[mode] / statistics.median(seconds[name]))
-                rows[-1]["spread"] = round(
-                    (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]), 2
-                )
-                rows[-1]["memory_bytes"] = memory(name, mode, dtype, arguments) - memory("bare", mode, dtype, arguments)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "rows": rows,
+        "rows": [],
     }
-    if arguments.output:
-        write_text(arguments.output, json.dumps(result, indent=1) + "\n")
-        write_text(arguments.output.with_suffix(".md"), markdown(result))
+    bare = memory("bare", "none", "none", arguments)
+    for dtype in arguments.dtypes.split(","):
+        for mode in MODES:
+            result["rows"] += measure(models, dtype, mode, bare, arguments)
+            if arguments.output:
+                write_text(arguments.output, json.dumps(result, indent=1) + "\n")
+                write_text(arguments.output.with_suffix(".md"), markdown(result))
     print(markdown(result))
 
 
-def times(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def measure(
+    models: dict[str, dict[str, Any]], dtype: str, mode: str, bare: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row a model, speeds measured side by side."""
+    built = {name: build(fields, DTYPES[dtype]) for name, fields in models.items()}
+    seconds = times({name: task(model, mode) for name, model in built.items()}, arguments.rounds, f"{dtype} {mode}")
+    rows = []
+    for name, model in built.items():
+        middle = statistics.median(seconds[name])
+        rows.append({"model": name, "dtype": dtype, "mode": mode, "parameters": count_parameters(model)._asdict()})
+        rows[-1]["tokens_per_second"] = round(TOKENS[mode] / middle)
+        rows[-1]["spread"] = round((max(seconds[name]) - min(seconds[name])) / middle, 2)
+        rows[-1]["memory_bytes"] = memory(name, mode, dtype, arguments) - bare
+    return rows
+
+
+def times(calls: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, list[float]]:
     """Seconds of each call in each round; the first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    for done in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
+        spent = ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items())
+        print(f"{title} {done}/{rounds}: {spent}", file=sys.stderr, flush=True)
     return {name: found[1:] for name, found in seconds.items()}
 
 

@@ -20,7 +20,14 @@ def report(
         list[str] | None,
         typer.Option("--text", help="Text to watch the experts on, once for each. [default: builtin, builtin-code]"),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of each text; 0 for no pictures of experts.")] = 1024,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            help="Tokens of each text; 0 for no pictures of experts. [default: 1024, of ModuleFormers and of models "
+            "after surgery 0]",
+        ),
+    ] = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -36,4 +43,6 @@ def report(
     if json_output:
         print(json.dumps(found, indent=2))
     elif not quiet:
+        for note in found["notes"]:
+            print(f"note: {note}")
         print(f"written: {html}")

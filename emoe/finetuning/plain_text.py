@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from emoe.finetuning.loop import (
 )
 from emoe.finetuning.low_rank import merged, with_lora
 from emoe.report.card import write_history_card
-from emoe.runtime import write_text
+from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import Frozen, RouterLosses, parse_losses, train_only, trained_entries
@@ -179,6 +178,4 @@ def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path
     write_digests(target)
     write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
-    for file in target.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    settle_folder(target)

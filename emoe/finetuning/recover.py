@@ -9,7 +9,6 @@ Legend: B sequences, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -43,7 +42,7 @@ from emoe.finetuning.loop import (
 )
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
-from emoe.runtime import write_text
+from emoe.runtime import settle_folder, write_text
 
 SOURCE_S = "the source's"
 """What the provenance says of output matrices that were not refitted."""
@@ -272,6 +271,4 @@ def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
     write_digests(target)
-    for file in target.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    settle_folder(target)

@@ -35,7 +35,7 @@ from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.report.card import write_history_card
-from emoe.runtime import remove_unheld, scratch_directory, write_text
+from emoe.runtime import remove_unheld, scratch_directory, settle_folder, write_text
 from emoe.surgery.history import entry
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
@@ -203,6 +203,7 @@ class Run:
                 (self.folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json has it all
                 if (self.folder / "model" / "config.json").is_file():  # no adapter, whose card peft writes
                     write_history_card(self.folder / "model", self.base, record)
+                settle_folder(self.folder / "model")
             write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
             shutil.rmtree(self.folder / ".training")
         self.group.wait()

@@ -81,8 +81,9 @@ class ExpertFFN(ExpertPool):
 
     def __init__(self, config, layer_index: int):
         super().__init__(config, config.experts_of("mlp", layer_index), config.k_mlp, config.ffd_hidden)
-        self.act = ACT2FN[config.activation_function]
         self.kernel_activation = KERNEL_ACTIVATIONS.get(config.activation_function)
+        fused = self.kernel_activation == "gelu_tanh"  # gelu_new is the same formula in eight passes over memory
+        self.act = ACT2FN["gelu_pytorch_tanh" if fused else config.activation_function]
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, Routing | None]:
         """Tokens (N, D) → (N, D) and who was chosen."""

@@ -163,6 +163,8 @@ def load_domain(
     except ValueError:  # what the library raises when nothing has been generated
         if next(_sequences(**keywords), None) is not None:
             raise
+        if not any(piece.strip() for _, piece in pieces(domain, share)):
+            raise UserError(f"--corpus: {domain.name} holds no text") from None
         raise UserError(
             f"--corpus: {domain.name} has not one sequence of {length} tokens "
             f"{'held out' if held_out else 'to train on'}; give more text or a lower --sequence-length"

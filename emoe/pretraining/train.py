@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +31,13 @@ from emoe.pretraining.evaluate import evaluate
 from emoe.pretraining.text import Domain, load_domain, mixed, parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
 from emoe.report.card import write_pretraining_card
-from emoe.runtime import multiplies_bfloat16_fast, write_text
+from emoe.runtime import multiplies_bfloat16_fast, settle_folder, write_text
 
 LOG = "log.jsonl"
+
+MOST_PASSES = 16
+"""Passes over a text beyond which we say so. Muennighoff et al., arXiv 2305.16264: the fourth is nearly as good as new
+text, by the sixteenth most of the gain is gone."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,12 +90,16 @@ def _pretrain(
         architecture.setdefault(field, getattr(tokenizer, field))
     model_config = new_model_config({"vocab_size": len(tokenizer), **architecture})
     if model_config.vocab_size < len(tokenizer):
-        raise UserError(f"architecture: vocab_size={model_config.vocab_size}, the tokenizer has {len(tokenizer)}")
+        raise UserError(
+            f"--config: architecture: vocab_size={model_config.vocab_size}, the tokenizer has {len(tokenizer)} "
+            "entries; leave vocab_size out or raise it"
+        )
     model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = _trainer(config, model, mixed(parts, config.mix, config.seed), tokens, training, target, group, progress)
+    notes = _repeated(domains, parts, trainer.tokens_per_step * config.steps, config)
     kept = states(training)
     start, first = time.perf_counter(), int(kept[-1].name.split("-")[1]) if kept else 0
     train_from(trainer, kept[-1] if kept else None)
@@ -109,6 +116,7 @@ def _pretrain(
         "corpus_tokens": {d.name: len(p) * config.sequence_length for d, p in zip(domains, parts, strict=True)},
         "perplexity": {name: round(result["perplexity"], 4) for name, result in results.items()},
         "gates": {name: result["gates"] for name, result in results.items() if result["gates"]},
+        "notes": notes,
         "settings": config.model_dump(exclude={"output", "resume", "overwrite"}),
         "emoe": emoe.__version__,
         "torch": torch.__version__,
@@ -118,6 +126,19 @@ def _pretrain(
     group.first_then_all(lambda: _write(model, tokenizer, target, report))
     progress("done", steps, config.steps)
     return report
+
+
+def _repeated(domains: list[Domain], parts: list[Any], tokens: int, config: PretrainConfig) -> list[str]:
+    """What there is to say of domains that a run of so many tokens reads more than `MOST_PASSES` times."""
+    sizes = [len(part) * config.sequence_length for part in parts]
+    shares = [1 / len(sizes) if config.mix == "equal" else size / sum(sizes) for size in sizes]
+    passes = [tokens * share / size for share, size in zip(shares, sizes, strict=True)]
+    return [
+        f"{domain.name} has {size:,} tokens to train on, read {times:,.0f} times: too little text for --steps "
+        f"{config.steps}"
+        for domain, size, times in zip(domains, sizes, passes, strict=True)
+        if times > MOST_PASSES
+    ]
 
 
 def held_out_tokens(domain: Domain, tokenizer: Any, config: PretrainConfig, length: int) -> torch.Tensor:
@@ -137,24 +158,27 @@ def new_model_config(architecture: dict[str, Any]) -> Any:
     Raises:
         UserError: no or an unknown model_type, a field it does not have, or values that it refuses.
     """
+    if not architecture:
+        raise UserError(
+            "--config: missing, or without 'architecture:'; name a YAML file such as configs/moduleformer/tiny.yaml"
+        )
     fields = dict(architecture)
     model_type = fields.pop("model_type", None)
     known = transformers.CONFIG_MAPPING
     if not model_type or model_type not in known:
         hint = nearest(str(model_type), known.keys()) if model_type else ""
         raise UserError(
-            f"architecture: model_type {model_type!r} is unknown{hint}; "
-            "write e.g. 'model_type: moduleformer' into the file of --config"
+            f"--config: architecture: model_type {model_type!r} is unknown{hint}; write e.g. 'model_type: moduleformer'"
         )
     kind = known[model_type]
     names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     for field in fields:
         if field not in names:
-            raise UserError(f"architecture: {model_type} has no field '{field}'{nearest(field, names)}")
+            raise UserError(f"--config: architecture: {model_type} has no field '{field}'{nearest(field, names)}")
     try:
         return kind(**fields)
     except Exception as error:  # transformers' strict dataclasses raise their own kinds
-        raise UserError(f"architecture: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config: architecture: {' '.join(str(error).split())}") from None
 
 
 class _Pretrainer(Trainer):
@@ -256,6 +280,4 @@ def _write(model: Any, tokenizer: Any, target: Path, report: dict[str, Any]) -> 
     tokenizer.save_pretrained(target)
     write_text(target / PRETRAINED, json.dumps(report, indent=2) + "\n")
     write_pretraining_card(report, target)
-    for file in target.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    settle_folder(target)

@@ -12,9 +12,10 @@ from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
+from emoe.conversion.workspace import PRETRAINED
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
-from emoe.report.records import Conversion, checked
+from emoe.report.records import Conversion, Pretraining, checked
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -44,7 +45,15 @@ def _describe_moduleformer(folder: Path) -> dict[str, Any]:
         "gate": config.get("gate_type", "mlp"),
         "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
         "provenance": config.get("emoe_provenance") or {},
+        "pretraining": _pretraining(folder / PRETRAINED),
     }
+
+
+def _pretraining(path: Path) -> dict[str, Any] | None:
+    """What `emoe pretrain` wrote beside its model, as far as it is shown."""
+    if not path.is_file():
+        return None
+    return checked(Pretraining, read_json(path, "inspect"), path).model_dump()
 
 
 def describe(folder: Path, verify: bool = False) -> dict[str, Any]:

@@ -126,14 +126,20 @@ def observe(folder: Path, texts: list[str], tokens: int, progress: Callable[[str
     return Observation(int(text_NT.numel() // len(texts)), texts, layers, usage, pictures)
 
 
+def unwatchable(folder: Path) -> str | None:
+    """What kind of model it is that `observe` cannot take: only layers with the E equal experts of a conversion."""
+    if read_json(folder / "config.json", "report").get("model_type") == "moduleformer":
+        return "a ModuleFormer"
+    config = read_converted(folder, "report")
+    changed = config.get("emoe_groups") or config.get("emoe_copies")
+    return "a model with experts taken, added or copied" if changed else None
+
+
 def _observable(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint whose layers all have the E equal experts of its conversion."""
-    model_type = read_json(folder / "config.json", "report").get("model_type")
-    config = read_converted(folder, "report") if model_type != "moduleformer" else {}
-    if not config or config.get("emoe_groups") or config.get("emoe_copies"):
-        kind = "a model with experts taken, added or copied" if config else "a ModuleFormer"
+    """config.json of a checkpoint that can be watched."""
+    if kind := unwatchable(folder):
         raise UserError(f"report: {folder} is {kind}, whose experts cannot be watched; add --tokens 0 for the rest")
-    return config
+    return read_converted(folder, "report")
 
 
 def _dtype(reader: CheckpointReader) -> torch.dtype:

@@ -11,25 +11,30 @@ from typing import Any
 import emoe
 from emoe.errors import UserError
 from emoe.report import sections
-from emoe.report.observe import observe
+from emoe.report.observe import observe, unwatchable
 from emoe.runtime import write_text
 
 FRONTIER = "frontier.json"
 TEXTS = ["builtin", "builtin-code"]
 """Text that experts are watched on by default: Python's documentation and its source code."""
 
+TOKENS = 1024
+"""Of each text by default."""
+
 Progress = Callable[[str, int, int], None]
 
 
-def report(paths: list[Path], output: Path, texts: list[str], tokens: int, progress: Progress) -> dict[str, list[str]]:
-    """Write the page. Returns what is on it: names of models, of frontiers and of runs.
+def report(
+    paths: list[Path], output: Path, texts: list[str], tokens: int | None, progress: Progress
+) -> dict[str, list[str]]:
+    """Write the page. Returns what is on it: names of models, of frontiers and of runs; and notes on what is not.
 
     Args:
         paths: converted checkpoints, folders of `emoe frontier`, run folders; a frontier inside a checkpoint's folder
             goes along.
         output: HTML file; replaced if it exists.
         texts: to watch the experts on, as for ``--calibration``.
-        tokens: of each text; 0 for no such pictures.
+        tokens: of each text; 0 for no such pictures, None for `TOKENS` where experts can be watched.
 
     Raises:
         UserError: a path that is none of these, or something damaged in one.
@@ -37,10 +42,14 @@ def report(paths: list[Path], output: Path, texts: list[str], tokens: int, progr
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--html: {output} is a folder or lies in none; name a file in an existing folder")
     models, frontiers, runs = _sort(paths)
-    converted = []
+    converted, notes = [], []
     for folder in models:
+        kind = unwatchable(folder) if tokens is None else None
+        if kind:
+            notes.append(f"{folder} is {kind}: no pictures of experts on text; emoe analyze shows their use")
+        wanted = 0 if kind else TOKENS if tokens is None else tokens
         part = sections.conversion(folder) | {"recovery": sections.recovery(folder)}
-        seen = observe(folder, list(dict.fromkeys(texts)), tokens, progress) if tokens else None
+        seen = observe(folder, list(dict.fromkeys(texts)), wanted, progress) if wanted else None
         converted.append(part | {"seen": sections.observation(seen) if seen else None})
     grids = [sections.frontier(path) for path in frontiers]
     comparison = _comparison(runs, progress) if runs else None
@@ -50,6 +59,7 @@ def report(paths: list[Path], output: Path, texts: list[str], tokens: int, progr
         "frontiers": [str(path.parent) for path in frontiers],
         "runs": [str(run) for run in runs],
         "written": [str(output)],
+        "notes": notes,
     }
 
 

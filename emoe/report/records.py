@@ -62,6 +62,15 @@ class Recovery(Record):
         return self
 
 
+class Pretraining(Record):
+    """``emoe_pretrain.json``, as far as it is shown."""
+
+    steps: int
+    tokens: int
+    perplexity: dict[str, float]
+    emoe: str
+
+
 class Load(Record):
     """How evenly a layer's experts were used."""
 

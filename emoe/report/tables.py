@@ -124,6 +124,17 @@ def moduleformer_facts(found: dict[str, Any]) -> dict[str, str]:
         "model type": f"moduleformer, {found['num_layers']} layers, gate {found['gate']}",
         **experts,
         "weights": format_bytes(found["bytes"]),
+        **_pretraining_facts(found.get("pretraining")),
+    }
+
+
+def _pretraining_facts(report: dict[str, Any] | None) -> dict[str, str]:
+    if report is None:
+        return {}
+    perplexities = (f"{name} {value:.2f}" for name, value in report["perplexity"].items())
+    return {
+        "pre-trained": f"{report['steps']:,} steps, {report['tokens']:,} tokens, by emoe {report['emoe']}",
+        "perplexity then": ", ".join(perplexities),
     }
 
 

@@ -38,6 +38,8 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     rebuilt = anatomy.rebuilt(groups)
     notes = _budget(anatomy, config, rebuilt, groups)
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
+    if config.remove:  # nothing is counted: the settings of counting had no part in it
+        facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
     history = [*anatomy.history, entry("prune", folder, settings=facts, kept={n: len(k) for n, k in kept.items()})]
     return rewrite(
         folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ ARCHITECTURE = {
     "n_mlp_experts": 4,
     "aux_loss_weight": 0.02,
 }
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -189,10 +192,26 @@ def test_command(settings, tmp_path, capsys):
     config.write_text(yaml.safe_dump({**settings, "steps": 2}))
     assert main(["pretrain", "--config", str(config), "--output", str(tmp_path / "out")]) == 0
     assert "FFN H(m|x)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "2 steps, 256 tokens" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     report = json.loads((tmp_path / "out" / "emoe_pretrain.json").read_text())
+    assert not report["notes"]
     for name, perplexity in report["perplexity"].items():
         assert f"| {name} | {report['corpus_tokens'][name]:,} | {perplexity:.2f} |" in card
+
+
+def test_too_little_text_is_told(settings, letters, tmp_path, capsys):
+    flags = ["--corpus", f"short={letters}", "--corpus-tokens", "32"]
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["pretrain", "--config", str(config), *flags, "--output", str(tmp_path / "out")]) == 0
+    assert "note: short has 32 tokens to train on, read 32 times" in capsys.readouterr().out
+    (tmp_path / "empty.txt").touch()
+    flags = ["--corpus", f"letters={letters}", "--corpus", f"nothing={tmp_path / 'empty.txt'}"]
+    assert main(["pretrain", "--config", str(config), *flags, "--output", str(tmp_path / "none")]) == 2
+    assert "--corpus: nothing holds no text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -203,9 +222,10 @@ def test_command(settings, tmp_path, capsys):
         ({"corpus": ["a=./nowhere.txt"]}, "--corpus: ./nowhere.txt does not exist"),
         ({"corpus": ["a=x.txt", "a=y.txt"]}, "given twice"),
         ({"tokenizer": "./nowhere"}, "--tokenizer: ./nowhere does not exist"),
-        ({"architecture": {}}, "model_type None is unknown"),
+        ({"architecture": {}}, "--config: missing, or without 'architecture:'"),
+        ({"architecture": {"n_layer": 2}}, "--config: architecture: model_type None is unknown"),
         ({"architecture": {"model_type": "moduleformr"}}, "did you mean 'moduleformer'"),
-        ({"architecture": {"model_type": "moduleformer", "n_layers": 2}}, "did you mean 'n_layer'"),
+        ({"architecture": {"model_type": "moduleformer", "n_layers": 2}}, "--config: architecture: moduleformer has"),
         ({"architecture": {"model_type": "moduleformer", "k_mlp": 99}}, "k_mlp=99 must lie between"),
         ({"architecture": ARCHITECTURE | {"vocab_size": 10}}, "vocab_size=10"),
         ({"tokens_per_step": 16}, "--tokens-per-step: 16 is less than a sequence"),

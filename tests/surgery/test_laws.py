@@ -120,6 +120,7 @@ def test_taking_back_what_was_added_restores_the_model(converted, tmp_path):
     history = json.loads((tmp_path / "back" / "config.json").read_text())["emoe_provenance"]["history"]
     assert [step["verb"] for step in history] == ["extend", "extend", "prune"]
     assert len({step["from_digest"] for step in history}) == 3
+    assert history[-1]["settings"] == {"remove": "added"}  # nothing was counted
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
