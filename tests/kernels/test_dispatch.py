@@ -155,6 +155,17 @@ def test_tensors_that_the_chosen_one_cannot_take(extension, monkeypatch):
         call(torch.float64)
 
 
+def test_tensors_that_the_chosen_one_takes_slowly(extension, monkeypatch):
+    def is_slow(x_ND, up_ESD, down_EDS, gate_ESD):
+        return x_ND.dtype == torch.float64
+
+    monkeypatch.setitem(op._IMPLEMENTATIONS, "cpu", (lambda *a, **k: "fast", lambda *tensors: None, is_slow))
+    assert call() == "fast"
+    assert torch.is_tensor(call(torch.float64))  # auto: the portable path
+    with use("cpu"):
+        assert call(torch.float64) == "fast"
+
+
 # Triton
 
 

@@ -146,7 +146,7 @@ struct Weight {
 };
 
 // Rows r0 .. r0 + rows - 1 and columns c0 .. c0 + cols - 1 of an expert, row-major: the weight itself where its columns
-// are adjacent, otherwise (GPT-2 stores its linear layers transposed) a copy in `scratch`.
+// are adjacent, otherwise (GPT-2 and ModuleFormer store their linear layers transposed) a copy in `scratch`.
 template <typename T>
 struct Block {
   const T* data;
@@ -155,17 +155,16 @@ struct Block {
   Block(const Weight<T>& weight, int64_t e, int64_t r0, int64_t rows, int64_t c0, int64_t cols, Scratch& scratch)
       : data(weight.at(e, r0, c0)), ld(weight.row) {
     if (weight.col == 1) return;
-    T* copy = scratch.get<T>(rows * cols);
-    const T* from = data;
-    constexpr int64_t tile = 32;  // so that lines of both sides stay in the L1 cache
-    for (int64_t c = 0; c < cols; c += tile) {
+    ld = round_up(cols, kLanes) + kLanes;  // rows a power of two apart would share one set of the L1 cache
+    T* copy = scratch.get<T>(rows * ld);
+    if (weight.row == 1) {
+      store_transposed(data, weight.col, cols, rows, copy, ld);
+    } else {
       for (int64_t r = 0; r < rows; r++) {
-        const int64_t end = std::min(cols, c + tile);
-        for (int64_t i = c; i < end; i++) copy[r * cols + i] = from[r * weight.row + i * weight.col];
+        for (int64_t c = 0; c < cols; c++) copy[r * ld + c] = data[r * weight.row + c * weight.col];
       }
     }
     data = copy;
-    ld = cols;
   }
 };
 

@@ -47,39 +47,49 @@ void up_rows(const Call<T>& c, const Plan& plan, int64_t e, int64_t r0, int64_t 
 
 constexpr int kOutputs = kManyRegisters ? 8 : 4;  // output columns d computed together: they share the loads of h
 
-// y[:, d .. d + ROWS - 1]: a row of down is a run of S values an expert; runs of experts nobody chose are skipped.
+// acc (N, ld)[token of pair p][0 .. ROWS - 1] += rows of down . h[p], for the pairs of one expert.
 template <int ROWS, typename T>
-void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_t end, T* y) {
+void add_dots(const T* w, int64_t w_ld, const Plan& plan, int64_t e, const T* h, int64_t S, bool more, Floats* acc,
+              int64_t ld) {
   using dot = Dot<T>;
-  thread_local Scratch accumulators, copies;
-  const int64_t N = c.N, S = c.S;
-  Floats* acc = accumulators.get<Floats>(N * ROWS);
-  for (int64_t i = 0; i < N * ROWS; i++) acc[i] = zeros();
-
-  for (const int64_t e : plan.chosen) {
-    const Block<T> w(c.down, e, d, ROWS, 0, S, copies);
-    const int64_t begin = plan.offsets[e], stop = plan.offsets[e + 1];
-    const bool more = d + 2 * ROWS <= end;
-    for (int64_t s = 0; s < S; s += dot::kWidth) {
-      const int64_t width = std::min(dot::kWidth, S - s);
-      typename dot::Register value[ROWS];
-      for (int r = 0; r < ROWS; r++) {
-        const T* at = w.data + r * w.ld + s;
-        if (more) _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * w.ld), _MM_HINT_T0);
-        value[r] = width == dot::kWidth ? dot::load(at) : dot::load(at, width);
-      }
-      for (int64_t p = begin; p < stop; p++) {
-        const T* from = h + p * S + s;
-        const auto token = width == dot::kWidth ? dot::load(from) : dot::load(from, width);
-        Floats* sum = acc + plan.tokens[p] * ROWS;
-        for (int r = 0; r < ROWS; r++) sum[r] = dot::add(sum[r], value[r], token);
-      }
+  const int64_t begin = plan.offsets[e], stop = plan.offsets[e + 1];
+  for (int64_t s = 0; s < S; s += dot::kWidth) {
+    const int64_t width = std::min(dot::kWidth, S - s);
+    typename dot::Register value[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      const T* at = w + r * w_ld + s;
+      if (more) _mm_prefetch(reinterpret_cast<const char*>(at + ROWS * w_ld), _MM_HINT_T0);
+      value[r] = width == dot::kWidth ? dot::load(at) : dot::load(at, width);
+    }
+    for (int64_t p = begin; p < stop; p++) {
+      const T* from = h + p * S + s;
+      const auto token = width == dot::kWidth ? dot::load(from) : dot::load(from, width);
+      Floats* sum = acc + plan.tokens[p] * ld;
+      for (int r = 0; r < ROWS; r++) sum[r] = dot::add(sum[r], value[r], token);
     }
   }
+}
+
+// y[:, d .. d + rows - 1]: a row of down is a run of S values an expert; runs of experts nobody chose are skipped.
+template <typename T>
+void down_rows(const Call<T>& c, const Plan& plan, const T* h, int64_t d, int64_t rows, bool more, T* y) {
+  thread_local Scratch accumulators, copies;
+  const int64_t N = c.N;
+  Floats* acc = accumulators.get<Floats>(N * rows);
+  for (int64_t i = 0; i < N * rows; i++) acc[i] = zeros();
+
+  for (const int64_t e : plan.chosen) {
+    const Block<T> w(c.down, e, d, rows, 0, c.S, copies);
+    int64_t r = 0;
+    for (; r + kOutputs <= rows; r += kOutputs) {
+      add_dots<kOutputs>(w.data + r * w.ld, w.ld, plan, e, h, c.S, more, acc + r, rows);
+    }
+    for (; r < rows; r++) add_dots<1>(w.data + r * w.ld, w.ld, plan, e, h, c.S, more, acc + r, rows);
+  }
   for (int64_t n = 0; n < N; n++) {
-    for (int r = 0; r < ROWS; r++) {
+    for (int64_t r = 0; r < rows; r++) {
       const float bias = c.down_bias ? static_cast<float>(c.down_bias[d + r]) : 0.f;
-      y[n * c.D + d + r] = static_cast<T>(sum_lanes(acc[n * ROWS + r]) + bias);
+      y[n * c.D + d + r] = static_cast<T>(sum_lanes(acc[n * rows + r]) + bias);
     }
   }
 }
@@ -101,11 +111,14 @@ void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y
       }
     });
   });
-  at::parallel_for(0, (c.D + kOutputs - 1) / kOutputs, 1, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * kOutputs, c.D);
-    int64_t d = begin * kOutputs;
-    for (; d + kOutputs <= last; d += kOutputs) down_rows<kOutputs>(c, plan, h, d, last, y);
-    for (; d < last; d++) down_rows<1>(c, plan, h, d, last, y);
+  // Rows that are copied, of a weight stored transposed, are copied by whole cache lines.
+  const int64_t group = c.down.col == 1 ? kOutputs : kLanes;
+  at::parallel_for(0, (c.D + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * group, c.D);
+    for (int64_t d = begin * group; d < last; d += group) {
+      const bool more = c.down.col == 1 && d + 2 * group <= last;
+      down_rows(c, plan, h, d, std::min(group, last - d), more, y);
+    }
   });
 }
 

@@ -22,11 +22,12 @@ def _any(*tensors: Tensor) -> str | None:
     return None
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., str | None]]] = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable, ...]] = {
     "reference": (reference.expert_ffn, _any),
     "portable": (portable.stacked_ffn, _any),
 }
-"""Name → the function, and `supports(x_ND, up_ESD, down_EDS, gate_ESD)`: None, or why it cannot take these tensors.
+"""Name → the function; `supports(x_ND, up_ESD, down_EDS, gate_ESD)`: None, or why it cannot take these tensors; and
+perhaps `is_slow` of the same: whether "auto" had better take `portable`.
 
 Weights arrive stacked, up and gate (E, S, D), down (E, D, S), biases (E, S): views, with any strides."""
 
@@ -34,10 +35,13 @@ Weights arrive stacked, up and gate (E, S, D), down (E, D, S), biases (E, S): vi
 def _load(name: str) -> None:
     """Import what only some machines have."""
     if name == "cpu":
-        from . import cpu as module
+        from . import cpu
+
+        _IMPLEMENTATIONS[name] = (cpu.expert_ffn, cpu.supports, cpu.is_slow)
     else:
-        from . import triton_op as module
-    _IMPLEMENTATIONS[name] = (module.expert_ffn, getattr(module, "supports", _any))
+        from . import triton_op
+
+        _IMPLEMENTATIONS[name] = (triton_op.expert_ffn, triton_op.supports)
 
 
 def expert_ffn(
@@ -118,15 +122,18 @@ def expert_ffn(
 
 
 def choose(implementations: dict, load: Callable[[str], None], x: Tensor, *weights: Tensor | None) -> Callable:
-    """The implementation that runs on these tensors. Where "auto" chose one that cannot take them: `portable`."""
+    """The implementation that runs on these tensors. Where "auto" chose one that cannot take them, or takes them
+    slowly: `portable`."""
     name = resolve("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
     if name not in implementations:
         load(name)
-    run, supports = implementations[name]
+    run, supports, *is_slow = implementations[name]
     reason = supports(x, *weights)
-    if reason is None:
+    if reason is None and not (is_slow and is_slow[0](x, *weights)):
         return run
     if requested() != AUTO:
+        if reason is None:
+            return run
         raise ValueError(f"the implementation {name!r} was asked for, but {reason}")
     return implementations["portable"][0]
 

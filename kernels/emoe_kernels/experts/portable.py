@@ -352,7 +352,10 @@ def stacked_ffn(
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_ND, *inputs))
     E, S, D = up_ESD.shape
     with without_autocast(x_ND.device.type):
-        if not needs_grad and x_ND.shape[0] <= _FEW_TOKENS and S * D * up_ESD.element_size() <= _FEW_BLOCK_BYTES:
+        small = x_ND.shape[0] <= _FEW_TOKENS and S * D * up_ESD.element_size() <= _FEW_BLOCK_BYTES
+        if (
+            small and not needs_grad and up_ESD.stride(2) == 1
+        ):  # gathering transposed weights takes longer than all else
             return _forward_few(x_ND, experts_NK, *inputs, act)
         plan = make_plan(experts_NK, E)
         if needs_grad:

@@ -65,7 +65,8 @@ def expert_linear(
         num_experts: E; needed with a dense weight.
 
     Returns:
-        (N, K, S) in the dtype of x; zeros in unused slots. Autocast does not act inside.
+        (N, K, S) in the dtype of x; zeros in unused slots. Autocast does not act inside. Without gradients few tokens
+        take another path, which may differ in the last bits.
 
     Raises:
         ValueError: an argument does not fit (the message names it), or an id is outside -1 .. E - 1.
@@ -111,7 +112,7 @@ def expert_combine(
 
     Returns:
         (N, D) in the dtype of h; sums over experts are taken in fp32 if that is bf16 or fp16. Autocast does not act
-        inside.
+        inside. Without gradients few tokens take another path, which may differ in the last bits.
 
     Raises:
         ValueError: an argument does not fit (the message names it), or an id is outside -1 .. E - 1.
