@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -24,6 +25,15 @@ from emoe.errors import Busy, UserError
 def cache_home() -> Path:
     """Folder for fetched assets: ``$EMOE_HOME``, by default ``~/.cache/emoe``. Not created here."""
     return Path(os.environ.get("EMOE_HOME") or Path.home() / ".cache" / "emoe")
+
+
+def processor() -> str:
+    """The processor's name as Linux has it; elsewhere the architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def sha256_file(path: Path) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from emoe.runtime import format_bytes, write_text
+from emoe.runtime import format_bytes, processor, write_text
 
 WEIGHTS_ONLY = ["--split", "weights", "--gate", "average-key", "--held-out-tokens", "0"]
 FULL_LAYERS = 32
@@ -55,7 +54,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
         "bare_bytes": bare,
         "slopes": slopes(runs),
         "runs": runs,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 
 import emoe
 from emoe.moduleformer.sizes import count_parameters
-from emoe.runtime import format_bytes, peak_memory, write_text
+from emoe.runtime import format_bytes, peak_memory, processor, write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("prefill", "decode", "train")
@@ -103,7 +102,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
         "rows": [],
     }
     bare = memory("bare", "none", "none", arguments)

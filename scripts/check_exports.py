@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import emoe
 from emoe.cli.progress import progress_bar, silence_libraries
 from emoe.errors import UserError
-from emoe.runtime import write_text
+from emoe.runtime import processor, write_text
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = {"split": "weights", "gate": "average-key", "held_out_tokens": 0, "routing": "top-k", "allocation": "uniform"}
@@ -139,7 +138,7 @@ def publish(rows: list[dict[str, Any]], output: Path) -> None:
     """JSON and, beside it, a table."""
     result = {
         "command": " ".join(["python", "scripts/check_exports.py", *sys.argv[1:]]),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
         "rows": rows,
     }
     write_text(output, json.dumps(result, indent=1) + "\n")

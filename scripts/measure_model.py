@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 import emoe  # noqa: F401 - teaches AutoModelForCausalLM to load converted models
 from emoe.calibration.text import BUILTIN, IN_DOMAIN, load_blocks
 from emoe.errors import UserError
-from emoe.runtime import peak_memory, reset_peak_memory, write_text
+from emoe.runtime import peak_memory, processor, reset_peak_memory, write_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 32
@@ -324,8 +323,7 @@ def measure(arguments: argparse.Namespace) -> None:
     result = {
         "command": "python scripts/measure_model.py " + " ".join(sys.argv[1:]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{arguments.threads} threads, CPU only",
+        "hardware": f"{processor()}, {os.cpu_count()} cores, {arguments.threads} threads, CPU only",
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - start),
         "timings": [asdict(t) for t in timings],

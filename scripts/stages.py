@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from emoe.conversion.workspace import PRETRAINED
 from emoe.finetuning.loop import perplexities
 from emoe.finetuning.plain_text import tune
 from emoe.pretraining.text import Domain, pieces
-from emoe.runtime import write_text
+from emoe.runtime import processor, write_text
 from emoe.surgery.extend import extend
 from emoe.surgery.history import digest_of
 from emoe.surgery.prune import prune
@@ -189,8 +188,7 @@ def origin() -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads",
+        "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from emoe.pretraining.evaluate import evaluate
 from emoe.pretraining.text import parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
 from emoe.pretraining.train import LOG, held_out_tokens, pretrain
-from emoe.runtime import cache_home, write_text
+from emoe.runtime import cache_home, processor, write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "moduleformer"
 GPT2 = CONFIGS.parent / "pretrain" / "gpt2_small_corpus.yaml"
@@ -83,7 +82,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
         "steps": first["steps"],
         "tokens": first["tokens"],
         "seed": arguments.seed,

@@ -13,7 +13,7 @@ import typer
 
 from emoe.cli.options import Json, Quiet
 from emoe.errors import UserError
-from emoe.runtime import cache_home, format_bytes, free_bytes
+from emoe.runtime import cache_home, format_bytes, free_bytes, processor
 
 PACKAGES = (
     "torch",
@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
         },
         "cpu": {
-            "name": _processor(),
+            "name": processor(),
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -120,15 +120,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """As Linux names it; elsewhere the architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def _print(found: dict[str, Any]) -> None:

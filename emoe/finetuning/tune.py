@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
 from emoe.report.card import write_history_card
-from emoe.runtime import remove_unheld, scratch_directory, settle_folder, write_text
+from emoe.runtime import processor, remove_unheld, scratch_directory, settle_folder, write_text
 from emoe.surgery.history import entry
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
@@ -253,9 +252,4 @@ class Run:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"

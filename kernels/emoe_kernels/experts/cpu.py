@@ -61,7 +61,7 @@ def is_slow(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | N
         384, 384     576        1.98   1.53   1.84   1.37   1.13    1.33
         1024, 1024  4096        2.23   3.98   3.09   2.06   1.56    1.55
     """
-    E, S, D = up_ESD.shape
+    _, S, D = up_ESD.shape
     return up_ESD.stride(2) != 1 and S * D * up_ESD.element_size() > _MOST_TRANSPOSED_BYTES
 
 
