@@ -69,9 +69,9 @@ def settle(file: Path) -> None:
 
 
 def settle_folder(folder: Path) -> None:
-    """`settle` all files in ``folder`` and below."""
+    """`settle` all files in ``folder`` and below, not what links point to."""
     for file in folder.rglob("*"):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
             settle(file)
 
 

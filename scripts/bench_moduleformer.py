@@ -3,7 +3,7 @@
 24 layers scaled down in width, 2 of 32 FFN experts and 2 of 16 attention experts, keys and values shared as in the
 released models. The dense models are the same code without gates: every expert of a layer in one, with all the
 parameters, or with those that a token uses. Speeds are medians over rounds that take the models in turn; memory is
-each model's peak in a process of its own, over that of a bare interpreter. A quarter of an hour for each dtype on two
+each model's peak in a process of its own, over that of a bare interpreter. Five minutes for each dtype on two idle
 cores; the files are written anew after each mode.
 
     python scripts/bench_moduleformer.py --output docs/results/bench_moduleformer.json

@@ -99,7 +99,6 @@ def _pretrain(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = _trainer(config, model, mixed(parts, config.mix, config.seed), tokens, training, target, group, progress)
-    notes = _repeated(domains, parts, trainer.tokens_per_step * config.steps, config)
     kept = states(training)
     start, first = time.perf_counter(), int(kept[-1].name.split("-")[1]) if kept else 0
     train_from(trainer, kept[-1] if kept else None)
@@ -116,7 +115,7 @@ def _pretrain(
         "corpus_tokens": {d.name: len(p) * config.sequence_length for d, p in zip(domains, parts, strict=True)},
         "perplexity": {name: round(result["perplexity"], 4) for name, result in results.items()},
         "gates": {name: result["gates"] for name, result in results.items() if result["gates"]},
-        "notes": notes,
+        "notes": _repeated(domains, parts, steps * trainer.tokens_per_step, config),
         "settings": config.model_dump(exclude={"output", "resume", "overwrite"}),
         "emoe": emoe.__version__,
         "torch": torch.__version__,
@@ -134,8 +133,7 @@ def _repeated(domains: list[Domain], parts: list[Any], tokens: int, config: Pret
     shares = [1 / len(sizes) if config.mix == "equal" else size / sum(sizes) for size in sizes]
     passes = [tokens * share / size for share, size in zip(shares, sizes, strict=True)]
     return [
-        f"{domain.name} has {size:,} tokens to train on, read {times:,.0f} times: too little text for --steps "
-        f"{config.steps}"
+        f"{domain.name} has {size:,} tokens to train on, read {times:,.0f} times: too little text for so many steps"
         for domain, size, times in zip(domains, sizes, passes, strict=True)
         if times > MOST_PASSES
     ]

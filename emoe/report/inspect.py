@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.moduleformer import read_moduleformer
@@ -50,10 +52,13 @@ def _describe_moduleformer(folder: Path) -> dict[str, Any]:
 
 
 def _pretraining(path: Path) -> dict[str, Any] | None:
-    """What `emoe pretrain` wrote beside its model, as far as it is shown."""
+    """What `emoe pretrain` wrote beside its model, as far as it is shown; None if that is not what lies there."""
     if not path.is_file():
         return None
-    return checked(Pretraining, read_json(path, "inspect"), path).model_dump()
+    try:
+        return Pretraining.model_validate(read_json(path, "inspect")).model_dump()
+    except ValidationError:
+        return None
 
 
 def describe(folder: Path, verify: bool = False) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def moduleformer_facts(found: dict[str, Any]) -> dict[str, str]:
 def _pretraining_facts(report: dict[str, Any] | None) -> dict[str, str]:
     if report is None:
         return {}
-    perplexities = (f"{name} {value:.2f}" for name, value in report["perplexity"].items())
+    perplexities = (f"{name} {value:.4g}" for name, value in report["perplexity"].items())
     return {
         "pre-trained": f"{report['steps']:,} steps, {report['tokens']:,} tokens, by emoe {report['emoe']}",
         "perplexity then": ", ".join(perplexities),

@@ -164,6 +164,8 @@ def test_tensors_that_the_chosen_one_takes_slowly(extension, monkeypatch):
     assert torch.is_tensor(call(torch.float64))  # auto: the portable path
     with use("cpu"):
         assert call(torch.float64) == "fast"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the portable path would break the graph
+    assert call(torch.float64) == "fast"
 
 
 # Triton

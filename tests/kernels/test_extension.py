@@ -104,6 +104,18 @@ def test_without_a_home_directory_plain_pytorch_runs(tmp_path):
 
 
 @needs_extension
+@pytest.mark.parametrize(("D", "S", "slow"), [(512, 256, True), (256, 256, False)])
+def test_large_blocks_stored_transposed_go_to_torch(D, S, slow):
+    from emoe_kernels.experts import cpu
+
+    up_ESD, down_EDS, x_ND = torch.zeros(2, S, D), torch.zeros(2, D, S), torch.zeros(1, D)
+    turned = lambda w: w.mT.contiguous().mT  # noqa: E731
+    assert not cpu.is_slow(x_ND, up_ESD, down_EDS, None)
+    assert cpu.is_slow(x_ND, turned(up_ESD), turned(down_EDS), None) == slow
+    assert cpu.is_slow(x_ND, up_ESD, turned(down_EDS), None) == slow
+
+
+@needs_extension
 def test_bf16_needs_a_processor_that_multiplies_it():
     """AVX-512 without bf16, which oneDNN can be made to believe in: the reason is given and plain PyTorch runs."""
     code = """

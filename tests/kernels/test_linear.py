@@ -137,6 +137,14 @@ def test_few_tokens_without_gradients(op, transposed):
                 op(**args)
 
 
+def test_the_bias_of_few_tokens_is_added_before_rounding():
+    """80,000 is no fp16 number, 50,000 is."""
+    x_ND, weight = torch.full((1, 4), 200.0).half(), torch.full((2, 3, 4), 100.0).half()
+    with use("portable"), torch.no_grad():
+        out = expert_linear(x_ND, torch.tensor([[1]]), weight, torch.full((2, 3), -30000.0).half())
+    assert out.flatten().tolist() == [49984.0] * 3
+
+
 @OPS
 def test_unused_slots(op):
     args = make(op, 20, 12, 6, 4, 3)

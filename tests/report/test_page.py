@@ -224,9 +224,9 @@ def test_a_moduleformer(tmp_path, capsys):
     assert "<dt>ffn experts</dt><dd>8, 8, 8; 3 a token</dd>" in text
     assert write(tmp_path, model, tokens=64) == 2
     assert "is a ModuleFormer, whose experts cannot be watched; add --tokens 0" in capsys.readouterr().err
-    assert main(["report", str(model), "--html", str(tmp_path / "r.html")]) == 0
+    assert main(["report", str(model), "--html", str(tmp_path / "again.html")]) == 0
     assert "is a ModuleFormer: no pictures of experts on text" in capsys.readouterr().out
-    assert (tmp_path / "r.html").read_text() == text
+    assert (tmp_path / "again.html").read_text() == text
 
 
 def test_runs_need_the_comparison(tmp_path, capsys, monkeypatch):

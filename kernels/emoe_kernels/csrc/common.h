@@ -155,7 +155,7 @@ struct Block {
   Block(const Weight<T>& weight, int64_t e, int64_t r0, int64_t rows, int64_t c0, int64_t cols, Scratch& scratch)
       : data(weight.at(e, r0, c0)), ld(weight.row) {
     if (weight.col == 1) return;
-    ld = round_up(cols, kLanes) + kLanes;  // rows a power of two apart would share one set of the L1 cache
+    ld = round_up(cols, kLanes) | kLanes;  // rows an even number of lines apart would share sets of the L1 cache
     T* copy = scratch.get<T>(rows * ld);
     if (weight.row == 1) {
       store_transposed(data, weight.col, cols, rows, copy, ld);

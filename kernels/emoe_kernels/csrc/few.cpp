@@ -111,7 +111,7 @@ void forward_few(const Call<T>& c, const Plan& plan, Activation activation, T* y
       }
     });
   });
-  // Rows that are copied, of a weight stored transposed, are copied by whole cache lines.
+  // Rows that are copied, of a weight stored transposed, are copied by whole vectors.
   const int64_t group = c.down.col == 1 ? kOutputs : kLanes;
   at::parallel_for(0, (c.D + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * group, c.D);

@@ -47,22 +47,25 @@ def supports(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | 
     return None
 
 
-_MOST_TRANSPOSED_BYTES = 192 * 1024
+_MOST_TRANSPOSED_BYTES = 384 * 1024
 
 
 def is_slow(x_ND: Tensor, up_ESD: Tensor, down_EDS: Tensor, gate_ESD: Tensor | None) -> bool:
     """Whether weights are stored transposed, in blocks so large that copying them costs more than torch's calls.
 
-    Time over that of `portable`, forward, AMD Zen 3, fp32, 1 thread, other work beside, E 16 or 32, K 2, no gate:
+    Time over that of `portable`, forward, AMD Zen 3, fp32, 1 thread, other work beside, E 16 or 32, K 2, no gate; not
+    measured with AVX-512, in bf16 or with many threads:
 
         D, S, KiB a block        N 1    N 4   N 16   N 64  N 256  N 1024
         128, 256     128        0.25   0.63   0.55   0.62   0.88    0.76
         576, 96      216        0.90   1.34   1.33   1.31   1.05    0.99
+        768, 96      288        0.91   0.93
         384, 384     576        1.98   1.53   1.84   1.37   1.13    1.33
         1024, 1024  4096        2.23   3.98   3.09   2.06   1.56    1.55
     """
     _, S, D = up_ESD.shape
-    return up_ESD.stride(2) != 1 and S * D * up_ESD.element_size() > _MOST_TRANSPOSED_BYTES
+    transposed = up_ESD.stride(2) != 1 or down_EDS.stride(2) != 1
+    return transposed and S * D * up_ESD.element_size() > _MOST_TRANSPOSED_BYTES
 
 
 @torch.library.register_fake("emoe_cpu::forward")

@@ -129,7 +129,8 @@ def choose(implementations: dict, load: Callable[[str], None], x: Tensor, *weigh
         load(name)
     run, supports, *is_slow = implementations[name]
     reason = supports(x, *weights)
-    if reason is None and not (is_slow and is_slow[0](x, *weights)):
+    # A traced function keeps what can be traced: `portable` sorts on the host.
+    if reason is None and not (is_slow and not torch.compiler.is_compiling() and is_slow[0](x, *weights)):
         return run
     if requested() != AUTO:
         if reason is None:

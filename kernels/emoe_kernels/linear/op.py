@@ -37,7 +37,7 @@ _COMBINE: _Implementations = {
     "cpu": (portable.expert_combine, _any),
 }
 """As in `emoe_kernels.experts.op`, with stacked weights. The C++ extension has no kernels of its own for these: a GEMM
-an expert is all there is to them, and that is what `portable` does."""
+an expert, or one batched GEMM for a few tokens, is all there is to them, and that is what `portable` does."""
 
 
 def _load(name: str) -> None:
@@ -65,8 +65,8 @@ def expert_linear(
         num_experts: E; needed with a dense weight.
 
     Returns:
-        (N, K, S) in the dtype of x; zeros in unused slots. Autocast does not act inside. Without gradients few tokens
-        take another path, which may differ in the last bits.
+        (N, K, S) in the dtype of x; zeros in unused slots. Autocast does not act inside. Under `torch.no_grad` few
+        tokens take another path on CPUs, which may differ in the last bits.
 
     Raises:
         ValueError: an argument does not fit (the message names it), or an id is outside -1 .. E - 1.
@@ -112,7 +112,7 @@ def expert_combine(
 
     Returns:
         (N, D) in the dtype of h; sums over experts are taken in fp32 if that is bf16 or fp16. Autocast does not act
-        inside. Without gradients few tokens take another path, which may differ in the last bits.
+        inside. Under `torch.no_grad` few tokens take another path on CPUs, which may differ in the last bits.
 
     Raises:
         ValueError: an argument does not fit (the message names it), or an id is outside -1 .. E - 1.

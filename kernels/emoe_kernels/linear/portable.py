@@ -143,7 +143,7 @@ _FEW_BYTES = 2 * 1024 * 1024
 def is_few(experts_NK: Tensor, weight: Tensor) -> bool:
     """Whether so few pairs and small experts (E, S, D) go through `torch.bmm` on copies of the chosen weights.
 
-    Not while gradients are wanted: those of a copy are as large as all experts.
+    Only under `torch.no_grad`: the gradient of a copy is as large as all experts.
     """
     _, rows, columns = weight.shape
     copied = experts_NK.numel() * rows * columns * weight.element_size()
@@ -166,9 +166,11 @@ def _gathered(experts_NK: Tensor, weight_ESD: Tensor) -> tuple[Tensor, Tensor, T
 def _linear_few(x_ND: Tensor, experts_NK: Tensor, weight_ESD: Tensor, bias_ES: Tensor | None) -> Tensor:
     N, K = experts_NK.shape
     ids_X, weight_XDS, unused_X1 = _gathered(experts_NK, weight_ESD)
-    out_XS = torch.bmm(x_ND.repeat_interleave(K, 0).unsqueeze(1), weight_XDS).squeeze(1)
-    if bias_ES is not None:
-        out_XS += bias_ES.index_select(0, ids_X)
+    x_X1D = x_ND.repeat_interleave(K, 0).unsqueeze(1)
+    if bias_ES is None:
+        out_XS = torch.bmm(x_X1D, weight_XDS).squeeze(1)
+    else:  # one rounding, as in `project`
+        out_XS = torch.baddbmm(bias_ES.index_select(0, ids_X).unsqueeze(1), x_X1D, weight_XDS).squeeze(1)
     if unused_X1 is not None:
         out_XS.masked_fill_(unused_X1, 0)
     return out_XS.view(N, K, -1)
