@@ -26,7 +26,12 @@ def _quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
+LONGEST = ("test_laws_on_real_models.py", "test_triton_compile.py", "test_stream.py", "test_triton.py", "test_kills.py")
+"""Files of minutes: begun first, so that no worker is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -137,6 +137,8 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
 def _prepare(config: FinetuneConfig, folder: Path) -> None:
     if config.overwrite or not (folder / ".training").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
+    for left in folder.rglob(".*.tmp"):  # of `write_text` in a process that was killed; we hold the folder
+        left.unlink()
     (folder / ".training").mkdir(parents=True, exist_ok=True)
     write_text(folder / ".training" / "settings.json", json.dumps(config.fingerprint()))
 
