@@ -73,7 +73,10 @@ def kl_divergence(logits_NV: torch.Tensor, difference_NV: torch.Tensor) -> torch
     1e-11, where a difference of two log-softmaxes stops at 1e-7. Logits raised by more than 1 are summed as logarithms:
     their p may be 0 in fp32, and exp(-d) infinite.
     """
-    p_NV, raised_NV = logits_NV.softmax(-1), difference_NV < -1
+    p_NV = logits_NV.softmax(-1)
+    # A constant changes no softmax. Less its mean, E[exp(-d)] is at least 1 and no rounding of p can make it 0 or less.
+    difference_NV = difference_NV - (p_NV * difference_NV).sum(-1, keepdim=True)
+    raised_NV = difference_NV < -1
     mean_N = (p_NV * difference_NV).sum(-1, dtype=torch.float64)
     near_N = torch.where(raised_NV, -p_NV, p_NV * torch.expm1(-difference_NV)).sum(-1, dtype=torch.float64)
     raised_N = (logits_NV.log_softmax(-1) - difference_NV).masked_fill(~raised_NV, -torch.inf).logsumexp(-1)

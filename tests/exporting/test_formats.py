@@ -244,6 +244,10 @@ def test_small_divergences_are_told_from_none():
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
         torch.testing.assert_close(kl_divergence(a, a - b), (p.exp() * (p - q)).sum(-1), rtol=2e-2, atol=1e-11)
     assert (kl_divergence(a, a - a) == 0).all()
+    for shift in (20.0, -20.0):  # logits that all fall: KL was -inf, and the mean over tokens shown as 0
+        b = a + 3 * torch.randn_like(a) - shift
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        torch.testing.assert_close(kl_divergence(a, a - b), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_reference_thinks_impossible_counts():
