@@ -6,6 +6,7 @@ Precedence: defaults, then the preset, then ``--config``, then flags.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ class TuneConfig(Settings):
     lora_rank: int = setting(8, "Rank of LoRA's matrices.", ge=1)
     loss: list[str] = setting(
         [],
-        "Losses on routers beside the next token's: concentration=X (few modules), balance=X, router=X (holds new or "
+        "Losses on routers beside the next token's: concentration=X (few modules), mi=X, router=X (holds new or "
         "all gate rows back).",
     )
     top_k: int | None = setting(None, "Experts a token uses meanwhile; default: the model's own.", ge=1)
@@ -293,6 +294,28 @@ class ExtendConfig(Settings):
     attention: int = setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
     seed: int = setting(0, "Seed of the new modules' weights.", ge=0)
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
+
+
+def loss_factors(given: list[str], known: Collection[str]) -> dict[str, float]:
+    """``["concentration=0.001"]`` → ``{"concentration": 0.001}``.
+
+    Raises:
+        UserError: an unknown name, one that is there twice, or a factor that is no number above 0.
+    """
+    found: dict[str, float] = {}
+    for item in given:
+        name, equals, factor = item.partition("=")
+        if name not in known:
+            raise UserError(f"--loss: unknown loss '{name}'{nearest(name, known)}. Known: {', '.join(known)}")
+        if name in found:
+            raise UserError(f"--loss: {name} is given twice; give one factor")
+        try:
+            found[name] = float(factor)
+        except ValueError:
+            found[name] = 0.0
+        if not equals or not 0 < found[name] < float("inf"):
+            raise UserError(f"--loss: '{item}' is not {name}=FACTOR with a factor above 0, such as {name}=0.001")
+    return found
 
 
 def flag_of(key: str) -> str:

@@ -114,7 +114,7 @@ def variants(config: SweepConfig) -> list[Variant]:
     """Every row of the sweep, the baseline arm's first.
 
     Raises:
-        UserError: an unknown setting, an empty list, or two rows of one name.
+        UserError: an unknown setting, one given twice, an empty list, or two rows of one name.
     """
     found = []
     for arm, given in config.arms.items():
@@ -124,10 +124,16 @@ def variants(config: SweepConfig) -> list[Variant]:
             raise UserError(f"sweep: 'cross' of arm '{arm}' must name settings, each with a list of values")
         for settings in (config.base, own, crossed, config.cross, config.select):
             _check_names(settings)
+        several: dict[str, Any] = {}
         for lists in (crossed, config.cross, config.select):
             for key, values in lists.items():
                 if not isinstance(values, list) or not values:
                     raise UserError(f"sweep: '{key}' must be a list of values")
+                if key == "method":
+                    raise UserError("sweep: 'method' tells arms apart; give each method an arm of its own")
+                if key in own or key in several:
+                    raise UserError(f"sweep: '{key}' of arm '{arm}' is given twice: by itself, crossed or selected")
+            several |= lists
         for shared in _combinations(config.cross):
             for point in _combinations(crossed):
                 found.append(_variant(config, arm, own, shared, point))

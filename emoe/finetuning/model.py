@@ -92,6 +92,11 @@ def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
         raise UserError("--model: this model has a trained gate already; give the converted model it was made from")
     if (facts.get("emoe_provenance") or {}).get("outputs", "the source's") != "the source's":
         raise UserError("--model: its outputs were refitted, so the dense model is not inside; convert it without that")
+    groups = facts.get("emoe_groups") or []
+    if any(len(group) > 1 for group in groups) and config.method != "emoe":
+        raise UserError(f"--method {config.method}: this model has added experts, which only emoe tunes; remove them")
+    if groups and config.method == "gmoe":
+        raise UserError("--method gmoe: experts of this model were pruned, an FFN cannot be copied; give it unpruned")
     agreed = {"gate": facts.get("emoe_gate", "average-key"), "experts": facts.get("num_experts")}
     given = [k for k in _CUT if k in config.model_fields_set and getattr(config, k) != agreed.get(k)]
     if given:
@@ -199,6 +204,7 @@ def _copy(model: EMoEModelMixin, config: FinetuneConfig) -> set[str]:
     facts = model.config
     facts.emoe_copies = facts.num_experts = config.copies
     facts.num_experts_per_tok, facts.emoe_gate = config.copies_top_k, "cosine"
+    facts.emoe_shared_experts = facts.emoe_compensation = 0  # of the experts that are no more
     for ffn in model.sparse_ffns().values():
         ffn.widen(config.copies)
         ffn.num_experts = config.copies

@@ -17,7 +17,7 @@ from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
-from emoe.config import TuneConfig
+from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
 from emoe.finetuning.loop import (
     Progress,
@@ -36,7 +36,7 @@ from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
-from emoe.surgery.training import Frozen, RouterLosses, parse_losses, train_only, trained_entries
+from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
 from emoe.surgery.usage import load_model, set_budget
 
 
@@ -50,13 +50,15 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--model: missing; give the folder of a causal language model")
     if not config.output:
         raise UserError("--output: missing; name the folder to write")
-    parse_losses(config.loss)
+    factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
     with training_into(config, folder, "training") as (target, training):
-        return _tune(config, folder, target, training, progress)
+        return _tune(config, factors, folder, target, training, progress)
 
 
-def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progress: Progress) -> dict[str, Any]:
+def _tune(
+    config: TuneConfig, factors: dict[str, float], folder: Path, target: Path, training: Path, progress: Progress
+) -> dict[str, Any]:
     transformers.set_seed(config.seed)
     config, notes = fit_sequences(config, folder)
     blocks = load_blocks(
@@ -77,7 +79,7 @@ def _tune(config: TuneConfig, folder: Path, target: Path, training: Path, progre
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
     trained = trained_entries(model, frozen)
-    losses = RouterLosses(model, anatomy, parse_losses(config.loss), _what(config)) if config.loss else None
+    losses = RouterLosses(model, anatomy, factors, _what(config)) if factors else None
     trainer = _Tuner(
         model=model,
         args=arguments(config, training),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from emoe.config import Settings, setting
-from emoe.errors import UserError, nearest
+from emoe.config import Settings, loss_factors, setting
+from emoe.errors import UserError
 
 SEED_LIMIT = 1000
 """Most seeds in one call; more is a typing error."""
@@ -114,15 +114,11 @@ class FinetuneConfig(Settings):
         """Auxiliary losses that are switched on, by name, with their weights."""
         names = {"mi": self.mi_weight, "switch": self.switch_weight}
         names |= {"concentration": self.concentration_weight, "z": self.z_weight}
-        for item in self.loss:
-            name, _, factor = item.partition("=")
-            if name not in names:
-                raise UserError(f"--loss: unknown loss '{name}'{nearest(name, names)}. Known: {', '.join(names)}")
-            try:
-                names[name] = float(factor)
-            except ValueError:
-                raise UserError(f"--loss: '{item}' is not {name}=FACTOR, such as {name}=0.001") from None
-        return {name: weight for name, weight in names.items() if weight}
+        given = loss_factors(self.loss, names)
+        for name in given:
+            if names[name]:
+                raise UserError(f"--loss: {name} has a --{name}-weight as well; give one of them")
+        return {name: weight for name, weight in {**names, **given}.items() if weight}
 
     def fingerprint(self) -> dict:
         """The settings that a run's result depends on."""

@@ -32,7 +32,7 @@ from emoe.finetuning.settings import FinetuneConfig
 from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
-from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, trainable
+from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, ignored, trainable
 from emoe.report.card import write_history_card
 from emoe.runtime import processor, remove_unheld, scratch_directory, settle_folder, write_text
 from emoe.surgery.history import entry
@@ -56,6 +56,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
     arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
     check_tuning(config, arm, task)
+    for line in ignored(config, arm):
+        say(line)
     group = Group()
     output = _output(config)
     group.first_then_all(lambda: _check_output(config, seeds))
@@ -125,11 +127,11 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
     if not done.is_file() and not begun.is_file():
         return
     facts = json.loads((done if done.is_file() else begun).read_text(encoding="utf-8"))
-    settings = facts["settings"] if done.is_file() else facts
+    settings = FinetuneConfig().fingerprint() | (facts["settings"] if done.is_file() else facts)
     for key, value in config.fingerprint().items():
-        if settings.get(key) != value:
+        if settings[key] != value:
             raise UserError(
-                f"{flag}: {folder} was made with {key}={settings.get(key)!r}, this call has {value!r}; "
+                f"{flag}: {folder} was made with {key}={settings[key]!r}, this call has {value!r}; "
                 "use the same settings or another --output" + (", or --overwrite" if flag == "--resume" else "")
             )
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from emoe.config import flag_of
 from emoe.errors import UserError
 from emoe.finetuning.arms import Arm
 from emoe.finetuning.model import Start, attention_linears
@@ -32,14 +33,26 @@ def check_tuning(config: FinetuneConfig, arm: Arm, task: Task) -> None:
         if config.weight_decay:
             raise UserError(f"--weight-decay: --train {config.train} must leave the rest as it is; use 0")
     elif config.losses() and not arm.learns_gate:
+        flag = _flag(config, next(iter(config.losses())))
         raise UserError(
-            f"{_flag(next(iter(config.losses())))}: method '{arm.name}' has no trained gate for this loss to act on; "
-            "use emoe-learn or gmoe"
+            f"{flag}: method '{arm.name}' has no trained gate for this loss to act on; use emoe-learn or gmoe"
         )
 
 
-def _flag(loss: str) -> str:
-    return f"--{loss}-weight"
+def _flag(config: FinetuneConfig, loss: str) -> str:
+    """The flag that asked for a loss."""
+    return f"--{loss}-weight" if getattr(config, f"{loss}_weight") else "--loss"
+
+
+def ignored(config: FinetuneConfig, arm: Arm) -> list[str]:
+    """What was set and has no effect, a line each."""
+    idle = {"--max-steps": ("epochs",)} if config.max_steps else {}
+    if config.tuning != "lora":
+        idle[f"--tuning {config.tuning}"] = ("lora_r", "lora_alpha", "lora_dropout", "lora_target")
+    if not arm.copied:
+        idle[f"--method {arm.name}"] = ("copies", "copies_top_k")
+    given = ((why, key) for why, keys in idle.items() for key in keys if key in config.model_fields_set)
+    return [f"{flag_of(key)} has no effect with {why}" for why, key in given]
 
 
 def choose_parameters(config: FinetuneConfig, arm: Arm, start: Start, seed: int) -> nn.Module:
@@ -74,14 +87,22 @@ def freeze(config: FinetuneConfig, start: Start, base: Path) -> Frozen | None:
     """Set what ``--train`` says; None if that is everything. The head of the task, which is new, trains in any case.
 
     Raises:
-        UserError: a loss or a training of gates that choose nothing.
+        UserError: a loss on, or a training of, gates that choose nothing; a loss on gates that do not train.
     """
     for loss in config.losses():
-        check_choice(start.model, _flag(loss))
+        check_choice(start.model, _flag(config, loss))
     if config.train == "all":
         return None
     head = [p for name in start.head for p in start.model.get_submodule(name).parameters()]
-    return train_only(start.model, anatomy_of(base), config.train, also=head)
+    anatomy = anatomy_of(base)
+    frozen = train_only(start.model, anatomy, config.train, also=head)
+    for loss in config.losses():
+        if not any(p.requires_grad for p in anatomy.gate_parameters(start.model)):
+            raise UserError(
+                f"{_flag(config, loss)}: the gate of this model follows its neurons, so the loss would act on nothing; "
+                "leave it out, or convert with another --gate"
+            )
+    return frozen
 
 
 def trainable(model: nn.Module) -> int:

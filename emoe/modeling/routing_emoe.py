@@ -194,14 +194,14 @@ class Router(nn.Module):
 
     def _choose_in_budget(self, logits_NE: torch.Tensor) -> torch.Tensor:
         level = self.level()
-        if self.shared:
-            logits_NE = torch.cat(
-                [torch.full_like(logits_NE[:, : self.shared], torch.inf), logits_NE[:, self.shared :]], 1
-            )
         if self.rule == "bottom-k":
             logits_NE = -logits_NE
         elif self.rule == "random":
             logits_NE = _scrambled(logits_NE)
+        if self.shared:
+            logits_NE = torch.cat(
+                [torch.full_like(logits_NE[:, : self.shared], torch.inf), logits_NE[:, self.shared :]], 1
+            )
         if self.rule in ("top-k", "bottom-k", "random"):
             return logits_NE.topk(level.least, dim=-1, sorted=False).indices
         best_NK, experts_NK = logits_NE.topk(level.most, dim=-1)
@@ -262,9 +262,12 @@ class Router(nn.Module):
 
 
 def _scrambled(logits_NE: torch.Tensor) -> torch.Tensor:
-    """Numbers without order from the bits of fp32 logits; a column's own number keeps equal logits apart."""
-    bits_NE = logits_NE.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    """Numbers without order, from what another batch's rounding leaves alone: the largest and the least logit's places,
+    and of each logit sign, exponent and 4 bits; a column's own number keeps equal logits apart."""
+    bits_NE = (logits_NE.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF) + (1 << 18) >> 19
     bits_NE = bits_NE + 0x9E3779B9 * torch.arange(1, logits_NE.shape[1] + 1, device=logits_NE.device)
+    places_N = 0x85EBCA6B * logits_NE.argmax(1) + 0xC2B2AE35 * logits_NE.argmin(1)
+    bits_NE = bits_NE + places_N[:, None] & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the mixing steps of Wellons' lowbias32
         bits_NE = ((bits_NE ^ ((bits_NE & 0xFFFFFFFF) >> shift)) * factor) & 0xFFFFFFFF
     return (bits_NE ^ (bits_NE >> 16)).float()

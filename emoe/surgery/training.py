@@ -3,7 +3,7 @@
 For any loop that calls `compute_loss` and an optimizer without weight decay, such as transformers' Trainer:
 
     frozen = train_only(model, anatomy, "new-modules")
-    losses = RouterLosses(model, anatomy, parse_losses(["concentration=0.001"]), "new-modules")
+    losses = RouterLosses(model, anatomy, {"concentration": 0.001}, "new-modules")
     …  loss = loss + losses.take()  …
     frozen.check(model)
 
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from emoe.errors import UserError, nearest
+from emoe.errors import UserError
 from emoe.gating.losses import load_concentration, mutual_information, new_router_penalty
 from emoe.surgery.modules import Anatomy, ModuleSet, Slot
 
@@ -31,30 +31,10 @@ Train = Literal["all", "router", "new-modules"]
 
 LOSSES = {
     "concentration": "H(m): the load gathers on few modules",
-    "balance": "-I(m; x): modules are used equally, each token certain of its own",
+    "mi": "-I(m; x): modules are used equally, each token certain of its own",
     "router": "squares of new router rows, or of the router's distance to what it was",
 }
 """Losses on routers beside the task's own."""
-
-
-def parse_losses(given: list[str]) -> dict[str, float]:
-    """``["concentration=0.001"]`` → ``{"concentration": 0.001}``.
-
-    Raises:
-        UserError: an unknown name, or a factor that is no number above 0.
-    """
-    found = {}
-    for item in given:
-        name, equals, factor = item.partition("=")
-        if name not in LOSSES:
-            raise UserError(f"--loss: unknown loss '{name}'{nearest(name, LOSSES)}. Known: {', '.join(LOSSES)}")
-        try:
-            found[name] = float(factor)
-        except ValueError:
-            found[name] = 0.0
-        if not equals or not 0 < found[name] < float("inf"):
-            raise UserError(f"--loss: '{item}' is not {name}=FACTOR with a factor above 0, such as {name}=0.001")
-    return found
 
 
 class Rows(NamedTuple):
@@ -174,7 +154,7 @@ class RouterLosses:
     """Gathers losses on all routers while the model runs in training; `take` gives their weighted sum.
 
     Args:
-        factors: as `parse_losses` gives.
+        factors: by name, of `LOSSES`.
         what: as for `train_only`: with new modules the penalty is on their rows, else on the distance of all rows.
 
     Raises:
@@ -194,8 +174,8 @@ class RouterLosses:
         p_NE = logits_NE.softmax(-1)
         if "concentration" in self.factors:
             self._terms.append(self.factors["concentration"] * load_concentration(p_NE, self.mask_N))
-        if "balance" in self.factors:
-            self._terms.append(self.factors["balance"] * mutual_information(p_NE, self.mask_N))
+        if "mi" in self.factors:
+            self._terms.append(self.factors["mi"] * mutual_information(p_NE, self.mask_N))
 
     def _router_penalty(self, model: nn.Module, anatomy: Anatomy, what: Train) -> Callable[[], torch.Tensor]:
         rows, anchors = [], []

@@ -205,6 +205,11 @@ def test_estimate(tmp_path):
         ({"seeds": "a"}, "sweep: seeds: 'a' is no list"),
         ({"select_seeds": "7", "select": {"learning_rate": [1e-5]}}, "select_seeds 7 must be among seeds 0:3"),
         ({"arms": {"a b": {}, "a:b": {}}}, "would both be called 'a-b'"),
+        ({"cross": {"method": ["vanilla", "emoe"]}}, "'method' tells arms apart"),
+        (
+            {"arms": {"emoe": {"learning_rate": 1e-4}}, "select": {"learning_rate": [1e-5]}},
+            "'learning_rate' of arm 'emoe' is given twice",
+        ),
         ({"analysis": [{"kind": "gain"}]}, "analysis.0.kind: "),
     ],
 )

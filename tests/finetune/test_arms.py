@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers
 
+import emoe
+from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, load_tokenizer
+from emoe.finetuning.routing import auxiliary_loss, watched
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Tuner, Watch, make_tuner
 from emoe.finetuning.tune import finetune
@@ -144,6 +147,22 @@ def test_gradients_reach_a_trained_gate(method, start):
             assert parameter.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("loss", ["mi", "switch", "concentration", "z"])
+def test_padding_has_no_part_in_losses_on_gates(loss, start):
+    model, texts, data, _ = start("emoe-learn")
+    batch = texts.collate(texts.encode(data.train[:8]))
+    found = []
+    for more in (0, 7):
+        inputs = {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, more), value=model.config.pad_token_id),
+            "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, more)),
+        }
+        with watched(model) as routings:
+            model(**inputs)
+        found.append(auxiliary_loss({loss: 1.0}, routings, inputs["attention_mask"]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def router(rule: str) -> Router:
     config = transformers.LlamaConfig(hidden_size=32)
     for key, value in {"gate": "average-key", "routing": rule, "allocation": "uniform"}.items():
@@ -173,3 +192,42 @@ def test_bottom_k_takes_the_others_and_random_takes_all_alike():
     assert abs(logits_NE.gather(1, random_NK).mean()) < 0.02
     both = torch.zeros(4096, 64).scatter(1, random_NK, 1)
     assert abs((both[:-1] * both[1:]).sum(1).mean() - 4) < 0.2
+
+
+@pytest.mark.parametrize("rule", ["bottom-k", "random"])
+def test_shared_experts_are_always_chosen(rule):
+    """An ablation of the choice must not be one of the shared experts, too."""
+    found = router(rule)
+    found.shared = 2
+    experts_NK = found.choose(torch.randn(256, 64, generator=torch.Generator().manual_seed(0)))
+    assert (experts_NK < 2).sum(1).eq(2).all()
+
+
+def test_random_choices_outlive_another_rounding():
+    """Another batch's matrix product ends in other last bits: the choice must not be drawn anew for that."""
+    logits_NE = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    noise_NE = torch.randn(2048, 64, generator=torch.Generator().manual_seed(1))
+    first, second = (
+        torch.zeros(2048, 64).scatter(1, router("random").choose(x), 1)
+        for x in (logits_NE, logits_NE * (1 + 3e-7 * noise_NE))
+    )
+    assert (first != second).float().mean() < 1e-4
+
+
+def test_copies_know_no_shared_experts(tiny_llama, start, tmp_path):
+    emoe.convert(str(tiny_llama), output=tmp_path / "shared", preset="finetune", experts=8, top_k=4, layers="2:4",
+                 split="random", shared_experts=2, held_out_tokens=0)  # fmt: skip
+    model = start("gmoe", model=str(tmp_path / "shared"))[0].eval()
+    assert model.config.emoe_shared_experts == 0
+    seen = []
+    for ffn in model.sparse_ffns().values():
+        ffn.router.register_forward_hook(lambda _, __, routing: seen.append(routing.experts_NK))
+    model(torch.randint(5, 90, (8, 16), generator=torch.Generator().manual_seed(0)))
+    assert all(len(experts_NK.unique()) == 4 for experts_NK in seen)  # the gate has a say in all copies
+
+
+@pytest.mark.parametrize("method", ["vanilla", "random", "gmoe", "emoe-learn"])
+def test_added_experts_are_for_emoe_alone(method, arm_settings, experts, tmp_path):
+    emoe.extend(experts, tmp_path / "bigger", experts=2)
+    with pytest.raises(UserError, match=f"--method {method}: this model has added experts"):
+        finetune(arm_settings(method=method, model=str(tmp_path / "bigger")))

@@ -286,6 +286,9 @@ def test_instructions_train_on_answers(arm_settings, tmp_path, tiny_llama):
         ({"domains": "moon"}, "--domains: task 'neurons' has no domain 'moon'"),
         ({"top_k": 9}, "--top-k: 9 is more than the model's 8 experts"),
         ({"mi_weight": 0.1}, "--mi-weight: method 'emoe' has no trained gate"),
+        ({"loss": ["mi=0.1"]}, "--loss: method 'emoe' has no trained gate"),
+        ({"method": "emoe-learn", "loss": ["mi=-1"]}, "--loss: 'mi=-1' is not mi=FACTOR with a factor above 0"),
+        ({"method": "emoe-learn", "loss": ["z=1"], "z_weight": 0.1}, "--loss: z has a --z-weight as well"),
         ({"experts": 16}, "--experts: the model is cut into experts already"),
         ({"gate": "discriminant"}, "--gate: the model is cut into experts already"),
         ({"seeds": "0:1000000000000000000000"}, "at most 1000 seeds"),
@@ -303,7 +306,8 @@ def test_bad_input(changes, complaint, arm_settings, tiny_llama, capsys):
     changes = {k: str(tiny_llama) if v == "DENSE" else v for k, v in changes.items()}
     changes |= {"experts": 8} if changes.get("model") == str(tiny_llama) else {}
     values = arm_settings(**changes).model_dump(exclude_defaults=True)
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    each = [(key, one) for key, value in values.items() for one in (value if isinstance(value, list) else [value])]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in each]
     assert main(["finetune", "--quiet", *flags]) == 2
     error = capsys.readouterr().err
     assert complaint in error
@@ -330,6 +334,28 @@ def test_bad_tasks(changes, rows, complaint, arm_settings, tmp_path):
         finetune(arm_settings(task=str(path)))
     assert complaint in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_younger_than_a_run_have_their_default_in_it(arm_settings, tmp_path):
+    finetune(arm_settings(max_steps=2))
+    path = tmp_path / "out" / "seed-0" / "run.json"
+    facts = json.loads(path.read_text())
+    for key in ("loss", "group_by_length"):  # as a version wrote it that did not know them
+        del facts["settings"][key]
+    path.write_text(json.dumps(facts))
+    assert len(finetune(arm_settings(max_steps=2, seeds="0,1", resume=True))) == 2
+    with pytest.raises(UserError, match="was made with group_by_length=False, this call has True"):
+        finetune(arm_settings(max_steps=2, seeds="0:3", resume=True, group_by_length=True))
+
+
+def test_settings_without_effect_are_named(arm_settings):
+    said = []
+    finetune(arm_settings(max_steps=2, epochs=2.0, lora_r=4, copies=8), say=said.append)
+    assert said[:3] == [
+        "--epochs has no effect with --max-steps",
+        "--lora-r has no effect with --tuning full",
+        "--copies has no effect with --method emoe",
+    ]
 
 
 def test_settings_know_their_seeds():

@@ -76,6 +76,15 @@ def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp
     assert gates <= changed if train == "new-modules" else changed == gates
 
 
+def test_a_loss_needs_a_gate_of_its_own(tiny_llama, settings, run, tmp_path, capsys):
+    """An average-key gate follows its neurons: the loss would act on nothing."""
+    emoe.convert(str(tiny_llama), output=tmp_path / "key", **settings | {"gate": "average-key", "split": "weights"})
+    big = run("extend", tmp_path / "key", "big", "--experts", 2)
+    flags = ("--model", big, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run", "--max-steps", 2)
+    assert main(["finetune", *map(str, flags), "--train", "new-modules", "--loss", "z=100", "--quiet"]) == 2
+    assert "--loss: the gate of this model follows its neurons" in capsys.readouterr().err
+
+
 def test_gates_without_a_choice_do_not_train(converted_llama, tmp_path, capsys):
     """All experts on: nobody asks the gates."""
     flags = ["finetune", "--model", converted_llama, "--task", write_task(tmp_path / "task"), "--top-k", 8]

@@ -10,12 +10,12 @@ import transformers
 from safetensors.torch import load_file
 
 from emoe.cli.main import main
-from emoe.config import TuneConfig
+from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
 from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.finetuning.plain_text import tune
 from emoe.surgery.modules import anatomy_of
-from emoe.surgery.training import RouterLosses, parse_losses, train_only
+from emoe.surgery.training import LOSSES, RouterLosses, train_only
 
 TRAIN = (
     *("--steps", 12, "--tokens-per-step", 256, "--sequence-length", 64, "--held-out-tokens", 256),
@@ -116,7 +116,7 @@ def test_only_new_rows_get_a_gradient(model, run):
     folder = run("extend", model, "big", "--experts", 2)
     anatomy, loaded = anatomy_of(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     frozen = train_only(loaded, anatomy, "new-modules")
-    losses = RouterLosses(loaded, anatomy, parse_losses(["concentration=0.1", "router=0.1"]), "new-modules")
+    losses = RouterLosses(loaded, anatomy, {"concentration": 0.1, "router": 0.1}, "new-modules")
     loaded.train()
     tokens = torch.randint(5, 96, (2, 32), generator=torch.Generator().manual_seed(0))
     (loaded(tokens, labels=tokens).loss + losses.take()).backward()
@@ -138,15 +138,17 @@ def test_only_new_rows_get_a_gradient(model, run):
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ("concentrate=0.1", "unknown loss 'concentrate' (did you mean 'concentration'?)"),
-        ("concentration", "'concentration' is not concentration=FACTOR"),
-        ("concentration=-1", "is not concentration=FACTOR with a factor above 0"),
-        ("router=much", "is not router=FACTOR"),
+        (["concentrate=0.1"], "unknown loss 'concentrate' (did you mean 'concentration'?)"),
+        (["concentration"], "'concentration' is not concentration=FACTOR"),
+        (["concentration=-1"], "is not concentration=FACTOR with a factor above 0"),
+        (["mi=nan"], "is not mi=FACTOR with a factor above 0"),
+        (["router=much"], "is not router=FACTOR"),
+        (["mi=1", "mi=2"], "mi is given twice"),
     ],
 )
 def test_losses_are_checked(given, complaint):
     with pytest.raises(UserError) as caught:
-        parse_losses([given])
+        loss_factors(given, LOSSES)
     assert complaint in str(caught.value)
 
 
