@@ -167,10 +167,10 @@ class TuneConfig(Settings):
     model: str = setting("", "Folder of a causal language model, with experts or without.")
     output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
     text: list[str] = setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
-    train: Literal["all", "router", "new-modules", "lora"] = setting(
+    train: Literal["all", "router", "new-modules", "new-experts", "lora"] = setting(
         "all",
-        "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), or "
-        "LoRA's matrices on every linear and expert, merged at the end.",
+        "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), the "
+        "same without its gate rows, or LoRA's matrices on every linear and expert, merged at the end.",
     )
     lora_rank: int = setting(8, "Rank of LoRA's matrices.", ge=1)
     loss: list[str] = setting(
@@ -292,7 +292,12 @@ class ExtendConfig(Settings):
     output: str = setting("", "Folder to write; must not exist unless --overwrite is given.")
     experts: int = setting(0, "FFN experts to add to each layer, of the size of the others.", ge=0)
     attention: int = setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
-    seed: int = setting(0, "Seed of the new modules' weights.", ge=0)
+    text: list[str] = setting([], "Text that the new modules are for: their gates open on it. [default: random gates]")
+    old_text: list[str] = setting([], "Text on which they are to stay shut; with --text.")
+    old_share: float = setting(0.1, "Share of the old text's tokens that may use them at first.", gt=0, lt=1)
+    tokens: int = setting(8192, "Tokens of each of the two, to fit the gates on.", ge=64)
+    sequence_length: int = setting(256, "Tokens in one block of text.", ge=8)
+    seed: int = setting(0, "Seed of the new modules' weights, and of which passages are read.", ge=0)
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 

@@ -1,8 +1,10 @@
 """Learning German, then French, without forgetting English: new modules against full fine-tuning and LoRA.
 
 Every arm sees the same tokens in the same order. LoRA's rank is the one whose matrices have as many entries as the new
-modules; full fine-tuning trains everything. Each arm runs at several learning rates, since one that fits all would
-decide the comparison. The plot has forgetting (rise of the English log perplexity) over learning (fall of the new one).
+modules; full fine-tuning trains everything. New modules have random gates, which train, or gates fitted on the new text
+against the old one, which stay: no other arm is shown old text, and none trains on it. Each arm runs at several
+learning rates, since one that fits all would decide the comparison. The plot has forgetting (rise of the English log
+perplexity) over learning (fall of the new one).
 
     python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # hours
     emoe pretrain --config configs/moduleformer/tiny.yaml --corpus fiction --corpus essays --corpus definitions \
@@ -35,7 +37,12 @@ from stages import (
 from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.runtime import write_text
 
-RATES = {"new-modules": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "all": (3e-5, 1e-4)}
+RATES = {
+    "new-modules": (1e-3, 3e-3),
+    "fitted-gates": (1e-3, 3e-3),
+    "lora": (3e-4, 1e-3),
+    "all": (3e-5, 1e-4),
+}
 """Arm → peaks of the learning rate that are tried."""
 
 
@@ -78,7 +85,7 @@ def main() -> None:
                     arm,
                     rate,
                     seed,
-                    {t: texts[t] for t in named(arguments.tasks)},
+                    {name: text for name, text in texts.items() if name not in named(arguments.also)},
                     list(domains),
                     arguments,
                 )
@@ -90,18 +97,26 @@ def main() -> None:
     print(markdown(result))
 
 
-def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, arguments) -> list[dict[str, Any]]:
+def _sequence(stages: Stages, base: Path, arm, rate, seed, texts, names, arguments) -> list[dict[str, Any]]:
     """One arm through all tasks, each on top of the one before."""
-    model, rows = base, []
-    for task, text in tasks.items():
+    model, rows, old = base, [], []
+    tasks = [item.split("=")[0] for item in arguments.tasks]
+    for task, text in texts.items():
+        if task not in tasks:
+            old.append(str(text))
+            continue
         name = f"{arm} {rate} {seed} {task}"
         settings = _settings(arguments, text, rate, seed, stages.held(names))
         if arm != "all":
             new = {"experts": arguments.experts, "attention": arguments.attention, "seed": seed}
+            if arm == "fitted-gates":
+                new |= {"text": [str(text)], "old_text": list(old)}
             bigger = stages.extended(f"bigger {name}", model, **new)
         if arm == "new-modules":
             loss = [f"router={arguments.penalty}"] if _has_tables(bigger) and arguments.penalty else []
             done = stages.tuned(name, bigger, train=arm, loss=loss, **settings)
+        elif arm == "fitted-gates":
+            done = stages.tuned(name, bigger, train="new-experts", **settings)
         elif arm == "lora":
             wanted = parameters(bigger) - parameters(model)
             done = stages.tuned(name, model, train=arm, lora_rank=_rank(model, wanted), **settings)
@@ -116,6 +131,7 @@ def _sequence(stages: Stages, base: Path, arm, rate, seed, tasks, names, argumen
             | {"after": {name: report["perplexity"][name]["after"] for name in names}}
         )
         model = done
+        old.append(str(text))
     return rows
 
 
@@ -175,7 +191,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """One panel a task: forgetting over learning, a line an arm and learning rate through the measurements."""
     tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
     made = figure(6 * len(tasks), 4.5)
-    colours = {"new-modules": "#1a7f37", "lora": "#bf8700", "all": "#cf222e"}
+    colours = {"new-modules": "#1a7f37", "fitted-gates": "#0969da", "lora": "#bf8700", "all": "#cf222e"}
     for place, task in enumerate(tasks):
         axes = made.add_subplot(1, len(tasks), place + 1)
         for row in (row for row in result["rows"] if row["task"] == task):

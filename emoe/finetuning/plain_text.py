@@ -123,7 +123,7 @@ def _what(config: TuneConfig) -> str:
 
 def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:
     """None for a model without modules, which can be trained whole or by LoRA, without losses on routers."""
-    if has_modules(folder) or config.train in ("router", "new-modules") or config.loss:
+    if has_modules(folder) or config.train in ("router", "new-modules", "new-experts") or config.loss:
         return anatomy_of(folder)
     return None
 

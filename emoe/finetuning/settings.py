@@ -28,10 +28,10 @@ class FinetuneConfig(Settings):
         "emoe", "Arm: vanilla, dropout, emoe, emoe-learn, gmoe, random or bottom-k (docs/finetuning.md)."
     )
     tuning: Literal["full", "lora", "head"] = setting("full", "What is trained: full, lora, or head (all else frozen).")
-    train: Literal["all", "router", "new-modules"] = setting(
+    train: Literal["all", "router", "new-modules", "new-experts"] = setting(
         "all",
-        "With --tuning full, beside the head: all, the gates, or what the last `emoe extend` added; all else stays bit "
-        "for bit.",
+        "With --tuning full, beside the head: all, the gates, or what the last `emoe extend` added, with its gate rows "
+        "(new-modules) or without (new-experts); all else stays bit for bit.",
     )
     loss: list[str] = setting(
         [],

@@ -99,8 +99,8 @@ def freeze(config: FinetuneConfig, start: Start, base: Path) -> Frozen | None:
     for loss in config.losses():
         if not any(p.requires_grad for p in anatomy.gate_parameters(start.model)):
             raise UserError(
-                f"{_flag(config, loss)}: the gate of this model follows its neurons, so the loss would act on nothing; "
-                "leave it out, or convert with another --gate"
+                f"{_flag(config, loss)}: no gate of this model trains with --train {config.train}, so the loss would "
+                "act on nothing; leave it out"
             )
     return frozen
 

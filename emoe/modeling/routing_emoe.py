@@ -51,10 +51,12 @@ class CosineGate(nn.Module):
         self.projection = nn.Linear(width, self.width, bias=False)
         self.centroids = nn.Linear(self.width, num_experts, bias=False)
 
+    def inputs(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """What centroids are compared with, (N, A), of length 1."""
+        return nn.functional.normalize(self.projection(x_ND.to(self.projection.weight.dtype)).float(), dim=-1)
+
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        x_NA, c_EA = self.projection(x_ND.to(self.projection.weight.dtype)), self.centroids.weight
-        cosine_NE = nn.functional.normalize(x_NA.float(), dim=-1) @ nn.functional.normalize(c_EA.float(), dim=-1).T
-        return cosine_NE / self.temperature
+        return self.inputs(x_ND) @ nn.functional.normalize(self.centroids.weight.float(), dim=-1).T / self.temperature
 
 
 class Router(nn.Module):

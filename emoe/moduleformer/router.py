@@ -59,12 +59,17 @@ class Gate(nn.Module):
             self.expert_centroids = nn.Parameter(torch.empty(num_experts, C))
             self.temperature = nn.Parameter(torch.empty(1))
 
+    def inputs(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """What an expert's row is multiplied with, (N, C); for gmm of length 1."""
+        if self.kind == "gmm":
+            return nn.functional.normalize(self.w_gate(x_ND).float(), dim=-1)
+        return self.w_gate[:-1](x_ND)
+
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Gate logits (N, E), fp32."""
         if self.kind != "gmm":
             return self.w_gate(x_ND).float()
-        normalize = nn.functional.normalize
-        cosines_NE = normalize(self.w_gate(x_ND).float(), dim=-1) @ normalize(self.expert_centroids.float(), dim=-1).T
+        cosines_NE = self.inputs(x_ND) @ nn.functional.normalize(self.expert_centroids.float(), dim=-1).T
         return cosines_NE.float() * self.temperature.float().exp()
 
     def forward(self, x_ND: torch.Tensor) -> Routing:

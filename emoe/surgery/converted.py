@@ -184,6 +184,33 @@ class Converted:
         """See `Anatomy.gate_parameters`; none with an average-key gate."""
         return [parameter for ffn in model.sparse_ffns().values() for parameter in ffn.router.parameters()]
 
+    @contextlib.contextmanager
+    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """See `Anatomy.watch_gate_inputs`: for a discriminant the layer's input and a 1, which its bias goes with."""
+        gate = self.config["emoe_gate"]
+        if gate not in ("discriminant", "cosine"):
+            raise UserError(
+                f"--text: the {gate} gate of this model follows its neurons, nothing is to be fitted; leave it out"
+            )
+
+        def tell(name: str, seen: Seen) -> None:
+            x_ND = seen.x_ND.float()
+            if gate == "cosine":
+                see(name, routers[name].cosine.inputs(x_ND))
+            else:
+                see(name, torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1))
+
+        routers = {f"{layer}.ffn": ffn.router for layer, ffn in model.sparse_ffns().items()}
+        with self.watch(model, tell, energies=False):
+            yield
+
+    def gate_row(self, found: ModuleSet, row_C: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Anatomy.gate_row`."""
+        prefix = self.router_prefix(found.layer)
+        if self.config["emoe_gate"] == "cosine":
+            return {f"{prefix}cosine.centroids.weight": row_C}
+        return {f"{prefix}weight": row_C[:-1], f"{prefix}bias": row_C[-1]}
+
     def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
         """See `Anatomy.watch_logits`. Where a gate has nothing to train, gradients reach what it looks at."""
 

@@ -2,6 +2,8 @@
 
 New modules give nothing before they are trained (their output matrices are zero) and take no place from the old ones:
 they come on top of the budget K. So the extended model says what the model said.
+
+Their gates are random, or fitted on text (`emoe.surgery.gates`): open where the new modules are wanted, shut elsewhere.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import torch
 
 from emoe.config import ExtendConfig
 from emoe.errors import UserError
+from emoe.surgery.gates import fit_gates
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
-from emoe.surgery.rewrite import Progress, rewrite
+from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 
 
 def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with more modules than ``config.model``. Returns the report that also lies there.
 
     Raises:
-        UserError: nothing to add, a kind of module that the model does not have, an output in the way.
+        UserError: nothing to add, a kind of module that the model does not have, one text without the other, too little
+            of it, a gate that cannot be fitted, an output in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
@@ -34,13 +38,19 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     sets = anatomy.sets()
     if config.attention and not any(found.kind == "attention" for found in sets):
         raise UserError("--attention: this model has no attention experts; give --experts")
+    if bool(config.text) != bool(config.old_text):
+        missing = "--old-text" if config.text else "--text"
+        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
+    workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
+    fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     groups = {found.name: (*found.groups, wanted[found.kind]) for found in sets}
     added = {kind: number for kind, number in wanted.items() if number}
-    history = [*anatomy.history, entry("extend", folder, added=added, seed=config.seed)]
+    facts = {"text": config.text, "old_text": config.old_text, "old_share": config.old_share} if fitted else {}
+    history = [*anatomy.history, entry("extend", folder, added=added, seed=config.seed, **facts)]
     return rewrite(
         folder,
         config.output,
-        _editor(anatomy, sets, wanted, config.seed),
+        _editor(anatomy, sets, wanted, config.seed, {name: row_C for name, (row_C, _, _) in fitted.items()}),
         anatomy.with_history(anatomy.rebuilt(groups), history),
         lambda target: anatomy.write_companions(target, {}),
         {
@@ -49,14 +59,31 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             "added": added,
             "seed": config.seed,
             "modules": {"before": sum(s.count for s in sets), "after": sum(map(sum, groups.values()))},
-            "notes": [],
+            "notes": _notes(fitted),
+            "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
         overwrite=config.overwrite,
         progress=progress,
     )
 
 
-def _editor(anatomy: Anatomy, sets: list[ModuleSet], wanted: dict[str, int], seed: int):
+def _notes(fitted: dict[str, tuple[torch.Tensor, float, float]]) -> list[str]:
+    """How well the fitted gates tell the two texts apart."""
+    if not fitted:
+        return []
+    new, old = (sum(found[place] for found in fitted.values()) / len(fitted) for place in (1, 2))
+    return [f"gates open on {100 * new:.0f}% of the new text's tokens and {100 * old:.0f}% of the old text's (mean)"]
+
+
+def _editor(
+    anatomy: Anatomy, sets: list[ModuleSet], wanted: dict[str, int], seed: int, fitted: dict[str, torch.Tensor]
+):
+    gates = {
+        name: row
+        for found in sets
+        if found.name in fitted
+        for name, row in anatomy.gate_row(found, fitted[found.name]).items()
+    }
     rows = {slot.name: (slot, found) for found in sets for slot in found.slots if wanted[found.kind]}
     seed += 1000 * len(anatomy.history)  # a second extension is not the first one again
 
@@ -64,6 +91,8 @@ def _editor(anatomy: Anatomy, sets: list[ModuleSet], wanted: dict[str, int], see
         if name in rows:
             slot, found = rows[name]
             tensor = append(tensor, slot, wanted[found.kind], found.count, found.size, seed)
+            if name in gates:
+                tensor[-wanted[found.kind] :] = gates[name].to(tensor.dtype)
         return name, tensor
 
     return edit

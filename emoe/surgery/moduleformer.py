@@ -141,6 +141,27 @@ class ModuleFormer:
         """See `Anatomy.gate_parameters`."""
         return [parameter for pool in self._pools(model).values() for parameter in pool.gate.parameters()]
 
+    @contextlib.contextmanager
+    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """See `Anatomy.watch_gate_inputs`."""
+
+        def tell(name: str):
+            def hook(gate: nn.Module, arguments: tuple, routing: Routing) -> None:
+                see(name, gate.inputs(arguments[0]))
+
+            return hook
+
+        hooks = [pool.gate.register_forward_hook(tell(name)) for name, pool in self._pools(model).items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def gate_row(self, found: ModuleSet, row_C: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Anatomy.gate_row`."""
+        return {found.slots[-1].name: row_C}
+
     def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
         """See `Anatomy.watch_logits`."""
 

@@ -129,6 +129,17 @@ class Anatomy(Protocol):
     def gate_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """What trains when only gates do, after `learn`."""
 
+    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> AbstractContextManager:
+        """Call ``see(name of the set, c (N, C))`` at each forward: what the rows of its gate are multiplied with.
+
+        Raises:
+            UserError: a gate that has no rows of its own.
+        """
+
+    def gate_row(self, found: ModuleSet, row_C: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensor of the checkpoint → what one module's row of it is, for a gate row in the terms of
+        `watch_gate_inputs`."""
+
     def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:
         """While the model trains, call ``see(name of the set, gate logits (N, E))`` with a graph behind the logits;
         returns what ends it."""

@@ -27,7 +27,7 @@ from emoe.errors import UserError
 from emoe.gating.losses import load_concentration, mutual_information, new_router_penalty
 from emoe.surgery.modules import Anatomy, ModuleSet, Slot
 
-Train = Literal["all", "router", "new-modules"]
+Train = Literal["all", "router", "new-modules", "new-experts"]
 
 LOSSES = {
     "concentration": "H(m): the load gathers on few modules",
@@ -102,7 +102,8 @@ def check_choice(model: nn.Module, flag: str) -> None:
 
 
 def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterable[nn.Parameter] = ()) -> Frozen:
-    """Set what trains: everything, the gates, or the modules that the last extension added with their gate rows.
+    """Set what trains: everything, the gates, or the modules that the last extension added, with their gate rows
+    ("new-modules") or without ("new-experts": gates that were fitted stay where they are).
 
     Old rows of a tensor that has new ones get no gradient: hooks on the parameter zero it. Adam without weight decay
     then leaves them as they are, bit for bit, which `Frozen.check` verifies.
@@ -115,13 +116,16 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
     """
     if what == "router":
         check_choice(model, "--train")
-    anatomy.learn(model)
+    if what != "new-experts":
+        anatomy.learn(model)
     if what == "all":
         return Frozen({}, {})
     sets, trained = anatomy.sets(), []
     model.requires_grad_(False)
-    if what == "new-modules":
+    if what in ("new-modules", "new-experts"):
+        gates = set(anatomy.gate_parameters(model)) if what == "new-experts" else set()
         trained = [rows for found in sets for rows in rows_of(model, found, newest(found)) if newest(found)]
+        trained = [rows for rows in trained if rows.parameter not in gates]
         if not trained:
             raise UserError("--train: this model has no new modules; add some with `emoe extend` first")
     else:
@@ -167,6 +171,8 @@ class RouterLosses:
         self._terms: list[torch.Tensor] = []
         self.mask_N: torch.Tensor | None = None
         """1 for tokens that count; None for all."""
+        if what == "new-experts" and "router" in factors:
+            raise UserError("--loss: router holds gate rows back, which --train new-experts leaves alone; drop one")
         self._penalty = self._router_penalty(model, anatomy, what) if "router" in factors else None
         self._remove = anatomy.watch_logits(model, self._see) if set(factors) - {"router"} else lambda: None
 

@@ -114,9 +114,10 @@ def count_use(
     with anatomy.watch(model, lambda name, seen: use[name].add(seen), energies=kind == "energy"):
         for done, part_BT in enumerate(blocks_BT.split(batch)):
             progress("counting", done * batch, len(blocks_BT))
-            model(part_BT.to(next(model.parameters()).device), **_no_cache(model))
+            model(part_BT.to(next(model.parameters()).device), **no_cache(model))
     return {name: found.of(kind) for name, found in use.items()}
 
 
-def _no_cache(model: nn.Module) -> dict[str, Any]:
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """What tells a model's forward to keep nothing for the next token."""
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}

@@ -56,7 +56,7 @@ def test_continual_learning(kind, run, tiny_llama, texts, tmp_path):
     flags += ("--also", f"again={texts['one']}")
     result = run("continual_learning", *flags)
     assert [(row["arm"], row["task"]) for row in result["rows"]] == [
-        (arm, task) for arm in ("new-modules", "lora", "all") for task in ("two", "three")
+        (arm, task) for arm in ("new-modules", "fitted-gates", "lora", "all") for task in ("two", "three")
     ]
     trained = {row["arm"]: row["trained"] for row in result["rows"]}
     assert 0.5 < trained["lora"] / trained["new-modules"] < 2

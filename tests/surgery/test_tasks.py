@@ -82,7 +82,7 @@ def test_a_loss_needs_a_gate_of_its_own(tiny_llama, settings, run, tmp_path, cap
     big = run("extend", tmp_path / "key", "big", "--experts", 2)
     flags = ("--model", big, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run", "--max-steps", 2)
     assert main(["finetune", *map(str, flags), "--train", "new-modules", "--loss", "z=100", "--quiet"]) == 2
-    assert "--loss: the gate of this model follows its neurons" in capsys.readouterr().err
+    assert "--loss: no gate of this model trains with --train new-modules" in capsys.readouterr().err
 
 
 def test_gates_without_a_choice_do_not_train(converted_llama, tmp_path, capsys):

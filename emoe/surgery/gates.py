@@ -1,0 +1,49 @@
+"""Gate rows of modules to be added, fitted on the text that they are for and on text that is none of their business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from emoe.config import ExtendConfig
+from emoe.gating.opening import Opening
+from emoe.surgery.modules import Anatomy
+from emoe.surgery.usage import Progress, load_model, no_cache, read_blocks
+
+BATCH = 8
+"""Sequences at once."""
+
+
+@torch.no_grad()
+def fit_gates(
+    anatomy: Anatomy, config: ExtendConfig, kinds: set[str], progress: Progress
+) -> dict[str, tuple[torch.Tensor, float, float]]:
+    """By name of the set: its new modules' gate row, and the shares of new and old tokens that open it.
+
+    Both texts go through the model twice; nothing but sums and two numbers a token are kept.
+
+    Raises:
+        UserError: too little text, or a gate without rows of its own.
+    """
+    settings = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed}
+    texts = {
+        True: read_blocks(anatomy.folder, config.text, **settings, flag="--text"),
+        False: read_blocks(anatomy.folder, config.old_text, **settings, flag="--old-text"),
+    }
+    model = load_model(anatomy.folder, head=False)
+    found = {known.name: Opening() for known in anatomy.sets() if known.kind in kinds}
+
+    def run(see: Callable[[Opening, torch.Tensor, bool], None], stage: str) -> None:
+        for new, blocks_BT in texts.items():
+            tell = lambda name, c_NC, new=new: see(found[name], c_NC, new) if name in found else None  # noqa: E731
+            with anatomy.watch_gate_inputs(model, tell):
+                for done, part_BT in enumerate(blocks_BT.split(BATCH)):
+                    progress(stage, done * BATCH, len(blocks_BT))
+                    model(part_BT.to(next(model.parameters()).device), **no_cache(model))
+
+    run(Opening.add, "telling texts apart")
+    for opening in found.values():
+        opening.solve()
+    run(Opening.score, "placing thresholds")
+    return {name: opening.row(config.old_share) for name, opening in found.items()}

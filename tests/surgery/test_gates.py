@@ -1,0 +1,125 @@
+"""Added modules whose gates were fitted: open on the text they are for, shut on the other, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support.modules import moduleformer
+
+import emoe
+from emoe.cli.main import main
+from emoe.surgery.modules import anatomy_of
+from emoe.surgery.usage import load_model, read_blocks
+
+WORDS = {
+    "new": "zuerst wurde gesagt dass niemand etwas davon wisse",
+    "old": "it is the first that they ever heard of it",
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    """Two languages, in random order of words."""
+    folder, found = tmp_path_factory.mktemp("texts"), {}
+    for name, words in WORDS.items():
+        drawn = random.Random(0).choices(words.split(), k=6000)
+        found[name] = folder / f"{name}.txt"
+        found[name].write_text(" ".join(drawn), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def flags(texts) -> tuple:
+    return (
+        "--experts",
+        2,
+        "--text",
+        texts["new"],
+        "--old-text",
+        texts["old"],
+        "--tokens",
+        2048,
+        "--sequence-length",
+        64,
+    )
+
+
+@pytest.fixture(params=["discriminant", "mlp", "linear", "gmm"])
+def model(request, converted_llama, tmp_path_factory) -> Path:
+    """A converted model, and ModuleFormers of every gate."""
+    if request.param == "discriminant":
+        return converted_llama
+    return moduleformer(tmp_path_factory.mktemp("moduleformer") / "model", request.param)
+
+
+def opened(folder: Path, text: Path) -> dict[str, float]:
+    """Share of the tokens that use a set's added modules, by name of the set, at the model's own work."""
+    anatomy, found = anatomy_of(folder), {}
+    added = {known.name: known.groups[0] for known in anatomy.sets() if len(known.groups) > 1 and known.groups[1]}
+    blocks_BT = read_blocks(folder, [str(text)], length=64, tokens=2048, seed=1, flag="--text")
+
+    def see(name, seen) -> None:
+        if name in added:
+            found[name] = seen.mask()[:, added[name] :].mean().item()
+
+    model = load_model(folder, head=False)
+    with torch.no_grad(), anatomy.watch(model, see, energies=False):
+        model(blocks_BT)
+    return found
+
+
+def logits(folder: Path) -> torch.Tensor:
+    tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+
+
+def test_gates_open_on_the_new_text_alone(model, texts, flags, run):
+    big = run("extend", model, "big", *flags)
+    torch.testing.assert_close(logits(big), logits(model), rtol=0, atol=1e-5)
+    report = json.loads((big / "emoe_extend.json").read_text())
+    new, old = opened(big, texts["new"]), opened(big, texts["old"])
+    assert new.keys() == report["gates"].keys()
+    for name, told in report["gates"].items():
+        assert told["old"] <= 0.1
+        assert new[name] == pytest.approx(told["new"], abs=0.15)  # other passages
+        assert old[name] == pytest.approx(told["old"], abs=0.1)
+    assert sum(new.values()) > 2 * sum(old.values())
+    assert report["notes"][0].startswith("gates open on")
+    back = run("prune", big, "back", "--remove", "last")
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_new_experts_learn_and_their_gates_stay(model, texts, flags, run):
+    big = run("extend", model, "big", *flags)
+    steps = ("--steps", 3, "--tokens-per-step", 128, "--sequence-length", 32, "--held-out-tokens", 64)
+    tuned = run("tune", big, "tuned", "--text", texts["new"], *steps, "--train", "new-experts", "--learning-rate", 1e-2)
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (big, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "router" in name or "gate." in name]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "complaint"),
+    [("--old-text", "--old-text: missing; gates are fitted on"), ("--text", "--text: missing; gates are fitted on")],
+)
+def test_one_text_is_not_enough(left_out, complaint, converted_llama, flags, tmp_path, capsys):
+    place = flags.index(left_out)
+    given = [*flags[:place], *flags[place + 2 :]]
+    assert main(["extend", "--model", str(converted_llama), "--output", str(tmp_path / "b"), *map(str, given)]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_gate_that_follows_its_neurons_is_not_fitted(tiny_llama, settings, flags, tmp_path, capsys):
+    emoe.convert(str(tiny_llama), output=tmp_path / "key", **settings | {"gate": "average-key", "split": "weights"})
+    given = ["extend", "--model", str(tmp_path / "key"), "--output", str(tmp_path / "b"), *map(str, flags)]
+    assert main(given) == 2
+    assert "--text: the average-key gate of this model follows its neurons" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
