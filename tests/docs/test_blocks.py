@@ -29,6 +29,7 @@ SHORTER = {
     "report": {"--tokens": "64"},
     "analyze": {"--tokens": "64", "--sequence-length": "64", "--knock-out": "1", "--knock-out-tokens": "64"},
     "prune": {"--tokens": "64"},
+    "extend": {"--tokens": "64", "--sequence-length": "32"},
     "tune": {"--steps": "1", "--tokens-per-step": "64", "--held-out-tokens": "64", "--sequence-length": "64"},
     "export": {"--verify-tokens": "64"},
 }
