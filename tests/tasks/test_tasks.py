@@ -201,6 +201,15 @@ def test_mails_lose_their_headers_and_pages_their_marks():
     assert mail_text(json.dumps({"text": mail})) == "Win a prize now"
 
 
+@pytest.mark.parametrize("plain", ["", " \n\n", None, "Buy"])
+def test_a_mail_with_an_empty_text_is_its_page(plain):
+    parts = [] if plain is None else [f"Content-Type: text/plain\n\n{plain}\n"]
+    parts.append("Content-Type: text/html\n\n<p>a <b>prize</b></p>\n")
+    mail = 'Subject: Win\nMIME-Version: 1.0\nContent-Type: multipart/alternative; boundary="x"\n\n'
+    mail += "".join(f"--x\n{part}" for part in parts) + "--x--\n"
+    assert mail_text(json.dumps({"text": mail})) == ("Win Buy" if plain == "Buy" else "Win a prize")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_sklearn_s(seed):
     draw = np.random.default_rng(seed)
