@@ -203,6 +203,22 @@ def test_one_seed_is_compared_honestly(tmp_path):
     assert "nothing in this table can be significant" in " ".join(statements(found))
 
 
+@pytest.mark.parametrize(
+    ("seeds", "domains", "said"),
+    [
+        (6, 3, "is 0.031, 0.094 after Holm over 3 domains: no single domain can be significant at 0.05"),
+        (6, 3, "that takes 7 seeds."),
+        (7, 3, "is 0.016, 0.047 after Holm over 3 domains."),
+        (6, 1, "is 0.031."),  # the one p is its own
+        (5, 3, "6 seeds are the least, 7 after Holm over 3 domains"),
+    ],
+)
+def test_the_floor_counts_the_domains(seeds, domains, said, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, seeds=range(seeds), domains=dict(list(DOMAINS.items())[:domains]))
+    assert said in " ".join(statements(of(tmp_path / "arm0", tmp_path / "arm1")))
+
+
 @pytest.mark.parametrize("seeds", [5, 6])
 def test_too_few_seeds_are_named(tmp_path, seeds):
     for arm in range(2):
