@@ -59,7 +59,8 @@ class Classification:
 
     def metrics(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The task's metrics, the score first."""
-        return compute(self.task.metrics, [r["label"] for r in records], [r["prediction"] for r in records])
+        labels, predictions = [r["label"] for r in records], [r["prediction"] for r in records]
+        return compute(self.task.metrics, labels, predictions, len(self.task.labels))
 
 
 class Instructions(Classification):

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 from support.runs import DOMAINS, answers, balanced_accuracy, truth, write_predictions, write_run
 
 from emoe.cli.main import main
@@ -166,6 +167,26 @@ def test_predictions_and_record_disagree(runs, tmp_path):
     write_predictions(folder / "seed-2" / "predictions" / "as-trained" / "tweets.jsonl", labels, labels)
     notes = of(runs / "vanilla", folder).notes
     assert any(re.match(r"touched, seed 2, tweets: run.json says .*, its predictions 100.000", note) for note in notes)
+
+
+@pytest.mark.parametrize("scores", [[0.1, 0.9], [0.1, 0.8, 0.1]])
+def test_f1_is_that_of_the_task_s_labels(scores, tmp_path):
+    """A third label that neither the domain nor an arm has; each line of a file has a score for each label."""
+    labels, said = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    expected = 100 * f1_score(labels, said, average="binary" if len(scores) == 2 else "macro")
+    for arm in ("one", "two"):
+        folder = write_run(tmp_path / arm, seeds=[0], domains={"movies": "id-test"}, examples=4)
+        record = json.loads((folder / "seed-0" / "run.json").read_text())
+        record["readings"]["as-trained"]["movies"] |= {"metric": "f1", "score": expected / 100}
+        (folder / "seed-0" / "run.json").write_text(json.dumps(record))
+        rows = [
+            {"id": f"x{i}", "label": int(labels[i]), "prediction": int(said[i]), "scores": scores} for i in range(4)
+        ]
+        path = folder / "seed-0" / "predictions" / "as-trained" / "movies.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = of(tmp_path / "one", tmp_path / "two")
+    assert [row.scores["movies"].mean for row in found.rows] == pytest.approx([expected] * 2)
+    assert not any("run.json says" in note for note in found.notes)
 
 
 def test_confounds_are_said(runs, tmp_path):
