@@ -12,7 +12,7 @@ from support.labelled import sentences, write_csv, write_task
 from emoe import tasks
 from emoe.errors import UserError
 from emoe.tasks.data import key_of, load_task, place_of
-from emoe.tasks.metrics import METRICS, compute
+from emoe.tasks.metrics import FITTING, METRICS, compute
 from emoe.tasks.spam import mail_text
 from emoe.tasks.spec import Domain, Example, Task, Where
 
@@ -118,6 +118,37 @@ def test_a_file_of_one_s_own(tmp_path):
         load_task(found.task, domains=["fra"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            {"labels: ['no', 'yes']": "metric: f1"},
+            "'f1' does not fit numbers, and no labels are named; take pearson",
+        ),
+        ({"domains:": "metric: pearson\ndomains:"}, "metric 'pearson' does not fit classes; take balanced_accuracy"),
+        ({"domains:": "metric: token_accuracy\ndomains:"}, "metric 'token_accuracy' does not fit classes"),
+        ({"far:": "own-validation:"}, "'own-validation' is the name of the validation set"),
+        ({"['no', 'yes']": "[no, yes]"}, "labels.0: yes, no, on, off, true and false are booleans in YAML; put quotes"),
+        ({"far.csv": "far.csv, classes: {no: 'no', yes: 'yes'}"}, "booleans in YAML; put quotes"),
+        ({"far.csv": "far.csv, classes: {'no': no, 'yes': 'yes'}"}, "booleans in YAML; put quotes"),
+    ],
+)
+def test_a_task_file_that_cannot_be_meant(changes, complaint, tmp_path):
+    path = write_task(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        tasks.get(str(path))
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["far.csv", "far.jsonl", "far.json"])
+def test_tables_may_begin_with_a_byte_order_mark(name, tmp_path):
+    path = write_task(tmp_path, **{"far.csv": name})
+    row = '{"text": "fine", "label": "yes"}'
+    text = {"csv": "text,label\nfine,yes\n", "jsonl": row, "json": f"[{row}]"}[name.partition(".")[2]]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [e.text for e in load_task(tasks.get(str(path))).tests["far"].examples] == ["fine"]
+
+
 def test_a_missing_text_is_no_text(tmp_path):
     path = write_task(tmp_path, **{"far.csv": "far.jsonl"})
     rows = [{"text": "fine", "label": "yes"}, {"text": None, "label": "no"}, {"text": "poor", "label": "no"}]
@@ -185,13 +216,17 @@ def test_glue_from_a_folder_leaves_out_what_is_not_there(tmp_path):
         load_task(tasks.get("cola"), where=Where(tmp_path))
 
 
+def test_every_metric_fits_some_kind():
+    assert {name for names in FITTING.values() for name in names} == set(METRICS)
+
+
 def test_every_task_names_its_parts():
     for name, task in tasks.TASKS.items():
         assert task.name == name
         assert task.in_domain.role == "id"
         assert all(set(d.sources) == {"test"} for d in task.domains if d.role == "ood")
         assert len({d.name for d in task.domains}) == len(task.domains)
-        assert set(task.metrics) <= set(METRICS)
+        assert set(task.metrics) <= set(FITTING[task.kind])
         assert bool(task.labels) == (task.kind == "classification")
 
 
