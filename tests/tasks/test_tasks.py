@@ -14,7 +14,7 @@ from emoe.errors import UserError
 from emoe.tasks.data import key_of, load_task, place_of
 from emoe.tasks.metrics import FITTING, METRICS, compute
 from emoe.tasks.spam import mail_text
-from emoe.tasks.spec import Domain, Example, Task, Where
+from emoe.tasks.spec import Domain, Example, NotThere, Task, Where
 
 
 class Given:
@@ -78,6 +78,62 @@ def test_a_validation_set_drawn_from_training_texts_knows_no_test_text_of_the_ma
     assert any(key_of(example) in texts for example in drawn)
     assert ids(found.validation.examples) == {example.id for example in drawn if key_of(example) not in texts}
     assert found.tests["own"].examples == test
+
+
+@pytest.mark.parametrize("wanted", [None, [], ["far"]])
+def test_training_knows_no_test_text_whatever_is_scored(wanted):
+    """Nor does what selects: drawn from the training texts or a file of its own."""
+    own = pool(400)
+    far = [Example(f"far {e.id}", e.text.upper(), None, e.label) for e in own[:200]]
+    made = {"train": own[:300], "validation": [*own[180:210], *own[290:300]], "test": own[290:]}
+    for parts in ({"all": own}, made):
+        sources = {part: Given(examples) for part, examples in parts.items()}
+        domains = (Domain("own", "id", sources), Domain("far", "ood", {"test": Given(far)}))
+        found = load_task(Task("made", "", ("a", "b"), ("accuracy",), domains), domains=wanted)
+        assert list(found.tests) == ["own-validation", "own", *(["far"] if wanted != [] else [])]
+        reported = ids(found.tests["own"].examples) | ids(own[:200])
+        selects = ids(found.validation.examples)
+        assert found.train
+        assert selects
+        assert not ids(found.train) & (reported | selects)
+        assert not selects & reported
+        assert found.duplicates_removed["far"] > 0
+        assert len(found.notes) == 1
+        assert found.notes[0].startswith("validation texts left out because they stand in a test set, too: ")
+
+
+def test_sets_that_are_not_to_be_had_are_named_though_nobody_scores_them():
+    class Gone(Given):
+        def read(self, where):
+            raise self.examples
+
+    domains = [Domain("own", "id", {"all": Given(pool(400))})]
+    domains += [Domain(name, "ood", {"test": Gone(error("no"))}) for name, error in (("a", NotThere), ("b", UserError))]
+    task = Task("made", "", ("a", "b"), ("accuracy",), tuple(domains))
+    lost = "cannot be read, its texts may stand in training: no"
+    assert load_task(task, domains=[]).notes == [f"domain a {lost}", f"domain b {lost}"]
+    assert load_task(task, domains=["a"]).notes == ["domain a is left out: no", f"domain b {lost}"]
+    with pytest.raises(UserError, match="no"):
+        load_task(task, domains=["b"])
+
+
+def test_an_earlier_training_set_is_made_again():
+    """Of a run that one of the sets was not there for."""
+    own = pool(400)
+    task = task_of(own, own[:200])
+    without = load_task(task_of(own, [Example("z", "z", None, 0)]))
+    again = load_task(task, cleaned_of=["own", "own-validation"])
+    assert again.train == without.train != load_task(task).train
+    assert list(again.tests) == ["own-validation", "own", "far"]
+
+
+def test_an_instruction_stands_in_one_part_whatever_its_answers(tmp_path):
+    rows = [{"instruction": f"say {i}", "output": f"{i} {j}"} for i in range(200) for j in range(3)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    found = load_task(tasks.get(str(tmp_path / "alpaca.json")))
+    parts = [{e.text for e in p} for p in (found.train, *(test.examples for test in found.tests.values()))]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
+    assert min(map(len, parts)) > 0
 
 
 def test_copies_within_the_domain_fall_into_one_part():
