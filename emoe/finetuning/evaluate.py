@@ -153,7 +153,7 @@ def _seen(config: EvalConfig, data: TaskData, record: dict[str, Any] | None, say
             say(f"texts that the run trained on are not counted, its training set is not to be had: {reason}")
             return {}
     if len(train) != record["train_examples"]:
-        say(f"the run trained on {record['train_examples']} texts, its data give {len(train)} now: they have changed")
+        say(f"the run trained on {record['train_examples']} texts, its settings give {len(train)} now; those count")
     known = {key_of(example, kind) for example in train}
     seen = {
         name: sum(key_of(example, data.task.kind) in known for example in test.examples)

@@ -137,7 +137,7 @@ def test_eval_counts_the_texts_that_the_run_trained_on(arm_settings, tmp_path):
     write_csv(tmp_path / "task" / "train.csv", [(row["text"], row["label"]) for row in train[:50]])
     said.clear()
     assert evaluate(EvalConfig(model=run, domains="far"), say=said.append)["seen_in_training"] == {"far": 0}
-    assert said == ["the run trained on 93 texts, its data give 47 now: they have changed"]
+    assert said == ["the run trained on 93 texts, its settings give 47 now; those count"]
     (tmp_path / "task" / "train.csv").unlink()
     said.clear()
     assert evaluate(EvalConfig(model=run, task=str(other), domains="far"), say=said.append)["seen_in_training"] == {}
