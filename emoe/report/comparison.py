@@ -57,10 +57,10 @@ def _power(found: Comparison) -> str:
     adjusted = min(1.0, family * found.smallest_p)
     needed = next(count for count in range(1, 99) if family * smallest_p(count) < LEVEL)
     if found.smallest_p > LEVEL:
+        domains = f", {needed} after Holm over {family} domains" if family > 1 else ""
         return (
-            f"With {_seeds(seeds)} no exchange of arms can give a p below {least}: nothing in this "
-            "table can be significant at 0.05, whatever the difference; 6 seeds are the least, "
-            f"{needed} after Holm over {family} domains, 8 to 10 are sensible."
+            f"With {_seeds(seeds)} no exchange of arms can give a p below {least}: nothing in this table can be "
+            f"significant at 0.05, whatever the difference; 6 seeds are the least{domains}, 8 to 10 are sensible."
         )
     floor = f"With {_seeds(seeds)} the smallest p that exchanging arms can give is {least}"
     if family == 1:
