@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -15,8 +14,6 @@ from emoe.config import resolve_config
 def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Convert a dense checkpoint into its Emergent Mixture-of-Experts."""
     settings, note = resolve_config(flags, config)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
-        quiet, json_output = True, False
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Annotated, Any
 
@@ -26,8 +25,6 @@ def evaluate(
 ) -> None:
     """Score a fine-tuned model again: on other sets, read as dense or as EMoE, or on the benchmarks of lm-eval."""
     settings = merge_settings(EvalConfig, flags | ({"read_as": read_as_too} if read_as_too else {}), config)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
-        quiet, json_output = True, False
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

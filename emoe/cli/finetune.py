@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -16,8 +15,6 @@ from emoe.finetuning.settings import FinetuneConfig
 def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Fine-tune on a labelled task, dense or as a mixture of experts, and score in and out of domain."""
     settings = merge_settings(FinetuneConfig, flags, config)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
-        quiet, json_output = True, False
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -29,6 +28,7 @@ from emoe.cli import (
     sweep,
     tune,
 )
+from emoe.cli.options import speaks
 from emoe.errors import Finished, UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except OSError as error:  # a full disk, a folder that may not be read
         message = f"{error.filename or 'the system'}: {error.strerror or error}"
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if speaks():
         print("emoe: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -36,10 +37,18 @@ def _shown(default: Any) -> str:
     return ", ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
+def speaks() -> bool:
+    """Whether this process is the one of several that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def with_settings(
     leave_out: frozenset[str] = frozenset(), settings: type[Settings] = ConvertConfig
 ) -> Callable[[Callable], Callable]:
-    """Give a command every setting as a flag; the function receives those that were typed as ``flags: dict``."""
+    """Give a command every setting as a flag; the function receives those that were typed as ``flags: dict``.
+
+    Of several processes all but one get ``quiet`` and no ``json_output``.
+    """
 
     def decorate(function: Callable) -> Callable:
         hints = get_type_hints(function, include_extras=True)
@@ -51,6 +60,8 @@ def with_settings(
 
         def command(**given: Any) -> Any:
             flags = {p.name: given.pop(p.name) for p in options}
+            if not speaks():
+                given |= {"quiet": True, "json_output": False}
             return function(flags={k: v for k, v in flags.items() if v is not None and v != []}, **given)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__

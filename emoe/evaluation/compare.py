@@ -204,7 +204,8 @@ def _scores(paired: Paired) -> dict[str, dict[str, Scores]]:
     table = {}
     for run in paired.runs:
         by_domain = {
-            d.name: (100 * metric(d.metric).plain(d.labels_N, d.predictions[run.name])).tolist() for d in paired.domains
+            d.name: (100 * metric(d.metric, d.classes).plain(d.labels_N, d.predictions[run.name])).tolist()
+            for d in paired.domains
         }
         if len(ood) > 1:
             by_domain[OOD_MEAN] = [fmean(of_seed) for of_seed in zip(*(by_domain[name] for name in ood), strict=True)]
@@ -244,7 +245,8 @@ def _differences(
 def _resample(domain: DomainTable, names: list[str], resamples: int, seed: int) -> dict[str, Resampled]:
     others = {name: domain.predictions[name] for name in names[1:]}
     first_SN = domain.predictions[names[0]]
-    return resample(metric(domain.metric), domain.labels_N, first_SN, others, resamples, entropy_of(seed, domain.name))
+    measure = metric(domain.metric, domain.classes)
+    return resample(measure, domain.labels_N, first_SN, others, resamples, entropy_of(seed, domain.name))
 
 
 def _row(

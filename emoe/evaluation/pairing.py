@@ -33,6 +33,8 @@ class DomainTable:
     labels_N: np.ndarray
     predictions: dict[str, np.ndarray]
     """Run → (S, N)."""
+    classes: int
+    """Labels that the task has, whichever of them occur here."""
 
 
 @dataclass
@@ -120,7 +122,7 @@ def _read_domain(paired: Paired, name: str) -> DomainTable:
             raise UserError(f"compare: domain {name}: {run} has other labels for the same examples; the data differ")
     role, metric = kinds.pop()
     table = {run: np.stack([p.predictions_N for p in of_run]) for run, of_run in found.items()}
-    return DomainTable(name, role, metric, labels_N, table)
+    return DomainTable(name, role, metric, labels_N, table, max(predictions.classes for predictions in everyone))
 
 
 def _intersect(left: np.ndarray, right: np.ndarray) -> np.ndarray:

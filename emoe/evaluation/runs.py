@@ -79,11 +79,13 @@ class Predictions:
     ids_N: np.ndarray
     labels_N: np.ndarray
     predictions_N: np.ndarray
+    classes: int
+    """Labels that the task has: as many as an example has scores; where the file has none, those seen in it."""
 
     def take(self, ids: np.ndarray) -> Predictions:
         """The examples named, all of which must be here."""
         places = np.searchsorted(self.ids_N, ids)
-        return Predictions(ids, self.labels_N[places], self.predictions_N[places])
+        return Predictions(ids, self.labels_N[places], self.predictions_N[places], self.classes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def read_predictions(path: Path) -> Predictions:
     from pyarrow import json
 
     wanted = pa.schema([("id", pa.string()), ("label", pa.float64()), ("prediction", pa.float64())])
-    options = json.ParseOptions(explicit_schema=wanted, unexpected_field_behavior="ignore")
+    scores = pa.field("scores", pa.list_(pa.float64()))
+    options = json.ParseOptions(explicit_schema=wanted.append(scores), unexpected_field_behavior="ignore")
     try:
         table = json.read_json(path, parse_options=options)
     except FileNotFoundError:
@@ -142,7 +145,9 @@ def read_predictions(path: Path) -> Predictions:
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
         raise UserError(f"compare: {path} names example '{twice[0]}' twice")
-    return Predictions(ids, labels[order], predictions[order])
+    first = table["scores"][0].as_py()  # files of other makers may have none
+    seen = int(max(labels.max(), predictions.max())) + 1
+    return Predictions(ids, labels[order], predictions[order], len(first) if first else seen)
 
 
 def _brief(error: Exception) -> str:

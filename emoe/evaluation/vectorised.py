@@ -141,11 +141,14 @@ def _balanced_accuracy(sums: np.ndarray) -> np.ndarray:
 
 
 def _f1_terms(labels_N: np.ndarray, predictions_SN: np.ndarray, classes_C: np.ndarray) -> np.ndarray:
-    """True positives, predicted and actual positives: of class 1 among two, of each class among more."""
-    positive_C = np.array([1.0]) if classes_C.max() < 2 else classes_C
-    said_CSN = predictions_SN == positive_C[:, None, None]
-    true_CSN = np.broadcast_to((labels_N == positive_C[:, None])[:, None], said_CSN.shape)
+    """True positives, predicted and actual positives of each class."""
+    said_CSN = predictions_SN == classes_C[:, None, None]
+    true_CSN = np.broadcast_to((labels_N == classes_C[:, None])[:, None], said_CSN.shape)
     return np.concatenate([said_CSN & true_CSN, said_CSN, true_CSN]).astype(np.float32)
+
+
+def _f1_of_class_1_terms(labels_N: np.ndarray, predictions_SN: np.ndarray, classes_C: np.ndarray) -> np.ndarray:
+    return _f1_terms(labels_N, predictions_SN, np.array([1.0]))
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
@@ -210,7 +213,7 @@ class Mean:
         return sum(part.swapped(labels_N, first_SN, second_SN, swap_RN) for part in self.parts) / len(self.parts)
 
 
-_ACCURACY, _F1 = Sums(_accuracy_terms, _accuracy), Sums(_f1_terms, _f1)
+_ACCURACY, _F1, _MACRO_F1 = Sums(_accuracy_terms, _accuracy), Sums(_f1_of_class_1_terms, _f1), Sums(_f1_terms, _f1)
 _PEARSON, _SPEARMAN = Sums(_moments, _pearson), Ranks()
 
 METRICS: dict[str, Sums | Ranks | Mean] = {
@@ -226,9 +229,12 @@ METRICS: dict[str, Sums | Ranks | Mean] = {
 }
 """The metrics of `emoe.tasks.metrics` by their names; a test holds the two equal."""
 
+MACRO: dict[str, Sums | Ranks | Mean] = {"f1": _MACRO_F1, "accuracy_f1": Mean((_ACCURACY, _MACRO_F1))}
+"""What a name means for a task with more than two classes."""
 
-def metric(name: str) -> Sums | Ranks | Mean:
-    """A metric by the name that run.json gives it.
+
+def metric(name: str, classes: int = 2) -> Sums | Ranks | Mean:
+    """A metric by the name that run.json gives it, for a task of so many labels.
 
     Raises:
         UserError: unknown here.
@@ -237,4 +243,4 @@ def metric(name: str) -> Sums | Ranks | Mean:
         raise UserError(
             f"compare: cannot resample metric '{name}'{nearest(name, METRICS)}. Known: {', '.join(METRICS)}"
         )
-    return METRICS[name]
+    return MACRO[name] if classes > 2 and name in MACRO else METRICS[name]

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from emoe import tasks
+from emoe import clustering, gating, tasks
 from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
@@ -21,14 +21,14 @@ from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, load_tokenizer
 from emoe.finetuning.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
-from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig
-from emoe.finetuning.texts import texts_of
+from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig, names_of
+from emoe.finetuning.texts import texts_of, usable_length
 from emoe.finetuning.trainer import scorer
-from emoe.finetuning.tune import RECORD, read_data
+from emoe.finetuning.tune import RECORD
 from emoe.finetuning.tuning import choose_parameters
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
-from emoe.tasks.data import TaskData, load_task
+from emoe.tasks.data import TaskData, key_of, load_task
 from emoe.tasks.spec import Task, Where
 
 ADAPTER = "adapter_config.json"
@@ -45,7 +45,10 @@ class Loaded:
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = None) -> dict[str, Any]:
-    """Score a model; returns ``{"model", "reading", "sets": {name: …}, "lm_eval": {…}}``.
+    """Score a model; returns ``{"model", "reading", "sets": {name: …}, "seen_in_training": {…}, "lm_eval": {…}}``.
+
+    ``seen_in_training`` counts the texts of each set that stand in the run's training set; it is empty where that is
+    not known.
 
     Raises:
         UserError: not a model, no task, labels that do not match the head, a reading that it does not have.
@@ -56,18 +59,19 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
     if config.output and Path(config.output).exists():
         raise UserError(f"--output: {config.output} exists; choose another folder")
     record, folder = _find(config)
-    if not config.task and record is None and not config.lm_eval:
-        tasks.get("")
-    task = tasks.get(config.task or record["settings"]["task"]) if config.task or record else None
+    report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}, "seen_in_training": {}}
     with tempfile.TemporaryDirectory() as work:
-        data = None if task is None else _data(config, task, record, say)
-        loaded = _load(config, folder, record, task, Path(work), progress)
-        _read_as(config, loaded)
-        report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}}
         if config.lm_eval:
+            loaded = _load(config, folder, record, None, Path(work), progress)
+            _read_as(config, loaded)
             report["lm_eval"] = _benchmarks(config, loaded)
-        elif data is not None:
-            report["sets"], predictions = _score(config, loaded, data, Path(work), progress)
+        else:
+            task = tasks.get(config.task or (record["settings"]["task"] if record else ""))
+            data = _data(config, task, record, say)
+            report["seen_in_training"] = _seen(config, data, record, say)
+            loaded = _load(config, folder, record, task, Path(work), progress)
+            _read_as(config, loaded)
+            report["sets"], predictions = _score(config, loaded, data, Path(work), progress, say)
             if config.output:
                 write_predictions(Path(config.output) / "predictions", {config.read_as: predictions})
     if config.output:
@@ -94,20 +98,71 @@ def _find(config: EvalConfig) -> tuple[dict[str, Any] | None, Path]:
 
 
 def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: Any) -> TaskData:
-    settings = (record or {}).get("settings", {})
-    data_dir = config.data_dir or settings.get("data_dir")
-    wanted = [d.strip() for d in config.domains.split(",")] if config.domains else None
+    """The sets to score; with a run's own task, the training set is the run's."""
+    wanted = names_of(config.domains)
     own = task.in_domain.name
     known = None if wanted is None else [name for name in wanted if name not in (own, f"{own}-validation")]
-    where = Where(Path(data_dir).expanduser() if data_dir else None, say)
-    data = load_task(task, domains=known, train_limit=settings.get("train_limit"), test_limit=config.limit, where=where)
+    if record is not None and _is_own(config, record):
+        data = _as_trained_on(config, record, task, known, say)
+    else:
+        data_dir = config.data_dir or (record["settings"].get("data_dir") if record else None)
+        where = Where(Path(data_dir).expanduser() if data_dir else None, say)
+        data = load_task(task, domains=known, test_limit=config.limit, where=where, cleaned_of=[])
     for note in data.notes:
         say(note)
-    names = [name for name in data.tests if name in wanted] if wanted else list(data.tests)
-    if not wanted:
-        names.remove(f"{own}-validation")
-    tests = {name: data.tests[name] for name in names}
+    if wanted is None:
+        wanted = [name for name in data.tests if name != f"{own}-validation"]
+    tests = {name: test for name, test in data.tests.items() if name in wanted}
+    if not tests:
+        reason = "; ".join(data.notes) or "it names no set"
+        raise UserError(f"--domains: nothing is left to score ({reason})")
     return TaskData(task, data.train, tests, data.duplicates_removed, data.notes)
+
+
+def _is_own(config: EvalConfig, record: dict[str, Any]) -> bool:
+    """Whether the task to score is the one that the run trained on."""
+    return config.task in ("", record["settings"]["task"])
+
+
+def _as_trained_on(
+    config: EvalConfig, record: dict[str, Any], task: Task, domains: list[str] | None, say: Any
+) -> TaskData:
+    """The run's task, its training set split, cleaned and limited as it was then."""
+    settings = record["settings"]
+    data_dir = (config.data_dir if _is_own(config, record) else None) or settings.get("data_dir")
+    return load_task(
+        task,
+        domains=domains,
+        train_limit=settings.get("train_limit"),
+        test_limit=config.limit,
+        where=Where(Path(data_dir).expanduser() if data_dir else None, say),
+        cleaned_of=record.get("duplicates_removed"),
+    )
+
+
+def _seen(config: EvalConfig, data: TaskData, record: dict[str, Any] | None, say: Any) -> dict[str, int]:
+    """Texts of each set that the run trained on: of another task, or of a set that was not there at the time."""
+    if record is None:
+        return {}
+    train, kind = data.train, data.task.kind
+    if not _is_own(config, record):
+        try:
+            own = tasks.get(record["settings"]["task"])
+            train, kind = _as_trained_on(config, record, own, [], say).train, own.kind
+        except UserError as reason:
+            say(f"texts that the run trained on are not counted, its training set is not to be had: {reason}")
+            return {}
+    if len(train) != record["train_examples"]:
+        say(f"the run trained on {record['train_examples']} texts, its settings give {len(train)} now; those count")
+    known = {key_of(example, kind) for example in train}
+    seen = {
+        name: sum(key_of(example, data.task.kind) in known for example in test.examples)
+        for name, test in data.tests.items()
+    }
+    for name, count in seen.items():
+        if count:
+            say(f"{name}: the run trained on {count} of these {len(data.tests[name].examples)} texts")
+    return seen
 
 
 def _load(
@@ -123,10 +178,13 @@ def _load(
             raise UserError(f"--model: {folder} is an adapter; give its run's folder, which says of what model")
         return _with_adapter(config, folder, record, task, work, progress)
     facts = _from_folder(transformers.AutoConfig, folder)
+    headed = any(name.endswith("ForSequenceClassification") for name in facts.architectures or [])
+    if task is None and headed:
+        raise UserError(f"--lm-eval: {config.model} is no causal language model")
     if task is None or task.kind == "instructions":
         model = _from_folder(transformers.AutoModelForCausalLM, folder, dtype=torch.float32)
     else:
-        if not any(name.endswith("ForSequenceClassification") for name in facts.architectures or []):
+        if not headed:
             raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
         _check_labels(task, [str(facts.id2label[number]) for number in range(facts.num_labels)])
         model = _from_folder(transformers.AutoModelForSequenceClassification, folder, dtype=torch.float32)
@@ -164,14 +222,15 @@ def _with_adapter(
     from peft import load_peft_weights, set_peft_model_state_dict
 
     settings, arm = _settings(record), arms.get(record["method"])
-    # Its training texts, which gates may be fitted on: what this evaluation scores has no say in them.
     own = tasks.get(settings.task)
     if task is not None:
         _check_labels(task, list(own.labels or ("score",)))
-    moved = config.data_dir if task is None or task.name == own.name else None
-    data_dir = moved or settings.data_dir
-    trained_on = read_data(settings, own, Where(Path(data_dir).expanduser() if data_dir else None)).train
-    base = converted_folder(settings, work, [example.text for example in trained_on], Group(), progress)
+    elif own.kind != "instructions":
+        raise UserError(f"--lm-eval: {config.model} is no causal language model")
+    texts: list[str] = []
+    if clustering.get(settings.split).needs == "features" or gating.get(settings.gate).needs_calibration:
+        texts = [example.text for example in _as_trained_on(config, record, own, [], None).train]
+    base = converted_folder(settings, work, texts, Group(), progress)
     tokenizer = load_tokenizer(base)
     start = build(settings, arm, base, own, tokenizer.pad_token_id, record["seed"])
     model = choose_parameters(settings, arm, start, record["seed"])
@@ -197,10 +256,13 @@ def _read_as(config: EvalConfig, loaded: Loaded) -> None:
 
 
 def _score(
-    config: EvalConfig, loaded: Loaded, data: TaskData, work: Path, progress: Progress
+    config: EvalConfig, loaded: Loaded, data: TaskData, work: Path, progress: Progress, say: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     own = (loaded.record or {}).get("settings", {}).get("max_length", MAX_LENGTH)
-    texts = texts_of(data.task, loaded.tokenizer, config.max_length or own)
+    length, notes = usable_length(loaded.model.config, config.max_length or own)
+    for note in notes:
+        say(note)
+    texts = texts_of(data.task, loaded.tokenizer, length)
     half = (loaded.record or {}).get("precision") == "bfloat16"
     tuner = scorer(loaded.model, texts, config.batch_size, half, work)
     sets, predictions = {}, {}
@@ -218,8 +280,7 @@ def _benchmarks(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
     if not loaded.model.can_generate():
         raise UserError(f"--lm-eval: {config.model} is no causal language model")
     wrapped = HFLM(pretrained=loaded.model.eval(), tokenizer=loaded.tokenizer, batch_size=config.batch_size)
-    names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
     try:
-        return lm_eval.simple_evaluate(model=wrapped, tasks=names, limit=config.limit)["results"]
+        return lm_eval.simple_evaluate(model=wrapped, tasks=names_of(config.lm_eval), limit=config.limit)["results"]
     except (KeyError, ValueError, ConnectionError, FileNotFoundError) as error:
         raise UserError(f"--lm-eval: {' '.join(str(error).split())}") from None

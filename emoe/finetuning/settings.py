@@ -14,6 +14,11 @@ MAX_LENGTH = 128
 """Tokens of an example, where nothing else is said."""
 
 
+def names_of(text: str | None) -> list[str] | None:
+    """What stands between commas; None where nothing was said."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
 class FinetuneConfig(Settings):
     """Settings of a fine-tuning: one arm, some seeds."""
 

@@ -14,6 +14,7 @@ import transformers
 from torch.nn import functional as F
 
 from emoe.errors import UserError
+from emoe.families import FAMILIES
 from emoe.tasks.metrics import compute
 from emoe.tasks.spec import Example, Task
 
@@ -59,7 +60,8 @@ class Classification:
 
     def metrics(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The task's metrics, the score first."""
-        return compute(self.task.metrics, [r["label"] for r in records], [r["prediction"] for r in records])
+        labels, predictions = [r["label"] for r in records], [r["prediction"] for r in records]
+        return compute(self.task.metrics, labels, predictions, len(self.task.labels))
 
 
 class Instructions(Classification):
@@ -68,6 +70,8 @@ class Instructions(Classification):
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
         super().__init__(task, tokenizer, max_length)
+        if tokenizer.eos_token_id is None:
+            raise UserError("--model: its tokenizer has no end token, which an answer to an instruction ends with")
         self.collate = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
@@ -105,6 +109,18 @@ class Instructions(Classification):
     def metrics(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         nats, tokens = sum(r["scores"][0] for r in records), sum(r["label"] for r in records)
         return super().metrics(records) | {"perplexity": float(np.exp(min(700.0, nats / max(1, tokens))))}
+
+
+def usable_length(facts: Any, max_length: int) -> tuple[int, list[str]]:
+    """Tokens of an example that a model of this config has positions for, and what to tell the user about it."""
+    longest = getattr(facts, "max_position_embeddings", None)
+    if longest is None:
+        return max_length, []
+    family = (getattr(facts, "emoe_source", None) or {}).get("family", facts.model_type)
+    longest -= FAMILIES[family].position_offset if family in FAMILIES else 0
+    if max_length <= longest:
+        return max_length, []
+    return longest, [f"--max-length lowered from {max_length} to the model's {longest}"]
 
 
 def texts_of(task: Task, tokenizer: Any, max_length: int) -> Classification:

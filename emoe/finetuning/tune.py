@@ -28,9 +28,9 @@ from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
-from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.settings import FinetuneConfig, names_of
 from emoe.finetuning.states import states, train_from
-from emoe.finetuning.texts import texts_of
+from emoe.finetuning.texts import texts_of, usable_length
 from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, ignored, trainable
 from emoe.report.card import write_history_card
@@ -72,6 +72,10 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
             if todo := _left(config, seeds):  # another call may have finished one before we held it
                 texts = [example.text for example in data.train]
                 base = converted_folder(config, work[0], texts, group, progress)
+                facts = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+                for note in usable_length(facts, config.max_length)[1]:
+                    say(note)
+                    data.notes.append(note)
             for seed in todo:
                 run = Run(config, arm, data, base, seed, group, progress)
                 group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
@@ -83,9 +87,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
 
 def read_data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskData:
     """The examples that runs of these settings train and are scored on."""
-    wanted = [d.strip() for d in config.domains.split(",") if d.strip()] if config.domains is not None else None
     limits = {"train_limit": config.train_limit, "test_limit": config.test_limit}
-    return load_task(task, domains=wanted, where=where, **limits)
+    return load_task(task, domains=names_of(config.domains), where=where, **limits)
 
 
 def _output(config: FinetuneConfig) -> Path:
@@ -168,9 +171,10 @@ class Run:
         )
         self.folder = Path(config.output) / f"seed-{seed}"
         self.tokenizer = load_tokenizer(base)
-        self.texts = texts_of(data.task, self.tokenizer, config.max_length)
         self.base = base
         self.start = build(config, arm, base, data.task, self.tokenizer.pad_token_id, seed)
+        length, _ = usable_length(self.start.model.config, config.max_length)
+        self.texts = texts_of(data.task, self.tokenizer, length)
         self.model = choose_parameters(config, arm, self.start, seed)
         self.frozen = freeze(config, self.start, base)
 

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from emoe.evaluation.compare import LEVEL, Comparison, Cost, Difference, Row, Scores
+from emoe.evaluation.significance import smallest_p
 from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
 
@@ -52,13 +53,22 @@ def statements(found: Comparison) -> list[str]:
 
 
 def _power(found: Comparison) -> str:
-    seeds, least = len(found.seeds), p_value(found.smallest_p)
+    seeds, least, family = len(found.seeds), p_value(found.smallest_p), len(found.domains)
+    adjusted = min(1.0, family * found.smallest_p)
+    needed = next(count for count in range(1, 99) if family * smallest_p(count) < LEVEL)
     if found.smallest_p > LEVEL:
+        domains = f", {needed} after Holm over {family} domains" if family > 1 else ""
         return (
-            f"With {_seeds(seeds)} no exchange of arms can give a p below {least}: nothing in this "
-            "table can be significant at 0.05, whatever the difference; 6 seeds are the least, 8 to 10 are sensible."
+            f"With {_seeds(seeds)} no exchange of arms can give a p below {least}: nothing in this table can be "
+            f"significant at 0.05, whatever the difference; 6 seeds are the least{domains}, 8 to 10 are sensible."
         )
-    return f"With {_seeds(seeds)} the smallest p that exchanging arms can give is {least}."
+    floor = f"With {_seeds(seeds)} the smallest p that exchanging arms can give is {least}"
+    if family == 1:
+        return f"{floor}."
+    floor += f", {p_value(adjusted)} after Holm over {family} domains"
+    if adjusted < LEVEL:
+        return f"{floor}."
+    return f"{floor}: no single domain can be significant at 0.05, whatever the difference; that takes {needed} seeds."
 
 
 def _seeds(count: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from emoe.errors import UserError, nearest
-from emoe.tasks.spec import Domain, Example, NotThere, Task, Where
+from emoe.tasks.spec import Domain, Example, Kind, NotThere, Task, Where
 
 HELD_OUT = 0.1
 """Share of the ID examples split off for validation, and again for the test where the makers fixed none."""
@@ -37,7 +37,7 @@ class TaskData:
     tests: dict[str, TestSet]
     """By name of the set, the ID validation set first."""
     duplicates_removed: dict[str, int]
-    """By name of the set: training examples left out because their text stands there, too."""
+    """By name of the set, scored or not: training examples left out because their text stands there, too."""
     notes: list[str] = field(default_factory=list)
     """What was left out and why, a line each."""
 
@@ -47,9 +47,10 @@ class TaskData:
         return next(test for test in self.tests.values() if test.role == "id-validation")
 
 
-def key_of(example: Example) -> str:
-    """What two texts share that differ in case, spaces and punctuation only."""
-    text = f"{example.text}\n{example.pair}" if example.pair is not None else example.text
+def key_of(example: Example, kind: Kind = "classification") -> str:
+    """What two texts share that differ in case, spaces and punctuation only; of an instruction, its prompt alone."""
+    paired = example.pair is not None and kind != "instructions"
+    text = f"{example.text}\n{example.pair}" if paired else example.text
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
@@ -65,8 +66,11 @@ def load_task(
     train_limit: int | None = None,
     test_limit: int | None = None,
     where: Where | None = None,
+    cleaned_of: Iterable[str] | None = None,
 ) -> TaskData:
     """Read, split, clean and limit.
+
+    No text of a test set stays in training or validation, whether that set is wanted or not.
 
     Args:
         task: what to read.
@@ -74,32 +78,54 @@ def load_task(
         train_limit: training examples kept, at most; those whose hash is smallest, whatever the seed.
         test_limit: likewise for each set that is scored.
         where: where files may be found.
+        cleaned_of: OOD domains whose texts leave training, to make an earlier training set again; None for all that
+            can be read.
 
     Raises:
         UserError: an unknown domain, no ID data, an empty split, an id that is there twice, or only one class to learn.
     """
     where = where or Where()
     wanted = _wanted(task, domains)
-    notes: list[str] = []
-    own = task.in_domain
-    parts = _split(own, where)
-    tests = {f"{own.name}-validation": TestSet("id-validation", parts["validation"])}
-    tests[own.name] = TestSet("id-test", parts["test"])
-    for domain in task.domains:
-        if domain.role == "ood" and domain.name in wanted:
-            try:
-                tests[domain.name] = TestSet("ood", list(domain.sources["test"].read(where)))
-            except NotThere as reason:
-                notes.append(f"domain {domain.name} is left out: {reason}")
-    if "validation" not in own.sources and "test" in own.sources:  # what selects must not know the makers' test texts
-        known = {key_of(example) for example in parts["test"]}
-        drawn = [example for example in parts["validation"] if key_of(example) not in known]
-        tests[f"{own.name}-validation"] = TestSet("id-validation", drawn)
-    train, removed = _without(parts["train"], tests)
-    train = _limited(train, train_limit)
-    tests = {name: TestSet(test.role, _limited(test.examples, test_limit)) for name, test in tests.items()}
+    known = {domain.name for domain in task.domains}
+    cleaned = known if cleaned_of is None else known & set(cleaned_of)
+    own = task.in_domain.name
+    parts = _split(task.in_domain, where, task.kind)
+    outside, notes = _outside(task, wanted, cleaned, where)
+    reported = {own: TestSet("id-test", parts["test"])} | outside
+    keys = {n: _keys(test.examples, task.kind) for n, test in reported.items() if n in cleaned | {own}}
+    validation, doubled = _without(parts["validation"], keys, task.kind)  # what selects knows nothing of what reports
+    if any(doubled.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in doubled.items() if count)
+        notes.append(f"validation texts left out because they stand in a test set, too: {counts}")
+    keys = {f"{own}-validation": _keys(validation, task.kind)} | keys
+    train, removed = _without(parts["train"], keys, task.kind)
+    train = _limited(train, train_limit, task.kind)
+    tests = {f"{own}-validation": TestSet("id-validation", validation)} | reported
+    tests = {
+        name: TestSet(test.role, _limited(test.examples, test_limit, task.kind))
+        for name, test in tests.items()
+        if test.role != "ood" or name in wanted
+    }
     _check(task, train, tests)
     return TaskData(task, train, tests, removed, notes)
+
+
+def _outside(task: Task, wanted: set[str], cleaned: set[str], where: Where) -> tuple[dict[str, TestSet], list[str]]:
+    """The OOD sets that are scored or that training is cleaned of, and a note on each that is not to be had."""
+    sets, notes = {}, []
+    for domain in task.domains:
+        if domain.role == "id" or domain.name not in wanted | cleaned:
+            continue
+        try:
+            sets[domain.name] = TestSet("ood", list(domain.sources["test"].read(where)))
+        except NotThere as reason:
+            lost = "is left out" if domain.name in wanted else "cannot be read, its texts may stand in training"
+            notes.append(f"domain {domain.name} {lost}: {reason}")
+        except UserError as reason:
+            if domain.name in wanted:
+                raise
+            notes.append(f"domain {domain.name} cannot be read, its texts may stand in training: {reason}")
+    return sets, notes
 
 
 def _wanted(task: Task, domains: Iterable[str] | None) -> set[str]:
@@ -113,7 +139,7 @@ def _wanted(task: Task, domains: Iterable[str] | None) -> set[str]:
     return wanted
 
 
-def _split(domain: Domain, where: Where) -> dict[str, list[Example]]:
+def _split(domain: Domain, where: Where, kind: Kind) -> dict[str, list[Example]]:
     """Train, validation and test of the ID domain; a text and its copies always fall into one of them."""
     try:
         parts = {part: list(source.read(where)) for part, source in domain.sources.items()}
@@ -125,16 +151,20 @@ def _split(domain: Domain, where: Where) -> dict[str, list[Example]]:
     held_out = [part for part in ("validation", "test") if part not in parts]
     split: dict[str, list[Example]] = {"train": [], **{part: [] for part in held_out}}
     for example in pool:
-        part = int(place_of(key_of(example)) / HELD_OUT)
+        part = int(place_of(key_of(example, kind)) / HELD_OUT)
         split[held_out[part] if part < len(held_out) else "train"].append(example)
     return split | parts
 
 
-def _without(train: list[Example], tests: dict[str, TestSet]) -> tuple[list[Example], dict[str, int]]:
-    keys = {name: {key_of(example) for example in test.examples} for name, test in tests.items()}
-    removed, kept = dict.fromkeys(tests, 0), []
-    for example in train:
-        key = key_of(example)
+def _keys(examples: list[Example], kind: Kind) -> set[str]:
+    return {key_of(example, kind) for example in examples}
+
+
+def _without(examples: list[Example], keys: dict[str, set[str]], kind: Kind) -> tuple[list[Example], dict[str, int]]:
+    """Examples that stand in none of the sets, and how many stand in each."""
+    removed, kept = dict.fromkeys(keys, 0), []
+    for example in examples:
+        key = key_of(example, kind)
         found = [name for name in keys if key in keys[name]]
         for name in found:
             removed[name] += 1
@@ -143,12 +173,12 @@ def _without(train: list[Example], tests: dict[str, TestSet]) -> tuple[list[Exam
     return kept, removed
 
 
-def _limited(examples: list[Example], limit: int | None) -> list[Example]:
+def _limited(examples: list[Example], limit: int | None, kind: Kind) -> list[Example]:
     if limit is None or len(examples) <= limit:
         return examples
     # Of another hash than the split's: the test set would otherwise be the lower end of its own interval anyway, and
     # copies of a text would come in together.
-    chosen = sorted(examples, key=lambda example: place_of(f"limit {example.id} {key_of(example)}"))[:limit]
+    chosen = sorted(examples, key=lambda example: place_of(f"limit {example.id} {key_of(example, kind)}"))[:limit]
     kept = {id(example) for example in chosen}
     return [example for example in examples if id(example) in kept]
 

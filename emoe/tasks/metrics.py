@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from emoe.tasks.spec import Kind
+
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Share of right answers."""
@@ -19,11 +21,17 @@ def balanced_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Of class 1 where there are two classes, the mean over classes where there are more."""
+    """Of class 1, of a task with two."""
     from sklearn.metrics import f1_score
 
-    binary = max(labels.max(initial=0), predictions.max(initial=0)) < 2
-    return float(f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0))
+    return float(f1_score(labels, predictions, labels=[1], average="macro", zero_division=0))
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean over the classes that occur or are predicted, of a task with more than two."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -57,6 +65,11 @@ def accuracy_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     return (accuracy(labels, predictions) + f1(labels, predictions)) / 2
 
 
+def accuracy_macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The same for a task with more than two classes."""
+    return (accuracy(labels, predictions) + macro_f1(labels, predictions)) / 2
+
+
 def pearson_spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Mean of both correlations, as GLUE scores STS-B."""
     return (pearson(labels, predictions) + spearman(labels, predictions)) / 2
@@ -83,9 +96,22 @@ METRICS = {
 }
 """Name → function of labels and predictions, both (examples,); larger is better."""
 
+MACRO = {"f1": macro_f1, "accuracy_f1": accuracy_macro_f1}
+"""What a name means for a task with more than two classes."""
 
-def compute(names: Sequence[str], labels: Sequence, predictions: Sequence) -> dict[str, float]:
+FITTING: dict[Kind, tuple[str, ...]] = {
+    "classification": ("balanced_accuracy", "accuracy", "f1", "matthews", "accuracy_f1"),
+    "regression": ("pearson", "spearman", "pearson_spearman"),
+    "instructions": ("token_accuracy",),
+}
+"""Kind of task → metrics that can score it."""
+
+
+def compute(names: Sequence[str], labels: Sequence, predictions: Sequence, classes: int = 2) -> dict[str, float]:
     """The named metrics.
+
+    Args:
+        classes: labels that the task has, whichever of them occur here.
 
     Raises:
         ValueError: no example.
@@ -93,4 +119,5 @@ def compute(names: Sequence[str], labels: Sequence, predictions: Sequence) -> di
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if not len(labels):
         raise ValueError("no example to score")
-    return {name: METRICS[name](labels, predictions) for name in names}
+    functions = METRICS | MACRO if classes > 2 else METRICS
+    return {name: functions[name](labels, predictions) for name in names}

@@ -173,7 +173,7 @@ def read_table(path: Path) -> Iterator[Row]:
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"--task: {path} is none of {', '.join(SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
     except ValueError as error:
         raise UserError(f"--task: {path} is not valid JSON ({error})") from None
@@ -184,7 +184,7 @@ def read_table(path: Path) -> Iterator[Row]:
 
 def _delimited(path: Path, delimiter: str, quoted: bool, skip: int) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # whole e-mails are fields
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:  # spreadsheets begin with a mark
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         rows = csv.reader(file, delimiter=delimiter, quoting=quoting)
         header = next(rows, None)

@@ -52,10 +52,10 @@ def mail_text(record: str) -> str:
         if part.get_content_maintype() == "text" and part.get_content_subtype() not in bodies:
             payload = part.get_payload(decode=True) or b""
             bodies[part.get_content_subtype()] = payload.decode("latin-1")
-    body = bodies.get("plain") or bodies.get("html") or ""
-    if "plain" not in bodies:
+    body = bodies.get("plain", "")
+    if not body.strip():  # some have an empty one beside the page
         parser = _Words()
-        parser.feed(body)
+        parser.feed(bodies.get("html", ""))
         body = " ".join(parser.words)
     return re.sub(r"\s+", " ", f"{message['subject'] or ''} {body}").strip()
 

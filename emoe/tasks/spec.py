@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 from emoe.assets.packages import Progress
 
+Kind = Literal["classification", "regression", "instructions"]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -73,7 +75,7 @@ class Task:
     metrics: tuple[str, ...]
     """Names in `emoe.tasks.metrics`; the first is the score that selects and compares."""
     domains: tuple[Domain, ...]
-    kind: Literal["classification", "regression", "instructions"] = "classification"
+    kind: Kind = "classification"
 
     @property
     def in_domain(self) -> Domain:

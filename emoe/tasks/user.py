@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from emoe.errors import UserError, nearest
 from emoe.plainfiles import read_yaml
-from emoe.tasks.metrics import METRICS
+from emoe.tasks.metrics import FITTING, METRICS
 from emoe.tasks.sources import Columns, File, read_table
-from emoe.tasks.spec import Domain, Example, Source, Task, Where
+from emoe.tasks.spec import Domain, Example, Kind, Source, Task, Where
 
 _PROMPT = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
 )
 """The wording of Alpaca (Taori et al. 2023), which published instruction models were tuned with."""
+
+
+def _quoted(name: Any) -> Any:
+    if isinstance(name, bool):
+        raise PydanticCustomError("boolean", "yes, no, on, off, true and false are booleans in YAML; put quotes around")
+    return name
+
+
+_Name = Annotated[str | int, BeforeValidator(_quoted)]
+"""A label, as it stands in the files."""
 
 
 class _DomainEntry(BaseModel):
@@ -35,7 +46,7 @@ class _DomainEntry(BaseModel):
     pair: str | None = None
     label: str | None = None
     id: str | None = None
-    classes: dict[str | int, str | None] | None = None
+    classes: dict[_Name, _Name | None] | None = None
     """Raw label → one of the task's labels, null to leave such examples out."""
 
 
@@ -44,7 +55,7 @@ class _TaskEntry(BaseModel):
 
     name: str
     summary: str = ""
-    labels: list[str | int] = Field(default_factory=list)
+    labels: list[_Name] = Field(default_factory=list)
     """Names of the classes, as they stand in the files; none for regression."""
     metric: str | None = None
     text: str = "text"
@@ -58,7 +69,8 @@ def task_from_yaml(path: Path) -> Task:
     """Read a task file.
 
     Raises:
-        UserError: unreadable, an unknown key, an unknown metric, not exactly one ID domain, a domain without files.
+        UserError: unreadable, an unknown key, a metric that is unknown or does not fit, not exactly one ID domain, a
+            domain without files or under the name of the validation set.
     """
     raw = read_yaml(path, "--task")
     try:
@@ -72,13 +84,19 @@ def task_from_yaml(path: Path) -> Task:
     metric = entry.metric or ("balanced_accuracy" if entry.labels else "pearson")
     if metric not in METRICS:
         raise UserError(f"--task: {path}: unknown metric '{metric}'{nearest(metric, METRICS)}")
+    kind: Kind = "classification" if entry.labels else "regression"
+    if metric not in FITTING[kind]:
+        scored = "classes" if entry.labels else "numbers, and no labels are named"
+        raise UserError(f"--task: {path}: metric '{metric}' does not fit {scored}; take {', '.join(FITTING[kind])}")
     if len(entry.labels) == 1:
         raise UserError(f"--task: {path}: one label is nothing to learn; name all labels, or none for regression")
     roles = [domain.role for domain in entry.domains.values()]
     if roles.count("id") != 1:
         raise UserError(f"--task: {path}: {roles.count('id')} domains have the role 'id'; exactly one is trained on")
+    validation = next(f"{name}-validation" for name, domain in entry.domains.items() if domain.role == "id")
+    if validation in entry.domains:
+        raise UserError(f"--task: {path}: '{validation}' is the name of the validation set; call the domain otherwise")
     domains = tuple(_domain(entry, name, domain, path) for name, domain in entry.domains.items())
-    kind = "classification" if entry.labels else "regression"
     more = ("accuracy",) if entry.labels and metric != "accuracy" else ()
     labels = tuple(str(label) for label in entry.labels)
     return Task(entry.name, entry.summary, labels, (metric, *more), domains, kind)

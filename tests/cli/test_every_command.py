@@ -146,6 +146,17 @@ def test_quiet_prints_no_table(name, converted_llama, tiny_llama, text_file, tmp
     assert (wanted in captured.out) if wanted else (captured.out == "")
 
 
+@pytest.mark.parametrize("name", ["convert", "estimate", "prune"])
+def test_of_several_processes_one_speaks(name, converted_llama, tiny_llama, text_file, tmp_path, capfd, monkeypatch):
+    """Errors too."""
+    monkeypatch.setenv("RANK", "1")
+    arguments = commands(converted_llama, tiny_llama, text_file, tmp_path)[name]
+    capfd.readouterr()
+    assert main([name, *arguments, "--json"]) == 0
+    assert main([name, "--json"]) == 2
+    assert capfd.readouterr() == ("", "")
+
+
 def test_doctor_knows_the_disk(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

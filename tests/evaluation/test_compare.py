@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 from support.runs import DOMAINS, answers, balanced_accuracy, truth, write_predictions, write_run
 
 from emoe.cli.main import main
@@ -168,6 +169,26 @@ def test_predictions_and_record_disagree(runs, tmp_path):
     assert any(re.match(r"touched, seed 2, tweets: run.json says .*, its predictions 100.000", note) for note in notes)
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.9], [0.1, 0.8, 0.1]])
+def test_f1_is_that_of_the_task_s_labels(scores, tmp_path):
+    """A third label that neither the domain nor an arm has; each line of a file has a score for each label."""
+    labels, said = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    expected = 100 * f1_score(labels, said, average="binary" if len(scores) == 2 else "macro")
+    for arm in ("one", "two"):
+        folder = write_run(tmp_path / arm, seeds=[0], domains={"movies": "id-test"}, examples=4)
+        record = json.loads((folder / "seed-0" / "run.json").read_text())
+        record["readings"]["as-trained"]["movies"] |= {"metric": "f1", "score": expected / 100}
+        (folder / "seed-0" / "run.json").write_text(json.dumps(record))
+        rows = [
+            {"id": f"x{i}", "label": int(labels[i]), "prediction": int(said[i]), "scores": scores} for i in range(4)
+        ]
+        path = folder / "seed-0" / "predictions" / "as-trained" / "movies.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = of(tmp_path / "one", tmp_path / "two")
+    assert [row.scores["movies"].mean for row in found.rows] == pytest.approx([expected] * 2)
+    assert not any("run.json says" in note for note in found.notes)
+
+
 def test_confounds_are_said(runs, tmp_path):
     write_run(tmp_path / "fast", 3, seeds=range(8), settings={"learning_rate": 0.1}, train_examples=500)
     notes = of(runs / "vanilla", tmp_path / "fast").notes
@@ -201,6 +222,23 @@ def test_one_seed_is_compared_honestly(tmp_path):
     assert found.rows[1].scores["movies"].std is None
     assert not found.rows[1].differences["movies"].significant
     assert "nothing in this table can be significant" in " ".join(statements(found))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "domains", "said"),
+    [
+        (6, 3, "is 0.031, 0.094 after Holm over 3 domains: no single domain can be significant at 0.05"),
+        (6, 3, "that takes 7 seeds."),
+        (7, 3, "is 0.016, 0.047 after Holm over 3 domains."),
+        (6, 1, "is 0.031."),  # the one p is its own
+        (5, 3, "6 seeds are the least, 7 after Holm over 3 domains, 8 to 10"),
+        (5, 1, "6 seeds are the least, 8 to 10"),
+    ],
+)
+def test_the_floor_counts_the_domains(seeds, domains, said, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, seeds=range(seeds), domains=dict(list(DOMAINS.items())[:domains]))
+    assert said in " ".join(statements(of(tmp_path / "arm0", tmp_path / "arm1")))
 
 
 @pytest.mark.parametrize("seeds", [5, 6])

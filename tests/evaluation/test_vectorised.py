@@ -7,15 +7,19 @@ import pytest
 from sklearn import metrics as sk
 
 from emoe.errors import UserError
-from emoe.evaluation.vectorised import METRICS, metric
+from emoe.evaluation.vectorised import MACRO, METRICS, metric
+from emoe.tasks.metrics import MACRO as PLAIN_MACRO
 from emoe.tasks.metrics import METRICS as PLAIN
+from emoe.tasks.metrics import compute
 
 N, SEEDS, RESAMPLES = 40, 3, 5
 
 
 CASES = [
     *((name, 2) for name in ("accuracy", "balanced_accuracy", "f1", "matthews", "accuracy_f1")),
-    *((name, 4) for name in ("accuracy", "balanced_accuracy", "f1", "matthews")),  # more classes: macro, R_K
+    *(
+        (name, 4) for name in ("accuracy", "balanced_accuracy", "f1", "matthews", "accuracy_f1")
+    ),  # more classes: macro, R_K
     *((name, 0) for name in ("pearson", "spearman", "pearson_spearman", "token_accuracy")),  # numbers, with ties
 ]
 
@@ -30,11 +34,13 @@ def case(request):
     else:
         labels = generator.integers(1, 9, size=N) / 2
         arms = [np.minimum(labels, labels * generator.random((SEEDS, N)).round(1)) for _ in range(2)]
-    return metric(name), PLAIN[name], labels.astype(float), *(arm.astype(float) for arm in arms)
+    plain = (PLAIN | PLAIN_MACRO if classes > 2 else PLAIN)[name]
+    return metric(name, classes), plain, labels.astype(float), *(arm.astype(float) for arm in arms)
 
 
 def test_every_metric_is_here():
     assert set(PLAIN) == set(METRICS)
+    assert set(PLAIN_MACRO) == set(MACRO)
 
 
 def test_plain(case):
@@ -68,13 +74,22 @@ def test_a_class_that_only_one_arm_predicts_is_counted():
     labels, first = np.array([0.0, 1, 0, 1]), np.zeros((1, 4))
     second = np.array([[0.0, 1, 2, 1]])
     for name in ("f1", "matthews"):
-        found = metric(name).swapped(labels, first, second, np.zeros((1, 4), np.float32))
-        expected = PLAIN[name](labels, second[0]) - (f1_of_three(labels, first[0]) if name == "f1" else 0.0)
-        assert found[0, 0] == pytest.approx(expected, abs=1e-6)
+        found = metric(name, 3).swapped(labels, first, second, np.zeros((1, 4), np.float32))
+        plain = (PLAIN | PLAIN_MACRO)[name]
+        assert found[0, 0] == pytest.approx(plain(labels, second[0]) - plain(labels, first[0]), abs=1e-6)
 
 
-def f1_of_three(labels, said):
-    return sk.f1_score(labels, said, average="macro", zero_division=0)
+def test_f1_is_the_task_s_whatever_was_predicted():
+    """Of three labels a domain may hold two, and an arm predict no third: still the mean over classes."""
+    labels, said = np.array([0.0, 0, 0, 1]), np.array([[0.0, 0, 1, 1]])
+    macro = sk.f1_score(labels, said[0], average="macro")
+    assert macro != pytest.approx(sk.f1_score(labels, said[0]))
+    for classes, expected in ((3, macro), (2, sk.f1_score(labels, said[0]))):
+        assert metric("f1", classes).plain(labels, said) == pytest.approx([expected])
+        assert compute(["f1"], labels, said[0], classes)["f1"] == pytest.approx(expected)
+        mean = (0.75 + expected) / 2
+        assert metric("accuracy_f1", classes).plain(labels, said) == pytest.approx([mean])
+        assert compute(["accuracy_f1"], labels, said[0], classes)["accuracy_f1"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("name", ["f1", "matthews", "pearson", "spearman"])

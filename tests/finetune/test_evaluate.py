@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.labelled import write_glue, write_task
+from support.labelled import write_csv, write_glue, write_task
 
 import emoe
 from emoe.errors import UserError
@@ -116,6 +117,53 @@ def test_an_adapter_finds_its_training_texts_where_they_have_gone(arm_settings, 
     assert report["sets"] == {"sst2": record["readings"]["as-trained"]["sst2"]}
 
 
+def test_eval_counts_the_texts_that_the_run_trained_on(arm_settings, tmp_path):
+    """None of a set that is merely not scored; those of a set that was not there at the time, and of another task."""
+    text = "  far: {role: ood, file: far.csv}\n"
+    task = write_task(tmp_path / "task", **{text: f"{text}  late: {{role: ood, file: late.csv}}\n"})
+    train = list(csv.DictReader((tmp_path / "task" / "train.csv").read_text().splitlines()))
+    settings = {"task": str(task), "max_steps": 2, "eval_steps": 2, "domains": ""}
+    (record,) = finetune(arm_settings(**settings))
+    assert [note.split(" cannot be read")[0] for note in record["notes"]] == ["domain late"]
+    assert list(record["readings"]["as-trained"]) == ["own-validation", "own"]
+    assert record["duplicates_removed"] == {"own-validation": 0, "own": 0, "far": 3}
+    late = [(train[-1]["text"].upper(), train[-1]["label"]), (train[0]["text"], train[0]["label"]), ("watch it", "no")]
+    write_csv(tmp_path / "task" / "late.csv", late)  # the last but one stands in far, so it left training
+    run, said = str(tmp_path / "out" / "seed-0"), []
+    report = evaluate(EvalConfig(model=run), say=said.append)
+    assert report["seen_in_training"] == {"own": 0, "far": 0, "late": 1}
+    assert said == ["late: the run trained on 1 of these 3 texts"]
+
+    other = write_task(tmp_path / "other", **{"far.csv": "other.csv"})
+    write_csv(tmp_path / "other" / "other.csv", [(row["text"], row["label"]) for row in train])
+    said.clear()
+    report = evaluate(EvalConfig(model=run, task=str(other), domains="far"), say=said.append)
+    assert report["seen_in_training"] == {"far": 93}
+    assert said == ["far: the run trained on 93 of these 96 texts"]
+
+    write_csv(tmp_path / "task" / "train.csv", [(row["text"], row["label"]) for row in train[:50]])
+    said.clear()
+    assert evaluate(EvalConfig(model=run, domains="far"), say=said.append)["seen_in_training"] == {"far": 0}
+    assert said == ["the run trained on 93 texts, its settings give 47 now; those count"]
+    (tmp_path / "task" / "train.csv").unlink()
+    said.clear()
+    assert evaluate(EvalConfig(model=run, task=str(other), domains="far"), say=said.append)["seen_in_training"] == {}
+    assert len(said) == 1
+    assert said[0].startswith("texts that the run trained on are not counted, its training set is not to be had: ")
+
+
+def test_eval_takes_the_lists_that_finetune_takes(arm_settings, tmp_path):
+    data = str(write_glue(tmp_path / "data"))
+    settings = {"task": "sst2", "data_dir": data, "max_steps": 2, "eval_steps": 2}
+    (record,) = finetune(arm_settings(**settings, domains="sst2,"))
+    assert list(record["readings"]["as-trained"]) == ["sst2-validation", "sst2"]
+    run = str(tmp_path / "out" / "seed-0")
+    assert list(evaluate(EvalConfig(model=run, domains="sst2,"))["sets"]) == ["sst2"]
+    for absent, reason in (("imdb", "domain imdb is left out: "), (" , ", "it names no set")):
+        with pytest.raises(UserError, match=rf"^--domains: nothing is left to score \({reason}"):
+            evaluate(EvalConfig(model=run, domains=absent))
+
+
 def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):
     """Else the run's own: at two tokens beside the special ones, most texts have lost what tells their class."""
     (record,) = finetune(arm_settings(max_steps=30, learning_rate=3e-3, max_length=32))
@@ -125,8 +173,9 @@ def test_eval_takes_the_length_that_it_is_given(arm_settings, tmp_path):
     assert scores[None]["far"]["score"] == pytest.approx(record["readings"]["as-trained"]["far"]["score"])
 
 
-def test_benchmarks_get_the_loaded_model(arm_settings, tmp_path, monkeypatch):
-    """The package is played: its real benchmarks need the hub."""
+@pytest.fixture
+def benchmarks(tmp_path, monkeypatch):
+    """The package lm-eval, played: its real benchmarks need the hub."""
     for name, code in {
         "__init__": "def simple_evaluate(model, tasks, limit):\n"
         "    assert tasks == ['mmlu', 'arc_easy'] and limit == 3\n"
@@ -139,11 +188,30 @@ def test_benchmarks_get_the_loaded_model(arm_settings, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    given = {"lm_eval": "mmlu, arc_easy", "limit": 3}
-    report = evaluate(EvalConfig(model=arm_settings().model, read_as="dense", **given))
+    yield {"lm_eval": "mmlu, arc_easy", "limit": 3}
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         del sys.modules[name]  # later tests must not take it for the package
+
+
+def test_benchmarks_get_the_loaded_model(arm_settings, benchmarks):
+    report = evaluate(EvalConfig(model=arm_settings().model, read_as="dense", **benchmarks))
     assert report["lm_eval"] == {"mmlu": {"acc,none": 8.0}}
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_benchmarks_need_no_data(tuning, arm_settings, benchmarks, tiny_llama, tmp_path):
+    """Of the task that the run was tuned on; a run of a classifier is no language model."""
+    data = [{"instruction": f"say {i}", "output": "so"} for i in range(100)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(data))
+    cut = {"model": str(tiny_llama), "experts": 8, "top_k": 4, "layers": "2:4", "tuning": tuning}
+    settings = {**cut, "max_steps": 2, "eval_steps": 2}
+    finetune(arm_settings(**settings, task=str(tmp_path / "alpaca.json")))
+    finetune(arm_settings(**settings, output=str(tmp_path / "classifier")))
+    (tmp_path / "alpaca.json").unlink()
+    report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), **benchmarks))
+    assert report["lm_eval"] == {"mmlu": {"acc,none": 4.0}}
+    with pytest.raises(UserError, match=r"--lm-eval: .* is no causal language model"):
+        evaluate(EvalConfig(model=str(tmp_path / "classifier" / "seed-0"), **benchmarks))
 
 
 def test_a_tuned_model_exported_as_dense_is_its_dense_reading(arm_settings, task_file, tmp_path):

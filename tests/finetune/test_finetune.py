@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ from emoe.cli.main import main
 from emoe.errors import Busy, UserError
 from emoe.finetuning import tune
 from emoe.finetuning.evaluate import evaluate
+from emoe.finetuning.model import load_tokenizer
 from emoe.finetuning.settings import EvalConfig, FinetuneConfig
+from emoe.finetuning.texts import IGNORED, texts_of
 from emoe.finetuning.trainer import LikeLengths, Rows, Tuner
 from emoe.finetuning.tune import finetune
 from emoe.runtime import sole_writer
+from emoe.tasks import get
+from emoe.tasks.spec import Example
 
 
 def lines(path) -> list[dict]:
@@ -262,8 +267,50 @@ def test_tensorboard_gets_curves(arm_settings, tmp_path):
     assert list((tmp_path / "out" / "seed-0" / "tensorboard").glob("events*"))
 
 
+def test_instructions_have_labels_on_the_answer_alone(arm_settings, tmp_path):
+    """And on the token that ends it."""
+    tokenizer = load_tokenizer(Path(arm_settings().model))
+    (tmp_path / "alpaca.json").write_text("[]")
+    texts = texts_of(get(str(tmp_path / "alpaca.json")), tokenizer, 40)
+    answer = [*tokenizer("watch", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    prompt = tokenizer("find neurons").input_ids
+    short, long = texts.encode([Example("0", "find neurons", "watch", 0), Example("1", "a " * 39, "watch", 0)])
+    assert short["input_ids"] == [*prompt, *answer]
+    assert short["labels"] == [IGNORED] * len(prompt) + answer
+    assert len(long["labels"]) == len(long["input_ids"]) == 40
+    batch = texts.collate([short, long])
+    assert batch["labels"][0].tolist() == short["labels"] + [IGNORED] * (40 - len(short["labels"]))
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="--model: its tokenizer has no end token"):
+        texts_of(texts.task, tokenizer, 40)
+
+
+@pytest.mark.parametrize(("family", "positions"), [("bert", 128), ("roberta", 130)])  # RoBERTa's first two stay empty
+def test_texts_end_where_the_model_s_positions_do(family, positions, arm_settings, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    rows = [(" ".join([text] * 30), label) for text, label in sentences(40, 1)]
+    task = write_task(tmp_path / "task")
+    for part in ("train", "far"):
+        write_csv(tmp_path / "task" / f"{part}.csv", rows)
+    cut = {"model": str(dense), "experts": 8, "top_k": 4, "layers": "2:4", "task": str(task), "domains": "far"}
+    said = []
+    write_csv(tmp_path / "task" / "train.csv", [(f"{text} watch", label) for text, label in rows])
+    (record,) = finetune(arm_settings(**cut, max_length=600, max_steps=2, eval_steps=2), say=said.append)
+    note = f"--max-length lowered from 600 to the model's {positions}"
+    assert said == record["notes"] == [note]
+    said.clear()
+    report = evaluate(EvalConfig(model=str(tmp_path / "out" / "seed-0"), domains="far"), say=said.append)
+    assert said == [note]
+    assert report["sets"]["far"] == record["readings"]["as-trained"]["far"]
+    said.clear()
+    again = EvalConfig(model=str(tmp_path / "out" / "seed-0"), domains="far", max_length=positions)
+    assert evaluate(again, say=said.append)["sets"] == report["sets"]
+    assert said == []
+
+
 def test_instructions_train_on_answers(arm_settings, tmp_path, tiny_llama):
-    data = [{"instruction": f"say {a}", "input": "", "output": a} for a, _ in sentences(200, 5)]
+    said = [" ".join(text.split()[:3]) for text, _ in sentences(200, 5)]  # just below 128 tokens, framed
+    data = [{"instruction": f"say {a}", "input": "", "output": a} for a in said]
     (tmp_path / "alpaca.json").write_text(json.dumps(data))
     config = arm_settings(task=str(tmp_path / "alpaca.json"), max_steps=30, learning_rate=3e-3, max_length=128)
     (record,) = finetune(config)

@@ -12,9 +12,9 @@ from support.labelled import sentences, write_csv, write_task
 from emoe import tasks
 from emoe.errors import UserError
 from emoe.tasks.data import key_of, load_task, place_of
-from emoe.tasks.metrics import METRICS, compute
+from emoe.tasks.metrics import FITTING, METRICS, compute
 from emoe.tasks.spam import mail_text
-from emoe.tasks.spec import Domain, Example, Task, Where
+from emoe.tasks.spec import Domain, Example, NotThere, Task, Where
 
 
 class Given:
@@ -80,6 +80,62 @@ def test_a_validation_set_drawn_from_training_texts_knows_no_test_text_of_the_ma
     assert found.tests["own"].examples == test
 
 
+@pytest.mark.parametrize("wanted", [None, [], ["far"]])
+def test_training_knows_no_test_text_whatever_is_scored(wanted):
+    """Nor does what selects: drawn from the training texts or a file of its own."""
+    own = pool(400)
+    far = [Example(f"far {e.id}", e.text.upper(), None, e.label) for e in own[:200]]
+    made = {"train": own[:300], "validation": [*own[180:210], *own[290:300]], "test": own[290:]}
+    for parts in ({"all": own}, made):
+        sources = {part: Given(examples) for part, examples in parts.items()}
+        domains = (Domain("own", "id", sources), Domain("far", "ood", {"test": Given(far)}))
+        found = load_task(Task("made", "", ("a", "b"), ("accuracy",), domains), domains=wanted)
+        assert list(found.tests) == ["own-validation", "own", *(["far"] if wanted != [] else [])]
+        reported = ids(found.tests["own"].examples) | ids(own[:200])
+        selects = ids(found.validation.examples)
+        assert found.train
+        assert selects
+        assert not ids(found.train) & (reported | selects)
+        assert not selects & reported
+        assert found.duplicates_removed["far"] > 0
+        assert len(found.notes) == 1
+        assert found.notes[0].startswith("validation texts left out because they stand in a test set, too: ")
+
+
+def test_sets_that_are_not_to_be_had_are_named_though_nobody_scores_them():
+    class Gone(Given):
+        def read(self, where):
+            raise self.examples
+
+    domains = [Domain("own", "id", {"all": Given(pool(400))})]
+    domains += [Domain(name, "ood", {"test": Gone(error("no"))}) for name, error in (("a", NotThere), ("b", UserError))]
+    task = Task("made", "", ("a", "b"), ("accuracy",), tuple(domains))
+    lost = "cannot be read, its texts may stand in training: no"
+    assert load_task(task, domains=[]).notes == [f"domain a {lost}", f"domain b {lost}"]
+    assert load_task(task, domains=["a"]).notes == ["domain a is left out: no", f"domain b {lost}"]
+    with pytest.raises(UserError, match="no"):
+        load_task(task, domains=["b"])
+
+
+def test_an_earlier_training_set_is_made_again():
+    """Of a run that one of the sets was not there for."""
+    own = pool(400)
+    task = task_of(own, own[:200])
+    without = load_task(task_of(own, [Example("z", "z", None, 0)]))
+    again = load_task(task, cleaned_of=["own", "own-validation"])
+    assert again.train == without.train != load_task(task).train
+    assert list(again.tests) == ["own-validation", "own", "far"]
+
+
+def test_an_instruction_stands_in_one_part_whatever_its_answers(tmp_path):
+    rows = [{"instruction": f"say {i}", "output": f"{i} {j}"} for i in range(200) for j in range(3)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    found = load_task(tasks.get(str(tmp_path / "alpaca.json")))
+    parts = [{e.text for e in p} for p in (found.train, *(test.examples for test in found.tests.values()))]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
+    assert min(map(len, parts)) > 0
+
+
 def test_copies_within_the_domain_fall_into_one_part():
     copies = [Example(f"copy {e.id}", e.text.upper() + " !", None, e.label) for e in pool(500)]
     found = load_task(task_of([*pool(500), *copies], [Example("z", "z", None, 0)]))
@@ -116,6 +172,37 @@ def test_a_file_of_one_s_own(tmp_path):
     assert found.task.metrics == ("balanced_accuracy", "accuracy")
     with pytest.raises(UserError, match=r"has no domain 'fra' .did you mean 'far'"):
         load_task(found.task, domains=["fra"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            {"labels: ['no', 'yes']": "metric: f1"},
+            "'f1' does not fit numbers, and no labels are named; take pearson",
+        ),
+        ({"domains:": "metric: pearson\ndomains:"}, "metric 'pearson' does not fit classes; take balanced_accuracy"),
+        ({"domains:": "metric: token_accuracy\ndomains:"}, "metric 'token_accuracy' does not fit classes"),
+        ({"far:": "own-validation:"}, "'own-validation' is the name of the validation set"),
+        ({"['no', 'yes']": "[no, yes]"}, "labels.0: yes, no, on, off, true and false are booleans in YAML; put quotes"),
+        ({"far.csv": "far.csv, classes: {no: 'no', yes: 'yes'}"}, "booleans in YAML; put quotes"),
+        ({"far.csv": "far.csv, classes: {'no': no, 'yes': 'yes'}"}, "booleans in YAML; put quotes"),
+    ],
+)
+def test_a_task_file_that_cannot_be_meant(changes, complaint, tmp_path):
+    path = write_task(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        tasks.get(str(path))
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["far.csv", "far.jsonl", "far.json"])
+def test_tables_may_begin_with_a_byte_order_mark(name, tmp_path):
+    path = write_task(tmp_path, **{"far.csv": name})
+    row = '{"text": "fine", "label": "yes"}'
+    text = {"csv": "text,label\nfine,yes\n", "jsonl": row, "json": f"[{row}]"}[name.partition(".")[2]]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [e.text for e in load_task(tasks.get(str(path))).tests["far"].examples] == ["fine"]
 
 
 def test_a_missing_text_is_no_text(tmp_path):
@@ -185,13 +272,17 @@ def test_glue_from_a_folder_leaves_out_what_is_not_there(tmp_path):
         load_task(tasks.get("cola"), where=Where(tmp_path))
 
 
+def test_every_metric_fits_some_kind():
+    assert {name for names in FITTING.values() for name in names} == set(METRICS)
+
+
 def test_every_task_names_its_parts():
     for name, task in tasks.TASKS.items():
         assert task.name == name
         assert task.in_domain.role == "id"
         assert all(set(d.sources) == {"test"} for d in task.domains if d.role == "ood")
         assert len({d.name for d in task.domains}) == len(task.domains)
-        assert set(task.metrics) <= set(METRICS)
+        assert set(task.metrics) <= set(FITTING[task.kind])
         assert bool(task.labels) == (task.kind == "classification")
 
 
@@ -199,6 +290,15 @@ def test_mails_lose_their_headers_and_pages_their_marks():
     mail = "From: someone@where\nReceived: by relay\nSubject: Win\nContent-Type: text/html\n\n"
     mail += "<html><style>p {}</style><p>a <b>prize</b>\n now</p></html>"
     assert mail_text(json.dumps({"text": mail})) == "Win a prize now"
+
+
+@pytest.mark.parametrize("plain", ["", " \n\n", None, "Buy"])
+def test_a_mail_with_an_empty_text_is_its_page(plain):
+    parts = [] if plain is None else [f"Content-Type: text/plain\n\n{plain}\n"]
+    parts.append("Content-Type: text/html\n\n<p>a <b>prize</b></p>\n")
+    mail = 'Subject: Win\nMIME-Version: 1.0\nContent-Type: multipart/alternative; boundary="x"\n\n'
+    mail += "".join(f"--x\n{part}" for part in parts) + "--x--\n"
+    assert mail_text(json.dumps({"text": mail})) == ("Win Buy" if plain == "Buy" else "Win a prize")
 
 
 @pytest.mark.parametrize("seed", range(3))
