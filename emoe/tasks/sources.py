@@ -36,13 +36,12 @@ class Columns:
 
     def examples(self, rows: Iterator[Row], source: str) -> Iterator[Example]:
         """Raises `UserError` for a missing column or a label that is not among the task's."""
+        first: list[str] = []
         for number, row in enumerate(rows):
+            first = first or [str(name) for name in row]
             for column in (self.text, self.label, self.pair, self.id):
                 if column is not None and column not in row:
-                    names = [str(name) for name in row]
-                    raise UserError(
-                        f"--task: {source} has no column '{column}'{nearest(column, names)}; it has {', '.join(names)}"
-                    )
+                    raise UserError(f"--task: {source}{_missing(column, row, first, number)}")
             label = self._label(row[self.label], source, number)
             text = _text(row[self.text])
             if label is not None and text:
@@ -61,6 +60,15 @@ class Columns:
                 f"--task: {source}, row {number + 1}: label '{raw}' does not belong to this task{known}"
             ) from None
         return None if label is None or (label < 0 and not callable(self.classes)) else label
+
+
+def _missing(column: str, row: Row, first: list[str], number: int) -> str:
+    """What is wrong with a row that lacks a column: the table has none of that name, or this row is short."""
+    if column in first:
+        return f", row {number + 1}: no value for '{column}', it has {len(row)} of {len(first)} columns"
+    if len(first) == 1 and ";" in first[0]:
+        return f" has the one column '{first[0]}'; separate columns by commas, or call a table with tabs .tsv"
+    return f" has no column '{column}'{nearest(column, first)}; it has {', '.join(first)}"
 
 
 def _text(cell: Any) -> str:
@@ -172,11 +180,18 @@ def read_table(path: Path) -> Iterator[Row]:
             raise UserError(f"--task: {path} is not a parquet file ({' '.join(str(error).split())[:120]})") from None
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"--task: {path} is none of {', '.join(SUFFIXES)}")
+    place = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):  # splitlines would part a string at U+2028, too
+                place = f", line {number},"
+                rows += [json.loads(line)] if line.strip() else []
     except ValueError as error:
-        raise UserError(f"--task: {path} is not valid JSON ({error})") from None
+        raise UserError(f"--task: {path}{place} is not valid JSON ({error})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"--task: {path} must hold JSON objects, a list of them or one a line")
     return iter(rows)

@@ -90,6 +90,11 @@ def task_from_yaml(path: Path) -> Task:
         raise UserError(f"--task: {path}: metric '{metric}' does not fit {scored}; take {', '.join(FITTING[kind])}")
     if len(entry.labels) == 1:
         raise UserError(f"--task: {path}: one label is nothing to learn; name all labels, or none for regression")
+    doubled = next(
+        (label for label in entry.labels if [str(other) for other in entry.labels].count(str(label)) > 1), None
+    )
+    if doubled is not None:
+        raise UserError(f"--task: {path}: label '{doubled}' is named twice; a class has one name")
     roles = [domain.role for domain in entry.domains.values()]
     if roles.count("id") != 1:
         raise UserError(f"--task: {path}: {roles.count('id')} domains have the role 'id'; exactly one is trained on")

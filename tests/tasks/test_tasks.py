@@ -13,6 +13,7 @@ from emoe import tasks
 from emoe.errors import UserError
 from emoe.tasks.data import key_of, load_task, place_of
 from emoe.tasks.metrics import FITTING, METRICS, compute
+from emoe.tasks.sources import Columns, read_table
 from emoe.tasks.spam import mail_text
 from emoe.tasks.spec import Domain, Example, NotThere, Task, Where
 
@@ -183,6 +184,7 @@ def test_a_file_of_one_s_own(tmp_path):
         ),
         ({"domains:": "metric: pearson\ndomains:"}, "metric 'pearson' does not fit classes; take balanced_accuracy"),
         ({"domains:": "metric: token_accuracy\ndomains:"}, "metric 'token_accuracy' does not fit classes"),
+        ({"['no', 'yes']": "['no', 'yes', 'no']"}, "label 'no' is named twice"),
         ({"far:": "own-validation:"}, "'own-validation' is the name of the validation set"),
         ({"['no', 'yes']": "[no, yes]"}, "labels.0: yes, no, on, off, true and false are booleans in YAML; put quotes"),
         ({"far.csv": "far.csv, classes: {no: 'no', yes: 'yes'}"}, "booleans in YAML; put quotes"),
@@ -299,6 +301,32 @@ def test_a_mail_with_an_empty_text_is_its_page(plain):
     mail = 'Subject: Win\nMIME-Version: 1.0\nContent-Type: multipart/alternative; boundary="x"\n\n'
     mail += "".join(f"--x\n{part}" for part in parts) + "--x--\n"
     assert mail_text(json.dumps({"text": mail})) == ("Win Buy" if plain == "Buy" else "Win a prize")
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
+    """U+2028, U+2029 and U+0085 may stand in a string as they are (RFC 8259, sec. 7)."""
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"text": "one\u2028two\u0085three"}\r\n\n{"text": "four"}\n', encoding="utf-8", newline="")
+    assert [row["text"] for row in read_table(path)] == ["one\u2028two\u0085three", "four"]
+    path.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(UserError, match="line 2, is not valid JSON"):
+        list(read_table(path))
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("text,label\nfine,1\nalone\n", "row 2: no value for 'label', it has 1 of 2 columns"),
+        ("text;label\na;1\n", "has the one column 'text;label'; separate columns by commas"),
+        ("txt,label\na,1\n", "has no column 'text' (did you mean 'txt'?); it has txt, label"),
+    ],
+)
+def test_tables_that_lack_a_column(table, complaint, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(table)
+    with pytest.raises(UserError) as caught:
+        list(Columns("text", "label").examples(read_table(path), path.name))
+    assert complaint in str(caught.value)
 
 
 @pytest.mark.parametrize("seed", range(3))
