@@ -104,6 +104,17 @@ def test_a_folder_that_its_last_writer_removes_is_made_again(tmp_path, monkeypat
             pass
 
 
+def test_states_that_a_kill_left_in_a_finished_run_go(arm_settings, tmp_path):
+    """Behind run.json, of one of two seeds."""
+    settings = {"max_steps": 2, "eval_steps": 2, "resume": True}
+    finetune(arm_settings(**settings))
+    left = tmp_path / "out" / "seed-0" / ".training" / "checkpoint-2"
+    for seeds in ("0", "0,1"):
+        left.mkdir(parents=True)
+        finetune(arm_settings(**settings, seeds=seeds))
+        assert not left.parent.exists()
+
+
 def test_one_folder_holds_one_arm(arm_settings):
     finetune(arm_settings(max_steps=2, eval_steps=2))
     with pytest.raises(UserError, match=r"--output: .*seed-0 was made with .* the same settings or another --output$"):
@@ -329,6 +340,12 @@ def test_bad_tasks(changes, rows, complaint, arm_settings, tmp_path):
     with pytest.raises(UserError) as caught:
         finetune(arm_settings(task=str(path)))
     assert complaint in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_has_nobody_to_share_weights_with(arm_settings, tmp_path):
+    with pytest.raises(UserError, match=r"--fsdp: .* accelerate launch --num_processes 2 -m emoe finetune"):
+        finetune(arm_settings(fsdp=True))
     assert not (tmp_path / "out").exists()
 
 
