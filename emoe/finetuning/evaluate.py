@@ -201,8 +201,8 @@ def _score(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     own = (loaded.record or {}).get("settings", {}).get("max_length", MAX_LENGTH)
     texts = texts_of(data.task, loaded.tokenizer, config.max_length or own)
-    half = (loaded.record or {}).get("precision") == "bfloat16"
-    tuner = scorer(loaded.model, texts, config.batch_size, half, work)
+    precision = (loaded.record or {}).get("precision", "float32")
+    tuner = scorer(loaded.model, texts, config.batch_size, precision, work)
     sets, predictions = {}, {}
     for done, (name, test) in enumerate(data.tests.items()):
         progress(f"scoring {name}", done, len(data.tests))

@@ -1,4 +1,4 @@
-"""What our uses of transformers' Trainer have in common: data, states to resume from, the watch, the settings."""
+"""What trainings on plain text have in common: data, states to resume from, the watch, the settings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.states import same_settings, states, train_from
-from emoe.runtime import multiplies_bfloat16_fast, write_text
+from emoe.runtime import write_text
+from emoe.tasks.metrics import perplexity
 
 Progress = Callable[[str, int, int], None]
 
 SECONDS = "emoe_seconds"
 """Name among the callbacks' states that the Trainer keeps: seconds of training so far, those before a resume too."""
+
+LOG = "log.jsonl"
 
 TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 """One of these is in what torch raises when a file cannot be written."""
@@ -45,7 +49,7 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class Watch(TrainerCallback):
-    """Progress, the time limit, the time that training takes, and a stop before a loss that is no number does harm."""
+    """Progress, the time limit and the time that training takes."""
 
     def __init__(self, config: Any, progress: Progress) -> None:
         self.config, self.progress, self.start = config, progress, time.perf_counter()
@@ -60,10 +64,6 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is not None:
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
-                )
             self.shown = f"loss {loss:.3f}"
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -148,8 +148,6 @@ def arguments(config: Any, work: Path) -> TrainingArguments:
     per_step = sequences_per_step(config)
     # Forward calls of one size: the Trainer takes the mean over them, and any more would be further text.
     batch = next(size for size in range(min(config.batch_sequences, per_step), 0, -1) if per_step % size == 0)
-    on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     return TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
@@ -160,31 +158,28 @@ def arguments(config: Any, work: Path) -> TrainingArguments:
         warmup_steps=max(1, config.steps // 20),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=half,
-        use_cpu=on_cpu,
         logging_steps=5,
-        logging_nan_inf_filter=False,
         save_steps=config.checkpoint_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
+        **shared_arguments(config.precision),
     )
 
 
-def run(trainer: Trainer, work: Path) -> int:
-    """Train, from the last state if there is one, and write log.jsonl. Returns the optimizer steps that were made."""
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
+def run(trainer: BaseTrainer, work: Path) -> int:
+    """Train, from the last state if there is one. Returns the optimizer steps that were made."""
     found = states(work)
     train_from(trainer, found[-1] if found else None)
-    write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    trainer.check_weights()
     return trainer.state.global_step
 
 
-def minutes(trainer: Trainer) -> float:
+def write_log(trainer: BaseTrainer, folder: Path) -> None:
+    """log.jsonl, one line a logged step, without the Trainer's last: times and what came after an interruption."""
+    entries = (entry for entry in trainer.state.log_history if "train_runtime" not in entry)
+    write_text(folder / LOG, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))  # as states do
+
+
+def minutes(trainer: BaseTrainer) -> float:
     """That training has taken, interruptions left out."""
     return round(trainer.state.stateful_callbacks.get(SECONDS, 0.0) / 60, 2)
 
@@ -199,5 +194,14 @@ def perplexities(model: torch.nn.Module, held_out: dict[str, torch.Tensor]) -> d
         for sequence in tokens.to(model.device):
             logits = forward(sequence[None], use_cache=False).logits[0, :-1].float()
             nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
-        found[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
+        found[domain] = perplexity(nats, tokens.numel() - len(tokens))
     return found
+
+
+def check_perplexities(found: dict[str, float]) -> None:
+    """Raise `UserError` if a trained model answers with what is no number, its weights finite or not."""
+    for domain, value in found.items():
+        if math.isnan(value):
+            raise UserError(
+                f"the perplexity of {domain} is nan after training: lower --learning-rate and add --overwrite"
+            )

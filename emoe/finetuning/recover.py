@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer
 
 import emoe
 from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
@@ -28,17 +27,20 @@ from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.families import family
+from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
     Progress,
     Sequences,
     Watch,
     arguments,
+    check_perplexities,
     fit_sequences,
     minutes,
     perplexities,
     run,
     text_tokens,
     training_into,
+    write_log,
 )
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
@@ -87,6 +89,8 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
     after = _measure(student, measured, blocks, progress)
+    for found in after.values():
+        check_perplexities(found["perplexity"])
     student.set_top_k(own_k)
     report = {
         "model": config.model,
@@ -111,6 +115,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
         "torch": torch.__version__,
     }
     progress("writing", config.steps, config.steps)
+    write_log(trainer, target)
     _write(student, folder, target, report)
     progress("done", config.steps, config.steps)
     return report
@@ -216,7 +221,7 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
     return results
 
 
-class _Distiller(Trainer):
+class _Distiller(BaseTrainer):
     """Trainer whose loss compares with a teacher."""
 
     def __init__(self, *args: Any, teacher: torch.nn.Module, top_ks: list[int], kind: str, **kwargs: Any) -> None:

@@ -96,7 +96,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
 
     flags = [*flags, "--steps", "10", "--checkpoint-steps", "4", "--budgets", "0.25", "--budgets", "0.5", "--quiet"]
     assert main(flags) == 0
-    undisturbed = weights(tmp_path / "out")
+    undisturbed, log = weights(tmp_path / "out"), (tmp_path / "out" / "log.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [4, 5, 8, 10]
     shutil.rmtree(tmp_path / "out")
     loss, count = recover._Distiller.compute_loss, [0]
 
@@ -115,6 +116,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     assert main([*flags, "--resume"]) == 0
     resumed = weights(tmp_path / "out")
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert (tmp_path / "out" / "log.jsonl").read_text() == log
 
 
 def test_sequences_are_no_longer_than_the_model_takes(flags, tmp_path, capsys):
