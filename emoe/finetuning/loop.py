@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +33,11 @@ SECONDS = "emoe_seconds"
 
 LOG = "log.jsonl"
 
-TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
-"""One of these is in what torch raises when a file cannot be written."""
+WRITES = ("PytorchStreamWriter", "unexpected pos", "Error while serializing")
+"""One of these is in what torch or safetensors raise when a file cannot be written, not in what they say in reading."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)
+"""What the operating system says in writing."""
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -100,8 +105,15 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
         what: the kind of run, for messages: "recovery".
 
     Raises:
-        UserError: an output in the way, damaged weights, the states of another run, or a disk that is full.
+        UserError: several processes, an output in the way, damaged weights, the states of another run, or a disk that
+            is full.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(
+            f"WORLD_SIZE={processes}: a {what} is the work of one process, start it without torchrun or accelerate; "
+            "convert, finetune and pretrain take several"
+        )
     workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
     training = workspace.state_folder / "training"
     with workspace.open(Group()), no_room_told(workspace.output):
@@ -127,7 +139,10 @@ def no_room_told(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_WRITES):
+        file = getattr(error, "filename", None)
+        elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(output.parent)
+        written = getattr(error, "errno", None) in NO_ROOM or any(sign in str(error) for sign in WRITES)
+        if elsewhere or not written:
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--output: cannot write {output} ({reason}); make room and add --resume") from None

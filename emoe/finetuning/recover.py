@@ -45,6 +45,7 @@ from emoe.finetuning.loop import (
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
+from emoe.surgery.usage import load_model
 
 SOURCE_S = "the source's"
 """What the provenance says of output matrices that were not refitted."""
@@ -152,10 +153,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
 
 
 def _load(folder: Path) -> EMoEModelMixin:
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    except ValueError as error:  # what the model's own classes say of a bad config.json
-        raise UserError(f"--model: {folder / 'config.json'} is not usable: {' '.join(str(error).split())}") from None
+    model = load_model(folder, head=True)
     if not isinstance(model, EMoEModelMixin):
         raise UserError(f"--model: {folder} is no causal language model; recovery needs one")
     return model
@@ -166,10 +164,8 @@ def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
         teacher = _load(folder)
         teacher.set_top_k(teacher.config.num_experts)
     else:
-        teacher = transformers.AutoModelForCausalLM.from_pretrained(
-            _teacher_folder(config.teacher), dtype=torch.float32, trust_remote_code=False
-        )
-    return teacher.eval().requires_grad_(False)
+        teacher = load_model(_teacher_folder(config.teacher), head=True, flag="--teacher")
+    return teacher.requires_grad_(False)
 
 
 def _teacher_folder(teacher: str) -> Path:

@@ -166,6 +166,34 @@ def test_a_folder_that_is_no_model(config, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_weights_that_cannot_be_read_are_not_a_full_disk(damage, flags, tiny_llama, converted_llama, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    if damage == "missing":
+        weights.unlink()
+    given = ["--text", flags[flags.index("--text") + 1], "--output", str(tmp_path / "out"), "--steps", "1", "--quiet"]
+    teacher = ["recover", "--model", str(converted_llama), "--teacher", str(folder)]
+    for flag, call in (("--model", ["tune", "--model", str(folder)]), ("--teacher", teacher)):
+        assert main([*call, *given]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag}: {folder}" in error and "--output" not in error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("verb", ["recover", "tune"])
+def test_several_processes_are_refused(verb, flags, tmp_path, monkeypatch, capsys):
+    """Each would write the output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([verb, *flags[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2" in error and "convert, finetune and pretrain take several" in error
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
 def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, capsys):
     dense = [str(tiny_llama) if f == str(converted_llama) else f for f in flags]
     assert main(dense) == 2
