@@ -5,7 +5,6 @@ Legend: C domains, E modules of a set, F neurons.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from emoe.analysis.collect import DomainUse
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
 from emoe.surgery.modules import ModuleSet
+from emoe.tasks.metrics import perplexity
 
 RANKED = 64
 """Modules and neurons that the ranking lists."""
@@ -27,7 +27,7 @@ def describe_domains(use: dict[str, DomainUse]) -> dict[str, dict[str, Any]]:
         name: {
             "tokens": max(found.tokens for found in domain.use.values()),
             "loss": domain.nats / max(1, domain.scored),
-            "perplexity": math.exp(min(700.0, domain.nats / max(1, domain.scored))),
+            "perplexity": perplexity(domain.nats, domain.scored),
         }
         for name, domain in use.items()
     }

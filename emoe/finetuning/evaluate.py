@@ -263,8 +263,8 @@ def _score(
     for note in notes:
         say(note)
     texts = texts_of(data.task, loaded.tokenizer, length)
-    half = (loaded.record or {}).get("precision") == "bfloat16"
-    tuner = scorer(loaded.model, texts, config.batch_size, half, work)
+    precision = (loaded.record or {}).get("precision", "float32")
+    tuner = scorer(loaded.model, texts, config.batch_size, precision, work)
     sets, predictions = {}, {}
     for done, (name, test) in enumerate(data.tests.items()):
         progress(f"scoring {name}", done, len(data.tests))

@@ -1,9 +1,11 @@
-"""What our uses of transformers' Trainer have in common: data, states to resume from, the watch, the settings."""
+"""What trainings on plain text have in common: data, states to resume from, the watch, the settings."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,22 +15,29 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.states import same_settings, states, train_from
-from emoe.runtime import multiplies_bfloat16_fast, write_text
+from emoe.runtime import write_text
+from emoe.tasks.metrics import perplexity
 
 Progress = Callable[[str, int, int], None]
 
 SECONDS = "emoe_seconds"
 """Name among the callbacks' states that the Trainer keeps: seconds of training so far, those before a resume too."""
 
-TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
-"""One of these is in what torch raises when a file cannot be written."""
+LOG = "log.jsonl"
+
+WRITES = ("PytorchStreamWriter", "unexpected pos", "Error while serializing")
+"""One of these is in what torch or safetensors raise when a file cannot be written, not in what they say in reading."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)
+"""What the operating system says in writing."""
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -45,7 +54,7 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class Watch(TrainerCallback):
-    """Progress, the time limit, the time that training takes, and a stop before a loss that is no number does harm."""
+    """Progress, the time limit and the time that training takes."""
 
     def __init__(self, config: Any, progress: Progress) -> None:
         self.config, self.progress, self.start = config, progress, time.perf_counter()
@@ -60,10 +69,6 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is not None:
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {state.global_step}; lower --learning-rate and add --overwrite"
-                )
             self.shown = f"loss {loss:.3f}"
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -100,8 +105,15 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
         what: the kind of run, for messages: "recovery".
 
     Raises:
-        UserError: an output in the way, damaged weights, the states of another run, or a disk that is full.
+        UserError: several processes, an output in the way, damaged weights, the states of another run, or a disk that
+            is full.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(
+            f"WORLD_SIZE={processes}: a {what} is the work of one process, start it without torchrun or accelerate; "
+            "convert, finetune and pretrain take several"
+        )
     workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
     training = workspace.state_folder / "training"
     with workspace.open(Group()), no_room_told(workspace.output):
@@ -127,7 +139,10 @@ def no_room_told(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_WRITES):
+        file = getattr(error, "filename", None)
+        elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(output.parent)
+        written = getattr(error, "errno", None) in NO_ROOM or any(sign in str(error) for sign in WRITES)
+        if elsewhere or not written:
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--output: cannot write {output} ({reason}); make room and add --resume") from None
@@ -148,8 +163,6 @@ def arguments(config: Any, work: Path) -> TrainingArguments:
     per_step = sequences_per_step(config)
     # Forward calls of one size: the Trainer takes the mean over them, and any more would be further text.
     batch = next(size for size in range(min(config.batch_sequences, per_step), 0, -1) if per_step % size == 0)
-    on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     return TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
@@ -160,31 +173,28 @@ def arguments(config: Any, work: Path) -> TrainingArguments:
         warmup_steps=max(1, config.steps // 20),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=half,
-        use_cpu=on_cpu,
         logging_steps=5,
-        logging_nan_inf_filter=False,
         save_steps=config.checkpoint_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
+        **shared_arguments(config.precision),
     )
 
 
-def run(trainer: Trainer, work: Path) -> int:
-    """Train, from the last state if there is one, and write log.jsonl. Returns the optimizer steps that were made."""
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
+def run(trainer: BaseTrainer, work: Path) -> int:
+    """Train, from the last state if there is one. Returns the optimizer steps that were made."""
     found = states(work)
     train_from(trainer, found[-1] if found else None)
-    write_text(work / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    trainer.check_weights()
     return trainer.state.global_step
 
 
-def minutes(trainer: Trainer) -> float:
+def write_log(trainer: BaseTrainer, folder: Path) -> None:
+    """log.jsonl, one line a logged step, without the Trainer's last: times and what came after an interruption."""
+    entries = (entry for entry in trainer.state.log_history if "train_runtime" not in entry)
+    write_text(folder / LOG, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))  # as states do
+
+
+def minutes(trainer: BaseTrainer) -> float:
     """That training has taken, interruptions left out."""
     return round(trainer.state.stateful_callbacks.get(SECONDS, 0.0) / 60, 2)
 
@@ -199,5 +209,14 @@ def perplexities(model: torch.nn.Module, held_out: dict[str, torch.Tensor]) -> d
         for sequence in tokens.to(model.device):
             logits = forward(sequence[None], use_cache=False).logits[0, :-1].float()
             nats += torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").item()
-        found[domain] = math.exp(min(700.0, nats / (tokens.numel() - len(tokens))))
+        found[domain] = perplexity(nats, tokens.numel() - len(tokens))
     return found
+
+
+def check_perplexities(found: dict[str, float]) -> None:
+    """Raise `UserError` if a trained model answers with what is no number, its weights finite or not."""
+    for domain, value in found.items():
+        if math.isnan(value):
+            raise UserError(
+                f"the perplexity of {domain} is nan after training: lower --learning-rate and add --overwrite"
+            )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 import emoe
 from emoe.calibration.text import load_blocks, read_tokenizer
@@ -19,17 +19,20 @@ from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
+from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
     Progress,
     Sequences,
     Watch,
     arguments,
+    check_perplexities,
     fit_sequences,
     minutes,
     perplexities,
     run,
     text_tokens,
     training_into,
+    write_log,
 )
 from emoe.finetuning.low_rank import merged, with_lora
 from emoe.report.card import write_history_card
@@ -94,6 +97,7 @@ def _tune(
     if config.train == "lora":
         model = merged(model)
     after = perplexities(model, blocks.held_out)
+    check_perplexities(after)
     report = {
         "verb": "tune",
         "model": config.model,
@@ -112,6 +116,7 @@ def _tune(
     progress("writing", config.steps, config.steps)
     if config.top_k is not None:
         set_budget(model, own_k)
+    write_log(trainer, target)
     _write(model, anatomy, folder, target, report)
     progress("done", config.steps, config.steps)
     return report
@@ -134,7 +139,7 @@ def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> t
     return model, train_only(model, anatomy, config.train) if anatomy else Frozen({}, {})
 
 
-class _Tuner(Trainer):
+class _Tuner(BaseTrainer):
     """Next-token loss plus those on routers."""
 
     def __init__(self, *args: Any, losses: RouterLosses | None, **kwargs: Any) -> None:

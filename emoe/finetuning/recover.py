@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer
 
 import emoe
 from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
@@ -28,21 +27,25 @@ from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
 from emoe.families import family
+from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
     Progress,
     Sequences,
     Watch,
     arguments,
+    check_perplexities,
     fit_sequences,
     minutes,
     perplexities,
     run,
     text_tokens,
     training_into,
+    write_log,
 )
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
+from emoe.surgery.usage import load_model
 
 SOURCE_S = "the source's"
 """What the provenance says of output matrices that were not refitted."""
@@ -87,6 +90,8 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
     after = _measure(student, measured, blocks, progress)
+    for found in after.values():
+        check_perplexities(found["perplexity"])
     student.set_top_k(own_k)
     report = {
         "model": config.model,
@@ -111,6 +116,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
         "torch": torch.__version__,
     }
     progress("writing", config.steps, config.steps)
+    write_log(trainer, target)
     _write(student, folder, target, report)
     progress("done", config.steps, config.steps)
     return report
@@ -147,10 +153,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
 
 
 def _load(folder: Path) -> EMoEModelMixin:
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    except ValueError as error:  # what the model's own classes say of a bad config.json
-        raise UserError(f"--model: {folder / 'config.json'} is not usable: {' '.join(str(error).split())}") from None
+    model = load_model(folder, head=True)
     if not isinstance(model, EMoEModelMixin):
         raise UserError(f"--model: {folder} is no causal language model; recovery needs one")
     return model
@@ -161,10 +164,8 @@ def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
         teacher = _load(folder)
         teacher.set_top_k(teacher.config.num_experts)
     else:
-        teacher = transformers.AutoModelForCausalLM.from_pretrained(
-            _teacher_folder(config.teacher), dtype=torch.float32, trust_remote_code=False
-        )
-    return teacher.eval().requires_grad_(False)
+        teacher = load_model(_teacher_folder(config.teacher), head=True, flag="--teacher")
+    return teacher.requires_grad_(False)
 
 
 def _teacher_folder(teacher: str) -> Path:
@@ -216,7 +217,7 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
     return results
 
 
-class _Distiller(Trainer):
+class _Distiller(BaseTrainer):
     """Trainer whose loss compares with a teacher."""
 
     def __init__(self, *args: Any, teacher: torch.nn.Module, top_ks: list[int], kind: str, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
@@ -31,20 +31,50 @@ def _is_complete(state: Path) -> bool:
 
 
 def train_from(trainer: Trainer, state: Path | None) -> None:
-    """Train, from `state` if there is one.
+    """Train, from `state` if there is one, whatever folder it was in when it was written.
 
     With a state that has made all steps, or was to be the last by --patience, the Trainer would make one more: that one
     is only loaded. Not with FSDP, whose states take a wrapped model; there the further step after all of them has a
     learning rate of 0.
+
+    Raises:
+        UserError: the best of the states so far is gone.
     """
-    facts = TrainerState.load_from_json(str(state / STATE)) if state else None
-    if facts is None or not _is_last(facts) or trainer.args.fsdp:
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
+    if state is None:
+        trainer.train()
+        return
+    facts = TrainerState.load_from_json(str(state / STATE))
+    best = _best(facts, state)
+    if not _is_last(facts) or trainer.args.fsdp:
+        if best:
+            trainer.add_callback(_Best(best))
+        trainer.train(resume_from_checkpoint=str(state))
         return
     trainer.state = facts
+    trainer.state.best_model_checkpoint = best
     trainer._load_from_checkpoint(str(state))
-    if trainer.args.load_best_model_at_end and facts.best_model_checkpoint:
+    if trainer.args.load_best_model_at_end and best:
         trainer._load_best_model()
+
+
+def _best(facts: TrainerState, state: Path) -> str | None:
+    """The best state, beside `state`. The path that the Trainer keeps was relative to the folder of another process."""
+    if not facts.best_global_step:
+        return None
+    best = state.parent / f"checkpoint-{facts.best_global_step}"
+    if not best.is_dir():
+        raise UserError(f"--resume: {best}, the best state so far, is gone; add --overwrite to start again")
+    return str(best)
+
+
+class _Best(TrainerCallback):
+    """Gives a Trainer that goes on the path of the best state, once it has read the path that was kept."""
+
+    def __init__(self, best: str) -> None:
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = self.best
 
 
 def _is_last(facts: TrainerState) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from emoe.errors import UserError
 from emoe.families import FAMILIES
-from emoe.tasks.metrics import compute
+from emoe.tasks.metrics import compute, perplexity
 from emoe.tasks.spec import Example, Task
 
 Encoded = dict[str, Any]
@@ -108,7 +108,7 @@ class Instructions(Classification):
 
     def metrics(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         nats, tokens = sum(r["scores"][0] for r in records), sum(r["label"] for r in records)
-        return super().metrics(records) | {"perplexity": float(np.exp(min(700.0, nats / max(1, tokens))))}
+        return super().metrics(records) | {"perplexity": perplexity(nats, tokens)}
 
 
 def usable_length(facts: Any, max_length: int) -> tuple[int, list[str]]:

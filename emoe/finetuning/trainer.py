@@ -1,5 +1,4 @@
-"""The loop: transformers' Trainer. Ours are the loss, the log with what the routers did, and a stop at the first number
-that is none.
+"""The loop: transformers' Trainer. Ours are the loss and the log with what the routers did.
 
 Legend: B examples, T tokens.
 """
@@ -15,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from emoe.conversion.convert import Progress
 from emoe.errors import UserError
+from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.routing import Probe, auxiliary_loss, watched
 from emoe.finetuning.settings import FinetuneConfig
-from emoe.finetuning.states import states
 from emoe.finetuning.texts import Classification, Encoded
 from emoe.plainfiles import read_json
-from emoe.runtime import multiplies_bfloat16_fast, peak_memory, reset_peak_memory, write_text
+from emoe.runtime import peak_memory, reset_peak_memory, write_text
 
 SELECTED_BY = "eval_score"
 """Name under which the Trainer finds the score of the ID validation set; nothing else selects."""
@@ -67,7 +66,7 @@ class LikeLengths(LengthGroupedSampler):
         return super().__iter__()
 
 
-class Tuner(Trainer):
+class Tuner(BaseTrainer):
     """Trainer with the loss of a task plus those on gates.
 
     A step's loss is the mean over all its labels, whatever forward calls and processes they were spread over: the sum
@@ -111,30 +110,11 @@ class Tuner(Trainer):
         if num_items_in_batch is None:
             loss = total / max(1, count)
         else:
-            loss = total / num_items_in_batch * self.accelerator.num_processes
+            loss = total / max(1, int(num_items_in_batch)) * self.accelerator.num_processes  # answers may be cut off
         if self.losses and routings:
             extra = auxiliary_loss(self.losses, routings, inputs["attention_mask"])
             loss = loss + extra / self.current_gradient_accumulation_steps
-        self._stop_unless_finite("loss", loss.detach())
         return (loss, outputs) if return_outputs else loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP gives a DTensor
-        self._stop_unless_finite("gradient's norm", whole.detach())
-        return norm
-
-    def _stop_unless_finite(self, name: str, value: torch.Tensor) -> None:
-        """Stop before the step that would spoil the weights; in all processes, or one would wait for ever."""
-        bad = ~torch.isfinite(value).all()
-        if self.accelerator.num_processes > 1:
-            bad = self.accelerator.reduce(bad.float().reshape(1).to(self.args.device), "sum").gt(0).all()
-        if bad.item():
-            kept = states(Path(self.args.output_dir))
-            where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"the {name} is {value.item()} in step {self.state.global_step + 1}: lower --learning-rate; {where}"
-            )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -243,7 +223,6 @@ class Watch(TrainerCallback):
 def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -> TrainingArguments:
     """The Trainer's settings of one run."""
     on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     steps = {"max_steps": config.max_steps} if config.max_steps else {"num_train_epochs": config.epochs}
     each = "steps" if config.eval_steps else "epoch"
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -258,44 +237,29 @@ def arguments(config: FinetuneConfig, folder: Path, seed: int, processes: int) -
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=half,
-        use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and processes > 1 else None,
         ddp_find_unused_parameters=False,
         logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
         eval_strategy=each,
         save_strategy=each,
         eval_steps=config.eval_steps,
         save_steps=config.eval_steps or 500,
-        save_total_limit=1,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # how often --patience has been tried
         metric_for_best_model=SELECTED_BY,
         greater_is_better=True,
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
         data_seed=seed,
-        remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=not on_cpu,
+        **shared_arguments(config.precision),
         **(fsdp if config.fsdp else {}),
     )
 
 
-def scorer(model: torch.nn.Module, texts: Classification, batch_size: int, half: bool, folder: Path) -> Tuner:
+def scorer(model: torch.nn.Module, texts: Classification, batch_size: int, precision: str, folder: Path) -> Tuner:
     """A Trainer that only predicts."""
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        per_device_eval_batch_size=batch_size,
-        bf16=half,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    shared = shared_arguments(precision)
+    settings = TrainingArguments(output_dir=str(folder), per_device_eval_batch_size=batch_size, **shared)
     return Tuner(model=model, args=settings, data_collator=texts.collate, texts=texts, losses={}, probe=None)
 
 
@@ -328,7 +292,7 @@ def make_tuner(
         callbacks.append(transformers.EarlyStoppingCallback(config.patience))
     if config.tensorboard:
         callbacks.append(_tensorboard(folder / "tensorboard"))
-    tuner = Tuner(
+    return Tuner(
         model=model,
         args=arguments(config, folder / ".training", seed, processes),
         train_dataset=Rows(train),
@@ -342,9 +306,6 @@ def make_tuner(
         watch=watch,
         group_by_length=config.group_by_length,
     )
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        tuner.remove_callback(callback)
-    return tuner
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:

@@ -60,7 +60,13 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         say(line)
     group = Group()
     output = _output(config)
+    if config.fsdp and group.size == 1:
+        raise UserError(
+            "--fsdp: one process has nobody to share weights with; start several: "
+            "accelerate launch --num_processes 2 -m emoe finetune … --fsdp"
+        )
     group.first_then_all(lambda: _check_output(config, seeds))
+    group.first_then_all(lambda: _clear_finished(config, seeds))
     if todo := _left(config, seeds):
         where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
         data = group.first_then_all(lambda: read_data(config, task, where))
@@ -100,6 +106,13 @@ def _output(config: FinetuneConfig) -> Path:
 def _left(config: FinetuneConfig, seeds: list[int]) -> list[int]:
     """Seeds to run."""
     return [seed for seed in seeds if config.overwrite or not (Path(config.output) / f"seed-{seed}" / RECORD).is_file()]
+
+
+def _clear_finished(config: FinetuneConfig, seeds: list[int]) -> None:
+    """Remove the states of runs that a kill ended between their record and this."""
+    for folder in (Path(config.output) / f"seed-{seed}" for seed in seeds):
+        if (folder / RECORD).is_file():
+            shutil.rmtree(folder / ".training", ignore_errors=True)
 
 
 def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
@@ -212,7 +225,7 @@ class Run:
                     write_history_card(self.folder / "model", self.base, record)
                 settle_folder(self.folder / "model")
             write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
-            shutil.rmtree(self.folder / ".training")
+            _clear_finished(self.config, [self.seed])
         self.group.wait()
         return record
 

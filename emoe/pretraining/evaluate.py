@@ -6,13 +6,13 @@ Legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
 
 from emoe.distributed import Group
 from emoe.moduleformer.usage import GateUsage
+from emoe.tasks.metrics import perplexity
 
 
 @torch.no_grad()
@@ -47,8 +47,7 @@ def evaluate(
                 )
                 sums += torch.tensor([losses.item(), ids_BT[:, 1:].numel()], dtype=torch.float64)
             group.total(sums)
-            nats = (sums[0] / sums[1]).item()
-            results[name] = {"perplexity": math.exp(min(700.0, nats)), "gates": usage.take(group.total)}
+            results[name] = {"perplexity": perplexity(*sums.tolist()), "gates": usage.take(group.total)}
         finally:
             usage.close()
     model.train(was_training)

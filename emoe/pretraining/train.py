@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 import emoe
 from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
-from emoe.finetuning.loop import Watch, minutes, no_room_told
+from emoe.finetuning.base import BaseTrainer, shared_arguments
+from emoe.finetuning.loop import Watch, check_perplexities, minutes, no_room_told, write_log
 from emoe.finetuning.states import same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
@@ -31,9 +32,7 @@ from emoe.pretraining.evaluate import evaluate
 from emoe.pretraining.text import Domain, load_domain, mixed, parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
 from emoe.report.card import write_pretraining_card
-from emoe.runtime import multiplies_bfloat16_fast, settle_folder, write_text
-
-LOG = "log.jsonl"
+from emoe.runtime import settle_folder, write_text
 
 MOST_PASSES = 16
 """Passes over a text beyond which we say so. Muennighoff et al., arXiv 2305.16264: the fourth is nearly as good as new
@@ -103,7 +102,9 @@ def _pretrain(
     start, first = time.perf_counter(), int(kept[-1].name.split("-")[1]) if kept else 0
     train_from(trainer, kept[-1] if kept else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
+    trainer.check_weights()
     results = trainer.measure()
+    check_perplexities({name: result["perplexity"] for name, result in results.items()})
     counts = count_parameters(model)
     report = {
         "model_type": model_config.model_type,
@@ -179,12 +180,12 @@ def new_model_config(architecture: dict[str, Any]) -> Any:
         raise UserError(f"--config: architecture: {' '.join(str(error).split())}") from None
 
 
-class _Pretrainer(Trainer):
+class _Pretrainer(BaseTrainer):
     """Trainer that logs what the gates do, and measures by domain."""
 
-    def __init__(self, *args: Any, tokens_per_step: int, log_file: Path, group: Group, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tokens_per_step: int, folder: Path, group: Group, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokens_per_step, self.log_file, self.group = tokens_per_step, log_file, group
+        self.tokens_per_step, self.folder, self.group = tokens_per_step, folder, group
         self.usage = GateUsage(self.model, training=True)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -196,9 +197,7 @@ class _Pretrainer(Trainer):
                 logs["gates"] = gates
         super().log(logs, *args, **kwargs)
         if self.group.first:
-            # without the Trainer's last line: times and a mean loss of what came after the last interruption
-            entries = (entry for entry in self.state.log_history if "train_runtime" not in entry)
-            write_text(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries))
+            write_log(self, self.folder)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What the Trainer calls now and then: a line of the log with the perplexity of each domain."""
@@ -223,8 +222,6 @@ def _trainer(config, model, train_set, domains, work: Path, target: Path, group:
     per_step = config.tokens_per_step // config.sequence_length // group.size
     batch = min(config.batch_sequences, per_step)
     accumulated = per_step // batch
-    on_cpu = not torch.cuda.is_available()
-    half = config.precision == "bfloat16" or (config.precision == "auto" and (not on_cpu or multiplies_bfloat16_fast()))
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
@@ -236,22 +233,15 @@ def _trainer(config, model, train_set, domains, work: Path, target: Path, group:
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=half,
-        use_cpu=on_cpu,
         eval_strategy="steps",
         eval_steps=config.evaluate_steps,
         logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
         save_steps=config.checkpoint_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
+        **shared_arguments(config.precision),
         ddp_find_unused_parameters=False,  # an expert without tokens gets zeros: experts are rows of one tensor
     )
-    trainer = _Pretrainer(
+    return _Pretrainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
@@ -259,12 +249,9 @@ def _trainer(config, model, train_set, domains, work: Path, target: Path, group:
         callbacks=[Watch(config, progress)],
         eval_dataset=domains,
         tokens_per_step=batch * accumulated * config.sequence_length * group.size,
-        log_file=target / LOG,
+        folder=target,
         group=group,
     )
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from emoe.calibration.text import load_blocks, read_tokenizer
@@ -24,18 +25,20 @@ Progress = Callable[[str, int, int], None]
 Count = Literal["probability", "hard", "energy"]
 
 
-def load_model(folder: Path, *, head: bool) -> nn.Module:
+def load_model(folder: Path, *, head: bool, flag: str = "--model") -> nn.Module:
     """The model in fp32 and evaluation; with its language head, or without any.
 
     Raises:
-        UserError: it has no causal language head, but one is wanted.
+        UserError: it has no causal language head, but one is wanted; or no weights that can be read.
     """
     auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
         return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except ValueError as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"--model: {folder} is no causal language model ({first_line})") from None
+        raise UserError(f"{flag}: {folder} is no causal language model ({first_line})") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{flag}: {folder} has no usable weights ({' '.join(str(error).split())[:160]})") from None
 
 
 def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, seed: int, flag: str) -> torch.Tensor:

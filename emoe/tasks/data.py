@@ -187,8 +187,8 @@ def _check(task: Task, train: list[Example], tests: dict[str, TestSet]) -> None:
     for name, examples in {"training": train, **{name: test.examples for name, test in tests.items()}}.items():
         if not examples:
             raise UserError(
-                f"--task: the {name} set of task '{task.name}' is empty; give more data or other files (a set without a "
-                "file of its own is a tenth of the data, drawn by hash)"
+                f"--task: the {name} set of task '{task.name}' is empty; give more data or other files (a set that has "
+                "no file is a tenth of the data, drawn by hash)"
             )
     for name, test in tests.items():
         identity, times = Counter(example.id for example in test.examples).most_common(1)[0]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from emoe.tasks.spec import Kind
+
+
+def perplexity(nats: float, tokens: float) -> float:
+    """Of so many tokens with this summed negative log-likelihood; NaN stays NaN, what overflows is cut at e^700."""
+    mean = nats / max(1, tokens)
+    return mean if math.isnan(mean) else math.exp(min(700.0, mean))
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -109,6 +109,17 @@ def test_a_folder_that_its_last_writer_removes_is_made_again(tmp_path, monkeypat
             pass
 
 
+def test_states_that_a_kill_left_in_a_finished_run_go(arm_settings, tmp_path):
+    """Behind run.json, of one of two seeds."""
+    settings = {"max_steps": 2, "eval_steps": 2, "resume": True}
+    finetune(arm_settings(**settings))
+    left = tmp_path / "out" / "seed-0" / ".training" / "checkpoint-2"
+    for seeds in ("0", "0,1"):
+        left.mkdir(parents=True)
+        finetune(arm_settings(**settings, seeds=seeds))
+        assert not left.parent.exists()
+
+
 def test_one_folder_holds_one_arm(arm_settings):
     finetune(arm_settings(max_steps=2, eval_steps=2))
     with pytest.raises(UserError, match=r"--output: .*seed-0 was made with .* the same settings or another --output$"):
@@ -174,10 +185,10 @@ def interrupted(config: FinetuneConfig, step: int, monkeypatch) -> None:
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path, monkeypatch):
-    """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4."""
-    arm_settings = partial(arm_settings, group_by_length=grouped)
+@pytest.mark.parametrize(("grouped", "method"), [(False, "dropout"), (True, "emoe")])
+def test_a_resumed_run_equals_an_undisturbed_one(grouped, method, arm_settings, tmp_path, monkeypatch):
+    """Stopped by a crash in step 7 of the second seed, gone on from the state of step 4, dropout's draws too."""
+    arm_settings = partial(arm_settings, group_by_length=grouped, method=method)
     wanted = finetune(arm_settings(seeds="0,1", tuning="full", output=str(tmp_path / "whole")))
     interrupted(arm_settings(seeds="0,1"), 15, monkeypatch)
     out = tmp_path / "out"
@@ -196,12 +207,24 @@ def test_a_resumed_run_equals_an_undisturbed_one(grouped, arm_settings, tmp_path
         resumed, undisturbed = weights(out / f"seed-{seed}"), weights(tmp_path / "whole" / f"seed-{seed}")
         assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
         assert found[seed]["readings"] == wanted[seed]["readings"]
-        steps = [entry["step"] for entry in lines(out / f"seed-{seed}" / "log.jsonl") if "loss" in entry]
-        assert steps == [2, 4, 6, 8]
+        log = lines(out / f"seed-{seed}" / "log.jsonl")
+        assert log == lines(tmp_path / "whole" / f"seed-{seed}" / "log.jsonl")  # the best weights may be older
+        assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
     cost = {key: found[1][key] for key in ("seconds", "seconds_per_step", "peak_memory_bytes")}
     assert 5000 < cost["seconds"] < 5100
     assert 500 < cost["seconds_per_step"] < 510  # of eight steps
     assert cost["peak_memory_bytes"] == 7 << 40
+
+
+def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(arm_settings, tmp_path, monkeypatch):
+    """Gone on from a state between two lines, of steps 4 and 6."""
+    arm_settings = partial(arm_settings, eval_steps=5, log_steps=2)
+    finetune(arm_settings(output=str(tmp_path / "whole")))
+    interrupted(arm_settings(), 7, monkeypatch)
+    finetune(arm_settings(resume=True))
+    wanted = lines(tmp_path / "whole" / "seed-0" / "log.jsonl")
+    assert lines(tmp_path / "out" / "seed-0" / "log.jsonl") == wanted
+    assert [entry["step"] for entry in wanted if "loss" in entry] == [2, 4, 5, 6, 8]
 
 
 def test_batches_of_like_length_have_one_order_for_all_arms():
@@ -246,19 +269,36 @@ def test_files_that_a_kill_cut_short_are_left_out(arm_settings, tmp_path, monkey
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(arm_settings, tmp_path, monkeypatch):
     loss = Tuner._stop_unless_finite
 
-    def spoil(self, name, value):
-        loss(self, name, value * (float("nan") if self.state.global_step == 6 else 1))
+    def spoil(self, name, value, step):
+        loss(self, name, value * (float("nan") if step == 7 else 1), step)
 
     monkeypatch.setattr(Tuner, "_stop_unless_finite", spoil)
-    with pytest.raises(UserError, match=r"the loss is nan in step 7: lower --learning-rate; the last good .*point-4"):
+    with pytest.raises(UserError, match=r"the loss is nan in step 7: lower --learning-rate .* last good .*point-4"):
         finetune(arm_settings())
     kept = load_file(tmp_path / "out" / "seed-0" / ".training" / "checkpoint-4" / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in kept.values())
 
 
-def test_early_stopping_looks_at_validation_alone(arm_settings, monkeypatch):
+def test_early_stopping_waits_patiently(arm_settings):
     (record,) = finetune(arm_settings(max_steps=40, eval_steps=2, patience=2, learning_rate=1e-9))
     assert record["steps"] == 6  # the first, and two that were no better
+
+
+def test_early_stopping_looks_at_validation_alone(arm_settings, tmp_path):
+    """Where labels are swapped, scores fall while the model learns: of the validation set, this ends the run."""
+    swap, steps = {"yes": "no", "no": "yes"}, {}
+    for swapped in (("validation",), ("test", "far")):
+        task = write_task(tmp_path / swapped[0])
+        for name in swapped:
+            file = tmp_path / swapped[0] / f"{name}.csv"
+            rows = [line.rsplit(",", 1) for line in file.read_text().splitlines()[1:]]
+            write_csv(file, [(text, swap[label]) for text, label in rows])
+        given = {"task": str(task), "output": str(tmp_path / "out" / swapped[0]), "learning_rate": 3e-3}
+        (record,) = finetune(arm_settings(**given, max_steps=40, eval_steps=4, patience=3))
+        steps[swapped[0]] = record["steps"]
+        log = [e["loss"] for e in lines(tmp_path / "out" / swapped[0] / "seed-0" / "log.jsonl") if "loss" in e]
+        assert log[-1] < log[0]
+    assert steps["validation"] < 40 == steps["test"]
 
 
 def test_tensorboard_gets_curves(arm_settings, tmp_path):
@@ -403,6 +443,12 @@ def test_settings_without_effect_are_named(arm_settings):
         "--lora-r has no effect with --tuning full",
         "--copies has no effect with --method emoe",
     ]
+
+
+def test_one_process_has_nobody_to_share_weights_with(arm_settings, tmp_path):
+    with pytest.raises(UserError, match=r"--fsdp: .* accelerate launch --num_processes 2 -m emoe finetune"):
+        finetune(arm_settings(fsdp=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_know_their_seeds():

@@ -96,7 +96,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
 
     flags = [*flags, "--steps", "10", "--checkpoint-steps", "4", "--budgets", "0.25", "--budgets", "0.5", "--quiet"]
     assert main(flags) == 0
-    undisturbed = weights(tmp_path / "out")
+    undisturbed, log = weights(tmp_path / "out"), (tmp_path / "out" / "log.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [4, 5, 8, 10]
     shutil.rmtree(tmp_path / "out")
     loss, count = recover._Distiller.compute_loss, [0]
 
@@ -115,6 +116,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):
     assert main([*flags, "--resume"]) == 0
     resumed = weights(tmp_path / "out")
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert (tmp_path / "out" / "log.jsonl").read_text() == log
 
 
 def test_sequences_are_no_longer_than_the_model_takes(flags, tmp_path, capsys):
@@ -162,6 +164,34 @@ def test_a_folder_that_is_no_model(config, tmp_path, capsys):
     assert f"--model: {folder} is not the folder of a model" in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_weights_that_cannot_be_read_are_not_a_full_disk(damage, flags, tiny_llama, converted_llama, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    if damage == "missing":
+        weights.unlink()
+    given = ["--text", flags[flags.index("--text") + 1], "--output", str(tmp_path / "out"), "--steps", "1", "--quiet"]
+    teacher = ["recover", "--model", str(converted_llama), "--teacher", str(folder)]
+    for flag, call in (("--model", ["tune", "--model", str(folder)]), ("--teacher", teacher)):
+        assert main([*call, *given]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag}: {folder}" in error and "--output" not in error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("verb", ["recover", "tune"])
+def test_several_processes_are_refused(verb, flags, tmp_path, monkeypatch, capsys):
+    """Each would write the output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([verb, *flags[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2" in error and "convert, finetune and pretrain take several" in error
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_bad_models_and_outputs(flags, tiny_llama, converted_llama, text_file, capsys):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from emoe.errors import UserError
 from emoe.finetuning.states import states, train_from
 
 
@@ -22,17 +26,16 @@ class Line(nn.Module):
 def trainer(folder, **settings) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=4,
+        **{"max_steps": 4} | settings,
         learning_rate=0.1,
         lr_scheduler_type="constant",
         save_steps=2,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **settings,
     )
     rows = [{"x": torch.tensor([1.0]), "y": torch.tensor([float(n)])} for n in range(64)]
-    return Trainer(model=Line(), args=arguments, train_dataset=rows)
+    return Trainer(model=Line(), args=arguments, train_dataset=rows, eval_dataset=rows[:1])
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -68,6 +71,62 @@ def test_a_state_that_patience_made_the_last_is_not_gone_on_from(tmp_path):
     train_from(again, states(tmp_path)[-1])
     assert (whole.state.global_step, again.state.global_step) == (2, 2)
     assert torch.equal(again.model.weight, whole.model.weight)
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "label_names": ["y"]}
+"""The weight moves away from what it is measured on, so that the first state is the best."""
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """States of a training in a folder that was named relatively, killed before its best state was loaded."""
+
+    def cut(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(Trainer, "_load_best_model", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_from(trainer("run", **BEST), None)
+    return states(tmp_path / "run")
+
+
+def test_the_best_state_is_found_from_another_folder(killed, tmp_path):
+    whole = trainer(tmp_path / "whole", **BEST)
+    train_from(whole, None)
+    first, last = killed
+    again = trainer(tmp_path / "run", **BEST)
+    train_from(again, last)
+    assert torch.equal(again.model.weight, whole.model.weight)
+    assert again.state.best_model_checkpoint == str(first)
+
+
+def test_and_by_a_training_that_goes_on(killed, tmp_path):
+    """From its first step, not only once the Trainer has saved a further state."""
+    seen = []
+
+    class See(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(state.best_model_checkpoint)
+
+    first, last = killed
+    facts = json.loads((last / "trainer_state.json").read_text())
+    assert facts["best_model_checkpoint"] == "run/checkpoint-2"
+    facts["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False
+    (last / "trainer_state.json").write_text(json.dumps(facts | {"max_steps": 5}))
+    again = trainer(tmp_path / "run", **BEST | {"max_steps": 5})
+    again.add_callback(See())
+    train_from(again, last)
+    assert again.state.global_step == 5
+    assert seen == [str(first)]
+
+
+def test_a_best_state_that_is_gone_is_told(killed, tmp_path):
+    first, last = killed
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"--resume: .*checkpoint-2, the best state so far, is gone"):
+        train_from(trainer(tmp_path / "run", **BEST), last)
 
 
 def test_half_of_a_state_is_none(tmp_path):

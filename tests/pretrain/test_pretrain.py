@@ -229,6 +229,7 @@ def test_too_little_text_is_told(settings, letters, tmp_path, capsys):
         ({"architecture": {"model_type": "moduleformer", "k_mlp": 99}}, "k_mlp=99 must lie between"),
         ({"architecture": ARCHITECTURE | {"vocab_size": 10}}, "vocab_size=10"),
         ({"tokens_per_step": 16}, "--tokens-per-step: 16 is less than a sequence"),
+        ({"learning_rate": 1e30, "log_steps": 100}, "lower --learning-rate"),
         ({"output": ""}, "--output: missing"),
     ],
 )

@@ -90,7 +90,8 @@ def test_lora_reaches_the_experts_of_a_moduleformer(tiny_moduleformer, text_file
     with pytest.raises(KeyboardInterrupt):
         tune(TuneConfig(**settings, output=str(tmp_path / "parted")), killed)
     tune(TuneConfig(**settings, output=str(tmp_path / "parted"), resume=True), lambda *_: None)
-    parted = weights(tmp_path / "parted")
+    parted, logs = weights(tmp_path / "parted"), [tmp_path / name / "log.jsonl" for name in ("whole", "parted")]
+    assert logs[0].read_text() == logs[1].read_text()
     assert [name for name in after if not torch.equal(after[name], parted[name])] == []
 
 
