@@ -9,7 +9,7 @@ import torch
 
 RIDGE = 1e-3
 """Ridge, in units of the mean square of the inputs. From 0.1 to 0.001 the share of new tokens that pass rises by a
-fifth, and then stays (docs/log.md)."""
+quarter, and then stays (docs/log.md)."""
 
 SHARPNESS = 3.0
 """Logits are about this far from 0 on tokens that are told apart: sigmoid(3) is 0.95."""
