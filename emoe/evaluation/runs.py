@@ -41,6 +41,13 @@ class Score(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+class DataDigests(BaseModel):
+    """What tells texts apart that have the same names: sha256 over ids, texts and labels."""
+
+    train: str
+    sets: dict[str, str]
+
+
 class Record(BaseModel):
     """run.json. Keys that this version does not know are left alone."""
 
@@ -60,6 +67,8 @@ class Record(BaseModel):
     peak_memory_bytes: int
     trainable_parameters: int
     train_examples: int
+    data: DataDigests | None = None
+    """None in records of versions that took no digests: the texts are unknown."""
     duplicates_removed: dict[str, int] = Field(default_factory=dict)
     """Training texts left out because they stand in a test set, by domain."""
     notes: list[str] = Field(default_factory=list)

@@ -182,6 +182,46 @@ def test_processes_are_a_confound_and_what_was_left_out_is_said(runs, tmp_path):
     assert notes == ["domain moon is left out: no such file", "wide differs from vanilla in processes 2 (vanilla: 1)"]
 
 
+def digests(train="t", **sets):
+    return {"train": train, "sets": dict.fromkeys(DOMAINS, "s") | sets}
+
+
+def test_other_test_texts_are_left_out_and_training_texts_refused(tmp_path):
+    """Ids may be row numbers: they match whatever the rows hold."""
+    write_run(tmp_path / "old", 0)
+    write_run(tmp_path / "first", 1, data=digests())
+    write_run(tmp_path / "edited", 2, data=digests(amazon="other"))
+    found = of(tmp_path / "first", tmp_path / "edited")
+    assert found.columns == ["movies", "tweets"]
+    assert "domain amazon left out: its texts changed between the runs" in found.notes
+    assert of(tmp_path / "old", tmp_path / "first").columns == [*DOMAINS, OOD_MEAN]  # unknown is let through
+    write_run(tmp_path / "none", 2, data=digests(**dict.fromkeys(DOMAINS, "other")))
+    with pytest.raises(UserError, match="the test texts changed between the runs"):
+        of(tmp_path / "first", tmp_path / "none")
+    write_run(tmp_path / "taught", 2, data=digests("other"))
+    with pytest.raises(UserError, match="taught was trained on other texts than first, though with the same settings"):
+        of(tmp_path / "first", tmp_path / "taught")
+
+
+def test_limits_explain_other_texts(tmp_path):
+    """What limits and settings choose is a note, as before."""
+    write_run(tmp_path / "whole", 0, data=digests())
+    less = {"learning_rate": 1e-4, "test_limit": 50, "train_limit": 500}
+    write_run(tmp_path / "less", 1, data=digests("fewer", amazon="fewer"), settings=less, train_examples=500)
+    found = of(tmp_path / "whole", tmp_path / "less")
+    assert found.columns == [*DOMAINS, OOD_MEAN]
+    assert any("train_limit 500 (whole: None)" in note for note in found.notes)
+
+
+def test_seeds_of_other_texts_are_not_one_run(tmp_path):
+    write_run(tmp_path / "plain", 0)
+    write_run(tmp_path / "mixed", 1, seeds=[0])  # of a version without digests
+    write_run(tmp_path / "mixed", 1, seeds=[1, 2], data=digests())
+    write_run(tmp_path / "mixed", 1, seeds=[3, 4], data=digests("other"))
+    with pytest.raises(UserError, match="mixes runs: its seeds were trained on different texts"):
+        of(tmp_path / "plain", tmp_path / "mixed")
+
+
 @pytest.mark.parametrize("other", [{"method": "dropout"}, {"settings": {"learning_rate": 0.1}}, {"train_examples": 7}])
 def test_a_folder_of_several_arms_is_none(other, runs, tmp_path):
     write_run(tmp_path / "mixed", 3, seeds=range(4))

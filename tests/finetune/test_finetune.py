@@ -348,6 +348,34 @@ def test_settings_younger_than_a_run_have_their_default_in_it(arm_settings, tmp_
         finetune(arm_settings(max_steps=2, seeds="0:3", resume=True, group_by_length=True))
 
 
+def test_seeds_of_one_folder_have_the_same_texts(arm_settings, tmp_path):
+    """The paths are the same; a file has been edited since."""
+    task = write_task(tmp_path / "task")
+    quick = {"task": str(task), "max_steps": 2, "eval_steps": 2, "resume": True}
+    (record,) = finetune(arm_settings(**quick))
+    assert set(record["data"]["sets"]) == {"own-validation", "own", "far"}
+    write_csv(tmp_path / "task" / "far.csv", [*sentences(20, 9), *sentences(96, 1)[:3]])  # training loses the same 3
+    with pytest.raises(UserError, match=r"--resume: .*seed-0 was made with other data: the texts of far have changed"):
+        finetune(arm_settings(**quick, seeds="0,1"))
+    write_csv(tmp_path / "task" / "train.csv", sentences(50, 8))
+    with pytest.raises(UserError, match=r"--output: .*: the texts of training, far have .*use another --output$"):
+        finetune(arm_settings(**quick, seeds="1"))
+    path = tmp_path / "out" / "seed-0" / "run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "data"}))
+    (added,) = finetune(arm_settings(**quick, seeds="1"))  # a record without digests is of an older version
+    assert added["data"] != record["data"]
+
+
+def test_a_begun_seed_goes_on_with_the_same_texts(arm_settings, tmp_path, monkeypatch):
+    task = write_task(tmp_path / "task")
+    interrupted(arm_settings(task=str(task)), 5, monkeypatch)
+    write_csv(tmp_path / "task" / "train.csv", sentences(50, 8))
+    with pytest.raises(UserError, match=r"--resume: .*seed-0 was made with other data: the texts of training"):
+        finetune(arm_settings(task=str(task), resume=True))
+    (record,) = finetune(arm_settings(task=str(task), overwrite=True))
+    assert record["train_examples"] == 50
+
+
 def test_settings_without_effect_are_named(arm_settings):
     said = []
     finetune(arm_settings(max_steps=2, epochs=2.0, lora_r=4, copies=8), say=said.append)
