@@ -183,7 +183,9 @@ def read_run(folder: Path, reading: str = AS_TRAINED, name: str | None = None) -
     seeds = {int(p.name[5:]): p for p in folder.iterdir() if re.fullmatch(r"seed-\d+", p.name) and p.is_dir()}
     done = {seed: read_record(path / "run.json") for seed, path in sorted(seeds.items()) if is_done(path)}
     if not done:
-        raise UserError(f"compare: {folder} has no finished run (no seed-*/run.json)")
+        inside = sorted({path.parents[1].name for path in folder.glob("*/seed-*/run.json")})
+        hint = f"; it holds run folders, give those: {', '.join(inside)}" if inside else ""
+        raise UserError(f"compare: {folder} has no finished run (no seed-*/run.json){hint}")
     for seed, record in done.items():
         if reading not in record.readings:
             known = ", ".join(record.readings)
@@ -240,25 +242,34 @@ class SweepRecord(BaseModel):
 
 
 def read_sweep_record(output: Path) -> SweepRecord:
-    """The sweep.json of a sweep's folder.
+    """The sweep.json of a sweep's folder, without the arms that have finished no seed so far.
 
     Raises:
         UserError: unreadable, or a field is missing or of the wrong kind.
     """
     path = output / "sweep.json"
     try:
-        return SweepRecord.model_validate(read_json(path, "compare"))
+        record = SweepRecord.model_validate(read_json(path, "compare"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
             f"compare: {path} is no record of a sweep: {where}: {first['msg']}; run `emoe sweep` again"
         ) from None
+    chosen = {arm: run for arm, run in record.chosen.items() if any(map(is_done, (output / run).glob("seed-*")))}
+    groups = {group: [arm for arm in arms if arm in chosen] for group, arms in record.groups.items()}
+    return record.model_copy(
+        update={"chosen": chosen, "groups": {group: arms for group, arms in groups.items() if arms}}
+    )
 
 
 def _chosen(output: Path) -> dict[str, str]:
     """Arm → run folder of a sweep's only group."""
     facts = read_sweep_record(output)
+    if not facts.chosen:
+        raise UserError(
+            f"compare: the sweep {output} has no finished run of an arm whose settings are chosen; go on with it"
+        )
     if len(facts.groups) > 1:
         groups = "; ".join(facts.groups)
         raise UserError(

@@ -98,12 +98,16 @@ def sweep(
                 _check_finished(output, Cell(candidate, seed))
     output.mkdir(parents=True, exist_ok=True)
     result, start = SweepResult(), time.perf_counter()
+    for row in rows:
+        _choose(row, output, first_seeds, result, complete=True)
+    _write(config, rows, result, output)  # a sweep that is killed can be compared as far as it got
     total = _cells_in_all(rows, seeds, first_seeds)
     runner = _Runner(train or _finetune(), output, result, progress, report, total)
     open_rows = [row for row in rows if len(row.candidates) > 1]
     runner.run([Cell(c, seed) for seed in first_seeds for row in open_rows for c in row.candidates])
     for row in rows:
         _choose(row, output, first_seeds, result)
+    _write(config, rows, result, output)
     by_folder = {candidate.folder: candidate for row in rows for candidate in row.candidates}
     chosen = [by_folder[folder] for folder in result.chosen.values()]
     runner.run([Cell(candidate, seed) for seed in seeds for candidate in chosen])
@@ -271,13 +275,13 @@ def _selection(row: Variant, output: Path, seeds: list[int]) -> dict[str, float]
     return {name: fmean(map(validation_score, paths)) for name, paths in complete.items()}
 
 
-def _choose(row: Variant, output: Path, seeds: list[int], result: SweepResult) -> None:
-    """The only candidate, or the best on validation (the first of equals)."""
+def _choose(row: Variant, output: Path, seeds: list[int], result: SweepResult, complete: bool = False) -> None:
+    """The only candidate, or the best on validation (the first of equals); if complete, not before all have run."""
     if len(row.candidates) == 1:
         result.chosen[row.name] = row.candidates[0].folder
         return
     scores = _selection(row, output, seeds)
-    if scores:
+    if scores and (len(scores) == len(row.candidates) or not complete):
         result.selection[row.name] = scores
         result.chosen[row.name] = max(scores, key=scores.__getitem__)
 
@@ -289,14 +293,11 @@ def _likely(row: Variant, output: Path, seeds: list[int]) -> Candidate:
 
 
 def _write(config: SweepConfig, rows: list[Variant], result: SweepResult, output: Path) -> None:
-    finished = {
-        name: folder for name, folder in result.chosen.items() if any(map(is_done, (output / folder).glob("seed-*")))
-    }
     facts = {
         "emoe": emoe.__version__,
         "config": config.model_dump(),
-        "chosen": finished,
-        "groups": _groups(rows, finished),
+        "chosen": result.chosen,
+        "groups": _groups(rows, result.chosen),
         "selection": result.selection,
         "failed": result.failed,
         "seconds": result.seconds,
@@ -304,10 +305,10 @@ def _write(config: SweepConfig, rows: list[Variant], result: SweepResult, output
     write_text(output / "sweep.json", json.dumps(facts, indent=1) + "\n")
 
 
-def _groups(rows: list[Variant], finished: dict[str, str]) -> dict[str, list[str]]:
+def _groups(rows: list[Variant], chosen: dict[str, str]) -> dict[str, list[str]]:
     """Variants that are to be compared with one another: those at the same values of what all arms are crossed with."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        if row.name in finished:
+        if row.name in chosen:
             groups.setdefault(", ".join(f"{k} {v}" for k, v in row.shared_point.items()), []).append(row.name)
     return groups

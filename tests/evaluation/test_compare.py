@@ -259,6 +259,7 @@ def test_too_few_seeds_are_named(tmp_path, seeds):
         (["{vanilla}", "{nowhere}"], "nowhere is not a folder"),
         (["{vanilla}", "{vanilla}"], "was given twice"),
         (["{vanilla}", "{empty}"], "empty has no finished run (no seed-*/run.json)"),
+        (["{vanilla}/.."], "it holds run folders, give those: better, equal, vanilla"),
         (["{vanilla}", "{better}", "--format", "pdf"], "--format: unknown 'pdf'"),
         (["{vanilla}", "{better}", "--output", "{empty}/x.pdf"], "--format: 'x.pdf' tells no format"),
         (["{vanilla}", "{better}", "--output", "{empty}/no/x.md"], "--output: "),

@@ -14,6 +14,7 @@ from support.trainer import FakeTrainer
 
 from emoe.cli.main import main
 from emoe.errors import UserError
+from emoe.evaluation.runs import read_runs
 from emoe.evaluation.sweep import estimate, settings_of, sweep
 from emoe.evaluation.sweep_config import SweepConfig, read_sweep, seed_list, variants
 from emoe.finetuning import arms as known_arms
@@ -71,6 +72,35 @@ class SlowTrainer(FakeTrainer):
             if not (Path(config.output) / f"seed-{seed}" / "run.json").exists():
                 time.sleep(0.05)
                 super().__call__(config, progress, say)
+
+
+class Killed(FakeTrainer):
+    """The process ends in its nth cell."""
+
+    def __init__(self, cell: int) -> None:
+        super().__init__()
+        self.last = cell
+
+    def __call__(self, config, progress, say) -> None:
+        if len(self.asked) == self.last:
+            raise KeyboardInterrupt
+        super().__call__(config, progress, say)
+
+
+@pytest.mark.parametrize(("settings", "cells", "arms"), [(PLAIN, 3, 2), (PLAIN, 1, 1), (SELECT, 9, 2)])
+def test_a_killed_sweep_is_compared_as_far_as_it_got(settings, cells, arms, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path, Killed(cells))
+    assert [found.name for found in read_runs([str(tmp_path)])] == ["vanilla", "emoe"][:arms]
+
+
+def test_a_sweep_killed_before_it_chose_says_so(tmp_path):
+    """Of two finished candidates of four, the better one is no choice yet."""
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(SELECT, tmp_path, Killed(2))
+        with pytest.raises(UserError, match="has no finished run of an arm whose settings are chosen"):
+            read_runs([str(tmp_path)])
 
 
 def test_what_cells_say_is_said_once(tmp_path):
