@@ -83,7 +83,7 @@ def _common_seeds(runs: list[Run]) -> list[int]:
 
 
 def _seed_notes(run: Run, seeds: list[int]) -> list[str]:
-    notes = []
+    notes = [*run.notes]
     if run.unfinished:
         notes.append(f"{run.name}: seeds not finished and left out: {', '.join(map(str, run.unfinished))}")
     alone = sorted(set(run.records) - set(seeds))

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError, nearest
+from emoe.finetuning.arms import ARMS
 
 AS_TRAINED = "as-trained"
 OOD, ID_TEST, VALIDATION = "ood", "id-test", "id-validation"
@@ -104,6 +105,8 @@ class Run:
     reading: str
     records: dict[int, Record]
     unfinished: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the comparison must know of this run."""
 
     @property
     def first(self) -> Record:
@@ -186,6 +189,12 @@ def read_run(folder: Path, reading: str = AS_TRAINED, name: str | None = None) -
         inside = sorted({path.parents[1].name for path in folder.glob("*/seed-*/run.json")})
         hint = f"; it holds run folders, give those: {', '.join(inside)}" if inside else ""
         raise UserError(f"compare: {folder} has no finished run (no seed-*/run.json){hint}")
+    asked, notes = reading, []
+    if all(asked not in record.readings and _trained_so(record.method, asked) for record in done.values()):
+        reading = AS_TRAINED
+        notes.append(
+            f"{name or folder.name} has no reading '{asked}': it was trained that way, so it is read as trained"
+        )
     for seed, record in done.items():
         if reading not in record.readings:
             known = ", ".join(record.readings)
@@ -193,7 +202,12 @@ def read_run(folder: Path, reading: str = AS_TRAINED, name: str | None = None) -
                 f"--reading: {folder}/seed-{seed} has no reading '{reading}'{nearest(reading, record.readings)}. "
                 f"It has: {known}"
             )
-    return Run(name or folder.name, folder, reading, done, tuple(sorted(set(seeds) - set(done))))
+    return Run(name or folder.name, folder, reading, done, tuple(sorted(set(seeds) - set(done))), tuple(notes))
+
+
+def _trained_so(method: str, reading: str) -> bool:
+    """Whether a method's own way of training is this reading."""
+    return method in ARMS and ARMS[method].reading == reading
 
 
 def is_done(seed_folder: Path) -> bool:

@@ -93,6 +93,16 @@ def test_readings(runs):
         read_runs([str(runs / "better")], "dens")
 
 
+def test_a_run_trained_in_the_way_asked_for_stands_for_that_reading(runs, tmp_path):
+    """vanilla as trained is dense; emoe as trained has its experts."""
+    write_run(tmp_path / "emoe", 1, readings=("as-trained", "dense"), seeds=range(8))
+    found = compare(read_runs([str(runs / "vanilla"), str(tmp_path / "emoe")], "dense"), resamples=RESAMPLES)
+    assert [row.reading for row in found.rows] == ["as-trained", "dense"]
+    assert "vanilla has no reading 'dense': it was trained that way, so it is read as trained" in found.notes
+    found = compare(read_runs([str(runs / "vanilla"), str(tmp_path / "emoe")], "emoe"), resamples=RESAMPLES)
+    assert [row.reading for row in found.rows] == ["emoe", "as-trained"]
+
+
 def test_one_sweep_stands_for_what_it_chose(runs):
     chosen = {"plain": "vanilla", "ours": "better"}
     (runs / "sweep.json").write_text(json.dumps({"chosen": chosen, "groups": {"": list(chosen)}}))
@@ -240,7 +250,35 @@ def test_one_seed_is_compared_honestly(tmp_path):
     assert found.smallest_p == 1.0
     assert found.rows[1].scores["movies"].std is None
     assert not found.rows[1].differences["movies"].significant
-    assert "nothing in this table can be significant" in " ".join(statements(found))
+    said = " ".join(statements(found))
+    assert "nothing in this table can be significant" in said
+    assert "Intervals (95%) and p examples are for new examples alone: one seed tells nothing of other seeds" in said
+    assert "new seeds and new examples together" not in said
+
+
+def test_one_domain_needs_no_holm(found, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, domains={"movies": "id-test"})
+    assert "Holm" not in " ".join(statements(of(tmp_path / "arm0", tmp_path / "arm1")))
+    assert "Holm adjusts p over the 3 domains" in " ".join(statements(found))
+
+
+def test_the_same_answers_have_no_interval(tmp_path):
+    """Models that say one class to everything; so do many before they have learned anything."""
+    for arm in range(2):
+        folder = write_run(tmp_path / f"arm{arm}", arm)
+        for seed in range(5):
+            labels, _ = truth("tweets", 200)
+            path = folder / f"seed-{seed}" / "predictions" / "as-trained" / "tweets.jsonl"
+            write_predictions(path, labels, np.full(200, arm))
+    found = of(tmp_path / "arm0", tmp_path / "arm1")
+    text = as_markdown(found)
+    assert "| arm1 | tweets | +0.00 | – |" in text
+    assert "No interval (–): no draw of examples changes the difference" in text
+
+
+def test_friedman_says_what_it_is_about(found):
+    assert "not whether new seeds would" in next(line for line in statements(found) if "Friedman" in line)
 
 
 @pytest.mark.parametrize("seeds", [5, 6])
@@ -263,7 +301,7 @@ def test_too_few_seeds_are_named(tmp_path, seeds):
         (["{vanilla}", "{better}", "--format", "pdf"], "--format: unknown 'pdf'"),
         (["{vanilla}", "{better}", "--output", "{empty}/x.pdf"], "--format: 'x.pdf' tells no format"),
         (["{vanilla}", "{better}", "--output", "{empty}/no/x.md"], "--output: "),
-        (["{vanilla}", "{better}", "--resamples", "3"], "Invalid value for '--resamples'"),
+        (["{vanilla}", "{better}", "--resamples", "3"], "--resamples: must be at least 100, got 3"),
         (["{vanilla}", "{damaged}"], "amazon.jsonl is damaged"),
         (["{vanilla}", "{gone}"], "tweets.jsonl is missing"),
         (["{vanilla}", "{twice}"], "names example 'x1' twice"),
