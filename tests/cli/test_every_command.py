@@ -207,3 +207,21 @@ def test_lines_show_time_left(monkeypatch, capsys):
         now[0] += 30
         show("clustering", 3, 9)
     assert "3/9 layers, clustering, 30 s, about 60 s left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "hint"),
+    [
+        (["finetune", "--task", "sst2"], "emoe.finetuning.tune.finetune", "; --resume goes on with unfinished work"),
+        (["sweep", "x.yaml"], "emoe.evaluation.sweep_config.read_sweep", "; the same command goes on"),
+        (["compare", "a", "b"], "emoe.evaluation.runs.read_runs", "interrupted\n"),
+        (["eval", "--model", "a"], "emoe.finetuning.evaluate.evaluate", "interrupted\n"),
+    ],
+)
+def test_an_interruption_names_the_way_on(arguments, place, hint, monkeypatch, capsys):
+    def stop(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    assert main(arguments) == 130
+    assert hint in capsys.readouterr().err
