@@ -14,6 +14,7 @@ import numpy as np
 
 from emoe.errors import UserError
 from emoe.evaluation.runs import VALIDATION, Record, Run
+from emoe.finetuning.settings import located
 
 NOT_CONFOUNDS = {"output", "seed", "seeds", "resume", "overwrite", "method", "discard_model", "tensorboard"}
 """Settings that do not make runs differ, or that name the arm."""
@@ -166,7 +167,7 @@ def _require_one_arm(run: Run, seeds: list[int]) -> None:
 def _require_unchanged_texts(baseline: Run, run: Run, seeds: list[int]) -> None:
     """Raise `UserError` where the same settings led to other training texts. Other settings are a note's matter."""
     first, other = baseline.records[seeds[0]], run.records[seeds[0]]
-    if any(first.settings.get(key) != other.settings.get(key) for key in TEXTS):
+    if any(located(first.settings).get(key) != located(other.settings).get(key) for key in TEXTS):
         return
     if len({record.data.train for r in (baseline, run) for s in seeds if (record := r.records[s]).data}) > 1:
         raise UserError(
@@ -194,7 +195,8 @@ def _facts_over(run: Run, seeds: list[int]) -> dict[str, str]:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    facts = {key: value for key, value in record.settings.items() if key not in NOT_CONFOUNDS}
-    facts |= {"model": record.model, "method": record.method, "tuning": record.tuning}
+    named = {"model": record.model} | record.settings
+    facts = {key: value for key, value in located(named).items() if key not in NOT_CONFOUNDS}
+    facts |= {"method": record.method, "tuning": record.tuning}
     facts |= {"training texts": record.train_examples}
     return facts | {key: getattr(record, key) for key in ENVIRONMENT}

@@ -29,7 +29,7 @@ from emoe.finetuning import arms
 from emoe.finetuning.digests import BEGUN, digests_of, require_same_data
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
-from emoe.finetuning.settings import FinetuneConfig
+from emoe.finetuning.settings import FinetuneConfig, located
 from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of
 from emoe.finetuning.trainer import Watch, make_tuner
@@ -139,8 +139,8 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
     if not done.is_file() and not begun.is_file():
         return
     facts = json.loads((done if done.is_file() else begun).read_text(encoding="utf-8"))
-    settings = FinetuneConfig().fingerprint() | (facts["settings"] if done.is_file() else facts)
-    for key, value in config.fingerprint().items():
+    settings = FinetuneConfig().fingerprint() | located(facts["settings"] if done.is_file() else facts)
+    for key, value in located(config.fingerprint()).items():
         if settings[key] != value:
             raise UserError(
                 f"{flag}: {folder} was made with {key}={settings[key]!r}, this call has {value!r}; "
@@ -154,7 +154,7 @@ def _prepare(config: FinetuneConfig, folder: Path, digests: dict[str, Any]) -> N
     for left in folder.rglob(".*.tmp"):  # of `write_text` in a process that was killed; we hold the folder
         left.unlink()
     (folder / ".training").mkdir(parents=True, exist_ok=True)
-    write_text(folder / ".training" / "settings.json", json.dumps(config.fingerprint()))
+    write_text(folder / ".training" / "settings.json", json.dumps(located(config.fingerprint())))
     write_text(folder / ".training" / BEGUN, json.dumps(digests))
 
 
@@ -243,7 +243,7 @@ class Run:
             "method": self.config.method,
             "tuning": self.config.tuning,
             "seed": self.seed,
-            "settings": self.config.model_dump(exclude={"output", "resume", "overwrite"}),
+            "settings": located(self.config.model_dump(exclude={"output", "resume", "overwrite"})),
             "steps": state.global_step,
             "selected_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
             "validation_score": state.best_metric,
