@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from emoe import tasks
-from emoe.cli.progress import progress_bar, silence_libraries
+from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
 from emoe.config import merge_settings, read_config_file
 from emoe.errors import UserError
 from emoe.finetuning import arms
@@ -49,7 +49,7 @@ def main() -> int:
         configs.append(merge_settings(FinetuneConfig, flags, under=recipe))
         check_tuning(configs[-1], arms.get(method), tasks.get(configs[-1].task))
     for config in configs:
-        with progress_bar(quiet=False, unit="steps") as show:
+        with progress_bar(False, "steps", FINETUNING) as show:
             records = finetune(config, show, say=lambda line: print(line, file=sys.stderr))
         for name, facts in records[0]["readings"]["as-trained"].items():
             scores = [100 * record["readings"]["as-trained"][name]["score"] for record in records]

@@ -19,12 +19,12 @@ def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         quiet, json_output = True, False
 
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
 
     silence_libraries()
     from emoe.finetuning.tune import finetune as run
 
-    with progress_bar(quiet, unit="steps") as show:
+    with progress_bar(quiet, "steps", FINETUNING) as show:
         records = run(settings, show, None if quiet else lambda line: print(line, file=sys.stderr))
     if json_output:
         print(json.dumps(records, indent=2))
