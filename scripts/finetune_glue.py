@@ -12,10 +12,14 @@ import statistics
 import sys
 from pathlib import Path
 
+from emoe import tasks
+from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
 from emoe.config import merge_settings, read_config_file
 from emoe.errors import UserError
+from emoe.finetuning import arms
 from emoe.finetuning.settings import FinetuneConfig
 from emoe.finetuning.tune import finetune
+from emoe.finetuning.tuning import check_tuning
 
 RECIPES = Path(__file__).parents[1] / "configs" / "finetune"
 
@@ -34,16 +38,23 @@ def main() -> int:
     parser.add_argument("--experts", type=int)
     parser.add_argument("--output", required=True)
     given = vars(parser.parse_args())
+    silence_libraries()
     methods, output = given.pop("methods").split(","), Path(given.pop("output"))
     recipe = read_config_file(RECIPES / f"glue_{given['tuning']}.yaml", kind=FinetuneConfig)
-    for method in methods:
+    if given["max_steps"]:
+        recipe.pop("epochs", None)  # steps stand in their place
+    configs = []
+    for method in methods:  # a wrong one is found before the first is trained
         flags = given | {"method": method, "output": str(output / method), "resume": True}
-        config = merge_settings(FinetuneConfig, flags, under=recipe)
-        records = finetune(config, say=lambda line: print(line, file=sys.stderr))
+        configs.append(merge_settings(FinetuneConfig, flags, under=recipe))
+        check_tuning(configs[-1], arms.get(method), tasks.get(configs[-1].task))
+    for config in configs:
+        with progress_bar(False, "steps", FINETUNING) as show:
+            records = finetune(config, show, say=lambda line: print(line, file=sys.stderr))
         for name, facts in records[0]["readings"]["as-trained"].items():
             scores = [100 * record["readings"]["as-trained"][name]["score"] for record in records]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            print(f"{method:<10} {name:<20} {facts['metric']:<18} {statistics.mean(scores):6.2f} ± {spread:.2f}")
+            spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–"
+            print(f"{config.method:<10} {name:<20} {facts['metric']:<18} {statistics.mean(scores):6.2f} ± {spread}")
     return 0
 
 

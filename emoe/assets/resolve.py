@@ -22,6 +22,10 @@ from emoe.runtime import cache_home, sha256_file
 
 Progress = Callable[[str], None]
 
+_LOCAL = ("/", ".", "~")
+"""How names start that are no hub's."""
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -96,9 +100,9 @@ def resolve_model(
         inside = next(iter(sorted(path.glob("*.gguf"))), None)
         hint = f"; pass {inside}" if inside else "; a model folder holds config.json and *.safetensors"
         raise UserError(f"--model: the folder {name} has no config.json{hint}")
-    if name.startswith(("/", ".", "~")) or path.suffix.lower() == ".gguf" or name.count("/") > 1:
+    if name.startswith(_LOCAL) or path.suffix.lower() == ".gguf" or name.count("/") > 1:
         raise UserError(f"--model: {name} does not exist")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(_HUB_ID, name):
         known = next(
             (entry for entry in ALIASES.values() if entry.hub_id and entry.hub_id.lower() == name.lower()), None
         )
@@ -107,6 +111,15 @@ def resolve_model(
         f"--model: unknown model '{name}'{nearest(name.lower(), ALIASES)}; "
         "a local folder, a .gguf file or a hub id org/name works too (`emoe models` lists the aliases)"
     )
+
+
+def check_name(name: str) -> None:
+    """Raise as `resolve_model` does for what names no model; nothing is fetched or converted."""
+    path = Path(name).expanduser()
+    is_gguf = path.suffix.lower() == ".gguf"
+    on_hub = re.fullmatch(_HUB_ID, name) and not (path.exists() or is_gguf or name.startswith(_LOCAL))
+    if not (on_hub or name.lower() in ALIASES or (is_gguf and path.is_file())):
+        resolve_model(name)  # a folder is found, all else complained of
 
 
 def _from_hub(

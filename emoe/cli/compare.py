@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from emoe.cli.options import Json, Quiet
+from emoe.cli.options import Json, Quiet, Resamples
 from emoe.errors import UserError, nearest
 
 FORMATS = ("md", "csv", "json", "html", "latex")
@@ -31,9 +31,7 @@ def compare(
         str | None, typer.Option("--format", help="md, csv, json, html or latex. [default: the suffix of --output]")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="File to write; replaced if it exists.")] = None,
-    resamples: Annotated[
-        int, typer.Option("--resamples", min=100, help="Draws of the bootstrap and the tests.")
-    ] = 2000,
+    resamples: Resamples = 2000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of these draws.")] = 0,
     per_seed: Annotated[bool, typer.Option("--per-seed", help="Show every seed on the terminal, too.")] = False,
     json_output: Json = False,

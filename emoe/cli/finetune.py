@@ -16,12 +16,12 @@ def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     """Fine-tune on a labelled task, dense or as a mixture of experts, and score in and out of domain."""
     settings = merge_settings(FinetuneConfig, flags, config)
 
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
 
     silence_libraries()
     from emoe.finetuning.tune import finetune as run
 
-    with progress_bar(quiet, unit="steps") as show:
+    with progress_bar(quiet, "steps", FINETUNING) as show:
         records = run(settings, show, None if quiet else lambda line: print(line, file=sys.stderr))
     if json_output:
         print(json.dumps(records, indent=2))

@@ -36,6 +36,9 @@ try:  # typer 0.29 carries its own copy of click; earlier ones use the installed
 except ImportError:
     from click import exceptions as click
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     name="emoe",
     help="Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts.",
@@ -83,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
+        if status == INTERRUPTED:  # typer 0.29 makes a status of the exception
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0  # a command that failed in part exits with 1
     except Finished as done:
         print(f"emoe: {done}", file=sys.stderr)
@@ -95,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         message = error.format_message()
     except (KeyboardInterrupt, typer.Abort):
-        print("emoe: interrupted; --resume goes on with unfinished work", file=sys.stderr)
-        return 130
+        print(f"emoe: interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         return 141
     except OSError as error:  # a full disk, a folder that may not be read
@@ -104,6 +109,15 @@ def main(arguments: list[str] | None = None) -> int:
     if speaks():
         print("emoe: " + " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _how_to_go_on(arguments: list[str] | None) -> str:
+    """What a command can do with work that was interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app).commands.get(next(iter(given), ""))
+    if command is not None and any("--resume" in option.opts for option in command.params):
+        return "; --resume goes on with unfinished work"
+    return "; the same command goes on with unfinished work" if command and command.name == "sweep" else ""
 
 
 if __name__ == "__main__":

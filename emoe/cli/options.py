@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from emoe.config import ConvertConfig, Settings, flag_of
+from emoe.errors import UserError
 
 _FIRST = ("model", "experts", "output", "preset", "top_k", "layers", "split", "gate", "calibration")
 
@@ -75,5 +76,16 @@ def with_settings(
 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags win over it.")]
+
+
+def _enough(resamples: int) -> int:
+    if resamples < 100:
+        raise UserError(f"--resamples: must be at least 100, got {resamples}")
+    return resamples
+
+
+Resamples = Annotated[
+    int, typer.Option("--resamples", callback=_enough, help="Draws of the comparison's bootstrap and tests.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 import warnings
@@ -11,21 +12,35 @@ from collections.abc import Callable, Iterator
 LINE_SECONDS = 10.0
 """Least seconds between two lines where there is no terminal."""
 
+FINETUNING = {"cutting": "layers", "scoring": "sets"}
+"""Stages of `emoe finetune` that count no steps, and what they count."""
+
 
 @contextlib.contextmanager
-def progress_bar(quiet: bool, unit: str = "layers") -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``show(stage, done, total)``."""
+def progress_bar(
+    quiet: bool, unit: str = "layers", others: dict[str, str] | None = None
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields ``show(stage, done, total)``.
+
+    Args:
+        unit: what is counted.
+        others: first word of a stage → what is counted there instead.
+    """
+
+    def unit_of(stage: str) -> str:
+        return (others or {}).get(re.split(r"\W", stage)[0], unit)
+
     if quiet:
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
-        with _terminal(unit) as show:
+        with _terminal(unit_of) as show:
             yield show
     else:
-        yield _lines(unit)
+        yield _lines(unit_of)
 
 
 @contextlib.contextmanager
-def _terminal(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+def _terminal(unit_of: Callable[[str], str]) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -40,27 +55,33 @@ def _terminal(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description:<14}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     # A layer of a large model takes a minute: rich's own 30 s would see no two of them, and no time left.
     with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=1800) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+        task = bar.add_task("starting", total=None, unit=unit_of("starting"))
+        yield lambda stage, done, total: bar.update(
+            task, description=stage, completed=done, total=total, unit=unit_of(stage)
+        )
 
 
-def _lines(unit: str) -> Callable[[str, int, int], None]:
-    last = [0.0, time.monotonic()]
+def _lines(unit_of: Callable[[str], str]) -> Callable[[str, int, int], None]:
+    start = time.monotonic()
+    printed, counted, since, before, seen = 0.0, "", start, 0, start
 
     def show(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - last[0] >= LINE_SECONDS or stage == "done":
-            last[0] = now
-            spent = now - last[1]
-            left = f", about {spent * (total - done) / done:.0f} s left" if 0 < done < total else ""
-            print(f"  {done}/{total} {unit}, {stage}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
+        nonlocal printed, counted, since, before, seen
+        now, unit = time.monotonic(), unit_of(stage)
+        if (counted and unit != counted) or done < before:  # another count has begun, with a time left of its own
+            since = seen if done else now
+        counted, before, seen = unit, done, now
+        if now - printed >= LINE_SECONDS or stage == "done":
+            printed = now
+            left = f", about {(now - since) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+            print(f"  {done}/{total} {unit}, {stage}, {now - start:.0f} s{left}", file=sys.stderr, flush=True)
 
     return show
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from emoe.cli.options import Json, Quiet
+from emoe.cli.options import Json, Quiet, Resamples
 
 
 def sweep(
@@ -21,7 +21,7 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and the time they need; run none.")
     ] = False,
-    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Draws for the comparison at the end.")] = 2000,
+    resamples: Resamples = 2000,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -14,10 +14,14 @@ import numpy as np
 
 from emoe.errors import UserError
 from emoe.evaluation.runs import VALIDATION, Record, Run
+from emoe.finetuning.settings import located
 
 NOT_CONFOUNDS = {"output", "seed", "seeds", "resume", "overwrite", "method", "discard_model", "tensorboard"}
 """Settings that do not make runs differ, or that name the arm."""
 
+
+TEXTS = ("task", "data_dir", "domains", "train_limit")
+"""Settings that choose the training texts; where they are the same, the texts must be."""
 
 ENVIRONMENT = ("processes", "hardware", "torch", "transformers", "emoe")
 """Fields of a record that may differ between seeds of one run."""
@@ -51,7 +55,8 @@ def pair(runs: list[Run], progress: Callable[[str, int, int], None]) -> Paired:
     """Read the predictions of all runs on what they have in common.
 
     Raises:
-        UserError: different tasks, metrics or labels; no seed, test domain or example in common.
+        UserError: different tasks, metrics, labels, or training texts that changed beneath the same settings; no seed,
+            test domain or example in common.
     """
     tasks = {run.first.task for run in runs}
     if len(tasks) > 1:
@@ -59,6 +64,8 @@ def pair(runs: list[Run], progress: Callable[[str, int, int], None]) -> Paired:
     paired = Paired(runs, _common_seeds(runs))
     for run in runs:
         _require_one_arm(run, paired.seeds)
+    for run in runs[1:]:
+        _require_unchanged_texts(runs[0], run, paired.seeds)
     said = dict.fromkeys(note for run in runs for seed in paired.seeds for note in run.records[seed].notes)
     paired.notes += said
     paired.notes += [note for run in runs for note in _seed_notes(run, paired.seeds)]
@@ -79,7 +86,7 @@ def _common_seeds(runs: list[Run]) -> list[int]:
 
 
 def _seed_notes(run: Run, seeds: list[int]) -> list[str]:
-    notes = []
+    notes = [*run.notes]
     if run.unfinished:
         notes.append(f"{run.name}: seeds not finished and left out: {', '.join(map(str, run.unfinished))}")
     alone = sorted(set(run.records) - set(seeds))
@@ -99,7 +106,22 @@ def _common_domains(paired: Paired) -> list[str]:
             paired.notes.append(f"domain {name} left out: not scored for {', '.join(lacking)}")
     if not common:
         raise UserError("compare: the runs were scored on no test domain in common; run them with the same --domains")
-    return common
+    same = [name for name in common if _is_same_set(paired, name)]
+    paired.notes += [
+        f"domain {name} left out: its texts changed between the runs" for name in common if name not in same
+    ]
+    if not same:
+        raise UserError("compare: the test texts changed between the runs; run them again on the same data")
+    return same
+
+
+def _is_same_set(paired: Paired, name: str) -> bool:
+    """Whether all runs were scored on the same texts, as far as digests tell: limits leave different ones."""
+    digests: dict[Any, set[str]] = {}
+    for record in (run.records[seed] for run in paired.runs for seed in paired.seeds):
+        if record.data and name in record.data.sets:
+            digests.setdefault(record.settings.get("test_limit"), set()).add(record.data.sets[name])
+    return all(len(of_limit) == 1 for of_limit in digests.values())
 
 
 def _read_domain(paired: Paired, name: str) -> DomainTable:
@@ -132,6 +154,8 @@ def _intersect(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _require_one_arm(run: Run, seeds: list[int]) -> None:
     """Raise `UserError` where seeds of one folder were made with different settings."""
     first = _facts(run.records[seeds[0]])
+    if len({record.data.train for record in map(run.records.get, seeds) if record.data}) > 1:
+        raise UserError(f"compare: {run.folder} mixes runs: its seeds were trained on different texts; run them again")
     for seed in seeds[1:]:
         other = _facts(run.records[seed])
         for key in sorted((first.keys() & other.keys()) - set(ENVIRONMENT)):  # older records lack younger settings
@@ -140,6 +164,18 @@ def _require_one_arm(run: Run, seeds: list[int]) -> None:
                     f"compare: {run.folder} mixes runs: seed {seed} has {key} {other[key]}, seed {seeds[0]} has "
                     f"{first[key]}; give each its own folder"
                 )
+
+
+def _require_unchanged_texts(baseline: Run, run: Run, seeds: list[int]) -> None:
+    """Raise `UserError` where the same settings led to other training texts. Other settings are a note's matter."""
+    first, other = baseline.records[seeds[0]], run.records[seeds[0]]
+    if any(located(first.settings).get(key) != located(other.settings).get(key) for key in TEXTS):
+        return
+    if len({record.data.train for r in (baseline, run) for s in seeds if (record := r.records[s]).data}) > 1:
+        raise UserError(
+            f"compare: {run.name} was trained on other texts than {baseline.name}, though with the same settings: the "
+            "data changed in between; run one of them again"
+        )
 
 
 def _differences(baseline: Run, run: Run, seeds: list[int]) -> list[str]:
@@ -161,7 +197,8 @@ def _facts_over(run: Run, seeds: list[int]) -> dict[str, str]:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    facts = {key: value for key, value in record.settings.items() if key not in NOT_CONFOUNDS}
-    facts |= {"model": record.model, "method": record.method, "tuning": record.tuning}
+    named = {"model": record.model} | record.settings
+    facts = {key: value for key, value in located(named).items() if key not in NOT_CONFOUNDS}
+    facts |= {"method": record.method, "tuning": record.tuning}
     facts |= {"training texts": record.train_examples}
     return facts | {key: getattr(record, key) for key in ENVIRONMENT}

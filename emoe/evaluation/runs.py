@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError, nearest
+from emoe.finetuning.arms import ARMS
 
 AS_TRAINED = "as-trained"
 OOD, ID_TEST, VALIDATION = "ood", "id-test", "id-validation"
@@ -39,6 +40,13 @@ class Score(BaseModel):
     examples: int
     score: float
     metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class DataDigests(BaseModel):
+    """What tells texts apart that have the same names: sha256 over ids, texts and labels."""
+
+    train: str
+    sets: dict[str, str]
 
 
 class Record(BaseModel):
@@ -60,6 +68,8 @@ class Record(BaseModel):
     peak_memory_bytes: int
     trainable_parameters: int
     train_examples: int
+    data: DataDigests | None = None
+    """None in records of versions that took no digests: the texts are unknown."""
     duplicates_removed: dict[str, int] = Field(default_factory=dict)
     """Training texts left out because they stand in a test set, by domain."""
     notes: list[str] = Field(default_factory=list)
@@ -97,6 +107,8 @@ class Run:
     reading: str
     records: dict[int, Record]
     unfinished: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the comparison must know of this run."""
 
     @property
     def first(self) -> Record:
@@ -179,7 +191,15 @@ def read_run(folder: Path, reading: str = AS_TRAINED, name: str | None = None) -
     seeds = {int(p.name[5:]): p for p in folder.iterdir() if re.fullmatch(r"seed-\d+", p.name) and p.is_dir()}
     done = {seed: read_record(path / "run.json") for seed, path in sorted(seeds.items()) if is_done(path)}
     if not done:
-        raise UserError(f"compare: {folder} has no finished run (no seed-*/run.json)")
+        inside = sorted({path.parents[1].name for path in folder.glob("*/seed-*/run.json")})
+        hint = f"; it holds run folders, give those: {', '.join(inside)}" if inside else ""
+        raise UserError(f"compare: {folder} has no finished run (no seed-*/run.json){hint}")
+    asked, notes = reading, []
+    if all(asked not in record.readings and _trained_so(record.method, asked) for record in done.values()):
+        reading = AS_TRAINED
+        notes.append(
+            f"{name or folder.name} has no reading '{asked}': it was trained that way, so it is read as trained"
+        )
     for seed, record in done.items():
         if reading not in record.readings:
             known = ", ".join(record.readings)
@@ -187,7 +207,12 @@ def read_run(folder: Path, reading: str = AS_TRAINED, name: str | None = None) -
                 f"--reading: {folder}/seed-{seed} has no reading '{reading}'{nearest(reading, record.readings)}. "
                 f"It has: {known}"
             )
-    return Run(name or folder.name, folder, reading, done, tuple(sorted(set(seeds) - set(done))))
+    return Run(name or folder.name, folder, reading, done, tuple(sorted(set(seeds) - set(done))), tuple(notes))
+
+
+def _trained_so(method: str, reading: str) -> bool:
+    """Whether a method's own way of training is this reading."""
+    return method in ARMS and ARMS[method].reading == reading
 
 
 def is_done(seed_folder: Path) -> bool:
@@ -236,25 +261,34 @@ class SweepRecord(BaseModel):
 
 
 def read_sweep_record(output: Path) -> SweepRecord:
-    """The sweep.json of a sweep's folder.
+    """The sweep.json of a sweep's folder, without the arms that have finished no seed so far.
 
     Raises:
         UserError: unreadable, or a field is missing or of the wrong kind.
     """
     path = output / "sweep.json"
     try:
-        return SweepRecord.model_validate(read_json(path, "compare"))
+        record = SweepRecord.model_validate(read_json(path, "compare"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
             f"compare: {path} is no record of a sweep: {where}: {first['msg']}; run `emoe sweep` again"
         ) from None
+    chosen = {arm: run for arm, run in record.chosen.items() if any(map(is_done, (output / run).glob("seed-*")))}
+    groups = {group: [arm for arm in arms if arm in chosen] for group, arms in record.groups.items()}
+    return record.model_copy(
+        update={"chosen": chosen, "groups": {group: arms for group, arms in groups.items() if arms}}
+    )
 
 
 def _chosen(output: Path) -> dict[str, str]:
     """Arm → run folder of a sweep's only group."""
     facts = read_sweep_record(output)
+    if not facts.chosen:
+        raise UserError(
+            f"compare: the sweep {output} has no finished run of an arm whose settings are chosen; go on with it"
+        )
     if len(facts.groups) > 1:
         groups = "; ".join(facts.groups)
         raise UserError(

@@ -18,10 +18,10 @@ from statistics import fmean
 from typing import Any
 
 import emoe
-from emoe.config import merge_settings
 from emoe.errors import Busy, UserError
 from emoe.evaluation.runs import AS_TRAINED, VALIDATION, is_done, read_record
-from emoe.evaluation.sweep_config import Candidate, SweepConfig, Variant, require_crossed, seed_list, variants
+from emoe.evaluation.sweep_config import Candidate, SweepConfig, Variant
+from emoe.evaluation.sweep_plan import Cell, plan, settings_of, without_flags
 from emoe.runtime import write_text
 
 PAUSE = 20.0
@@ -31,19 +31,6 @@ Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 Train = Callable[[Any, Progress, Say], Any]
 """Runs the one seed that a `FinetuneConfig` names and writes its folder."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One seed of one candidate."""
-
-    candidate: Candidate
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Folder and seed."""
-        return f"{self.candidate.folder}, seed {self.seed}"
 
 
 @dataclass
@@ -90,20 +77,23 @@ def sweep(
         UserError: the sweep itself is wrong, or a finished cell has other settings. A cell's own error does not
             come out; it is in the result.
     """
-    rows, seeds, first_seeds = _plan(config)
+    rows, seeds, first_seeds = plan(config)
     for row in rows:
         for candidate in row.candidates:
             for seed in seeds:
-                settings_of(Cell(candidate, seed), output)
                 _check_finished(output, Cell(candidate, seed))
     output.mkdir(parents=True, exist_ok=True)
     result, start = SweepResult(), time.perf_counter()
+    for row in rows:
+        _choose(row, output, first_seeds, result, complete=True)
+    _write(config, rows, result, output)  # a sweep that is killed can be compared as far as it got
     total = _cells_in_all(rows, seeds, first_seeds)
     runner = _Runner(train or _finetune(), output, result, progress, report, total)
     open_rows = [row for row in rows if len(row.candidates) > 1]
     runner.run([Cell(c, seed) for seed in first_seeds for row in open_rows for c in row.candidates])
     for row in rows:
         _choose(row, output, first_seeds, result)
+    _write(config, rows, result, output)
     by_folder = {candidate.folder: candidate for row in rows for candidate in row.candidates}
     chosen = [by_folder[folder] for folder in result.chosen.values()]
     runner.run([Cell(candidate, seed) for seed in seeds for candidate in chosen])
@@ -115,14 +105,13 @@ def sweep(
 
 def estimate(config: SweepConfig, output: Path) -> Estimate:
     """What `sweep` would run, and how long that takes by the cells that have finished."""
-    rows, seeds, first_seeds = _plan(config)
+    rows, seeds, first_seeds = plan(config)
     wanted: list[Cell] = []
     for row in rows:
         wanted += [Cell(c, seed) for c in row.candidates for seed in (first_seeds if len(row.candidates) > 1 else [])]
         likely = _likely(row, output, first_seeds)
         wanted += [Cell(likely, seed) for seed in seeds if Cell(likely, seed) not in wanted]
     for cell in wanted:
-        settings_of(cell, output)
         _check_finished(output, cell)
     done = [cell for cell in wanted if is_done(_folder(output, cell))]
     left = [cell for cell in wanted if cell not in done]
@@ -141,41 +130,10 @@ def estimate(config: SweepConfig, output: Path) -> Estimate:
     return Estimate([c.name for c in done], [c.name for c in left], whole, basis)
 
 
-def settings_of(cell: Cell, output: Path) -> Any:
-    """The `FinetuneConfig` of a cell.
-
-    Raises:
-        UserError: a value of the wrong kind.
-    """
-    from emoe.finetuning.settings import FinetuneConfig
-
-    own = {"output": str(output / cell.candidate.folder), "seeds": str(cell.seed), "resume": True}
-    return merge_settings(FinetuneConfig, {**cell.candidate.settings, **own})
-
-
 def _finetune() -> Train:
     from emoe.finetuning.tune import finetune
 
     return finetune
-
-
-def _plan(config: SweepConfig) -> tuple[list[Variant], list[int], list[int]]:
-    """Rows, seeds, and seeds to choose by. What every cell would stumble over is found now."""
-    from emoe import tasks
-    from emoe.finetuning import arms
-    from emoe.finetuning.settings import FinetuneConfig
-
-    seeds = seed_list(config.seeds, "seeds")
-    first_seeds = seeds if config.select_seeds is None else seed_list(config.select_seeds, "select_seeds")
-    if not set(first_seeds) <= set(seeds):
-        raise UserError(f"sweep: select_seeds {config.select_seeds} must be among seeds {config.seeds}")
-    rows = variants(config)
-    for settings in (candidate.settings for row in rows for candidate in row.candidates):
-        arms.get(settings.get("method", FinetuneConfig.model_fields["method"].default))
-        tasks.get(settings.get("task", ""))
-    for analysis in config.analysis:
-        require_crossed(rows, analysis.x, analysis.lines)
-    return rows, seeds, first_seeds
 
 
 def _cells_in_all(rows: list[Variant], seeds: list[int], first_seeds: list[int]) -> int:
@@ -192,8 +150,10 @@ def _check_finished(output: Path, cell: Cell) -> None:
     folder = _folder(output, cell)
     if not is_done(folder):
         return
-    recorded = read_record(folder / "run.json").settings
-    wanted = settings_of(cell, output).fingerprint()
+    from emoe.finetuning.settings import located
+
+    recorded = located(read_record(folder / "run.json").settings)
+    wanted = located(settings_of(cell, output).fingerprint())
     differing = [key for key in wanted if key in recorded and recorded[key] != wanted[key]]
     if differing:
         was = ", ".join(f"{key} {recorded[key]} (now {wanted[key]})" for key in differing)
@@ -241,7 +201,7 @@ class _Runner:
             return False
         except Exception as error:  # of whatever kind: the other cells are worth having
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self.result.failed[cell.name] = kind + " ".join(str(error).split())
+            self.result.failed[cell.name] = kind + without_flags(" ".join(str(error).split()))
             log = self.output / "failed" / f"{cell.candidate.folder}-seed-{cell.seed}.txt"
             log.parent.mkdir(exist_ok=True)
             write_text(log, traceback.format_exc())
@@ -271,13 +231,13 @@ def _selection(row: Variant, output: Path, seeds: list[int]) -> dict[str, float]
     return {name: fmean(map(validation_score, paths)) for name, paths in complete.items()}
 
 
-def _choose(row: Variant, output: Path, seeds: list[int], result: SweepResult) -> None:
-    """The only candidate, or the best on validation (the first of equals)."""
+def _choose(row: Variant, output: Path, seeds: list[int], result: SweepResult, complete: bool = False) -> None:
+    """The only candidate, or the best on validation (the first of equals); if complete, not before all have run."""
     if len(row.candidates) == 1:
         result.chosen[row.name] = row.candidates[0].folder
         return
     scores = _selection(row, output, seeds)
-    if scores:
+    if scores and (len(scores) == len(row.candidates) or not complete):
         result.selection[row.name] = scores
         result.chosen[row.name] = max(scores, key=scores.__getitem__)
 
@@ -289,14 +249,11 @@ def _likely(row: Variant, output: Path, seeds: list[int]) -> Candidate:
 
 
 def _write(config: SweepConfig, rows: list[Variant], result: SweepResult, output: Path) -> None:
-    finished = {
-        name: folder for name, folder in result.chosen.items() if any(map(is_done, (output / folder).glob("seed-*")))
-    }
     facts = {
         "emoe": emoe.__version__,
         "config": config.model_dump(),
-        "chosen": finished,
-        "groups": _groups(rows, finished),
+        "chosen": result.chosen,
+        "groups": _groups(rows, result.chosen),
         "selection": result.selection,
         "failed": result.failed,
         "seconds": result.seconds,
@@ -304,10 +261,10 @@ def _write(config: SweepConfig, rows: list[Variant], result: SweepResult, output
     write_text(output / "sweep.json", json.dumps(facts, indent=1) + "\n")
 
 
-def _groups(rows: list[Variant], finished: dict[str, str]) -> dict[str, list[str]]:
+def _groups(rows: list[Variant], chosen: dict[str, str]) -> dict[str, list[str]]:
     """Variants that are to be compared with one another: those at the same values of what all arms are crossed with."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        if row.name in finished:
+        if row.name in chosen:
             groups.setdefault(", ".join(f"{k} {v}" for k, v in row.shared_point.items()), []).append(row.name)
     return groups

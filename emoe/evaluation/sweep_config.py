@@ -100,6 +100,11 @@ def read_sweep(path: Path) -> SweepConfig:
         values["seeds"] = str(values["seeds"])
     if values.get("select_seeds") is not None:
         values["select_seeds"] = str(values["select_seeds"])
+    for key in ("base", "arms", "cross", "select"):  # YAML reads a name with nothing behind it as null
+        if key in values:
+            values[key] = {} if values[key] is None else values[key]
+    if isinstance(values.get("arms"), dict):
+        values["arms"] = {arm: {} if own is None else own for arm, own in values["arms"].items()}
     try:
         config = SweepConfig(**values)
     except ValidationError as error:
@@ -149,7 +154,10 @@ def require_crossed(rows: list[Variant], *keys: str | None) -> None:
     crossed = [ARM, *dict.fromkeys(key for row in rows for key in row.point)]
     for key in filter(None, keys):
         if key not in crossed:
-            raise UserError(f"analysis: the sweep does not cross '{key}'{nearest(key, crossed)}: {', '.join(crossed)}")
+            raise UserError(
+                f"analysis: the sweep does not cross '{key}'{nearest(key, crossed)}; it crosses only: "
+                f"{', '.join(crossed)}; add 'cross: {{{key}: […]}}'"
+            )
 
 
 def _variant(config: SweepConfig, arm: str, own: dict, shared: dict, point: dict) -> Variant:

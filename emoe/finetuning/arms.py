@@ -33,6 +33,11 @@ class Arm:
         """Whether gradients reach the gate."""
         return self.gate == "cosine"
 
+    @property
+    def reading(self) -> str:
+        """The reading that is the same as the one it is trained in."""
+        return "emoe" if self.sparse else "dense"
+
 
 ARMS: dict[str, Arm] = {
     arm.name: arm

@@ -21,7 +21,7 @@ from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, load_tokenizer
 from emoe.finetuning.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
-from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig, names_of
+from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig, located, names_of
 from emoe.finetuning.texts import texts_of, usable_length
 from emoe.finetuning.trainer import scorer
 from emoe.finetuning.tune import RECORD
@@ -66,7 +66,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
             _read_as(config, loaded)
             report["lm_eval"] = _benchmarks(config, loaded)
         else:
-            task = tasks.get(config.task or (record["settings"]["task"] if record else ""))
+            task = tasks.get(config.task) if config.task or record is None else _own_task(record)
             data = _data(config, task, record, say)
             report["seen_in_training"] = _seen(config, data, record, say)
             loaded = _load(config, folder, record, task, Path(work), progress)
@@ -121,7 +121,17 @@ def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: An
 
 def _is_own(config: EvalConfig, record: dict[str, Any]) -> bool:
     """Whether the task to score is the one that the run trained on."""
-    return config.task in ("", record["settings"]["task"])
+    same = located({"task": config.task})["task"] == located(record["settings"])["task"]
+    return not config.task or same
+
+
+def _own_task(record: dict[str, Any]) -> Task:
+    """The task that a run trained on; raises `UserError` where its file has gone."""
+    try:
+        return tasks.get(record["settings"]["task"])
+    except UserError as error:
+        reason = str(error).removeprefix("--task: ")
+        raise UserError(f"--task: the run's own task is not to be had ({reason}); --task names another") from None
 
 
 def _as_trained_on(
@@ -147,7 +157,7 @@ def _seen(config: EvalConfig, data: TaskData, record: dict[str, Any] | None, say
     train, kind = data.train, data.task.kind
     if not _is_own(config, record):
         try:
-            own = tasks.get(record["settings"]["task"])
+            own = _own_task(record)
             train, kind = _as_trained_on(config, record, own, [], say).train, own.kind
         except UserError as reason:
             say(f"texts that the run trained on are not counted, its training set is not to be had: {reason}")
@@ -222,7 +232,7 @@ def _with_adapter(
     from peft import load_peft_weights, set_peft_model_state_dict
 
     settings, arm = _settings(record), arms.get(record["method"])
-    own = tasks.get(settings.task)
+    own = _own_task(record)
     if task is not None:
         _check_labels(task, list(own.labels or ("score",)))
     elif own.kind != "instructions":

@@ -42,8 +42,7 @@ def budget_of(reading: str, arm: Arm, num_experts: int, top_k: int) -> int:
     """Experts a token of a reading; raises `UserError` where the arm has none of that name."""
     own = dict(budgets(arm, num_experts, top_k))
     if reading not in own:
-        same = (reading == EMOE and arm.sparse) or (reading == DENSE and not arm.sparse)
-        if not same:
+        if reading != arm.reading:
             raise UserError(f"--read-as: a model of method '{arm.name}' cannot be read as '{reading}'")
         return own[AS_TRAINED]
     return own[reading]

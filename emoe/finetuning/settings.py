@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from emoe.config import Settings, loss_factors, setting
 from emoe.errors import UserError
@@ -129,6 +130,21 @@ class FinetuneConfig(Settings):
         """The settings that a run's result depends on."""
         leave = {"output", "seeds", "resume", "overwrite", "discard_model", "tensorboard"}
         return self.model_dump(exclude=leave)
+
+
+def located(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run with absolute paths for what are paths here, so that they mean the same in every folder."""
+    found = dict(settings)
+    for key in {"model", "task", "data_dir"} & settings.keys():
+        path = Path(settings[key] or "").expanduser()
+        is_path = {
+            "model": (path / "config.json").is_file() or path.is_file(),
+            "task": path.suffix in (".yaml", ".yml", ".json", ".jsonl"),
+            "data_dir": True,
+        }
+        if settings[key] and is_path[key]:
+            found[key] = str(path.resolve())
+    return found
 
 
 class EvalConfig(Settings):

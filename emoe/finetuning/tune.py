@@ -26,9 +26,10 @@ from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetuning import arms
+from emoe.finetuning.digests import BEGUN, digests_of, require_same_data
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
-from emoe.finetuning.settings import FinetuneConfig, names_of
+from emoe.finetuning.settings import FinetuneConfig, located, names_of
 from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of, usable_length
 from emoe.finetuning.trainer import Watch, make_tuner
@@ -72,6 +73,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
             say(note)
+        digests = digests_of(data)
+        group.first_then_all(lambda: _check_data(config, seeds, digests))
         work = [output / f".base-{seed}" for seed in todo]  # several calls may share an output, each with its own seeds
         with contextlib.ExitStack() as held:
             group.first_then_all(lambda: [held.enter_context(scratch_directory(w, ".base-*")) for w in work])
@@ -83,8 +86,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
                     say(note)
                     data.notes.append(note)
             for seed in todo:
-                run = Run(config, arm, data, base, seed, group, progress)
-                group.first_then_all(lambda run=run: _prepare(config, run.folder))  # an old run goes only now
+                run = Run(config, arm, data, digests, base, seed, group, progress)
+                group.first_then_all(lambda run=run: _prepare(config, run.folder, digests))  # an old run goes only now
                 run.finish()
     else:  # a kill may have left what a finished run has no use for
         group.first_then_all(lambda: remove_unheld(output.glob(".base-*")))
@@ -137,14 +140,23 @@ def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
                 _same_settings(config, folder, "--resume")
 
 
+def _check_data(config: FinetuneConfig, seeds: list[int], digests: dict[str, Any]) -> None:
+    """A folder holds seeds of the same texts; those that --overwrite replaces do not count."""
+    for folder in sorted(Path(config.output).glob("seed-*")):
+        ours = folder.name in {f"seed-{seed}" for seed in seeds}
+        if not (ours and config.overwrite):
+            flag = "--resume" if ours else "--output"
+            require_same_data(digests, folder / RECORD, folder / ".training", flag)
+
+
 def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
     """A folder holds seeds of one arm with the same settings."""
     done, begun = folder / RECORD, folder / ".training" / "settings.json"
     if not done.is_file() and not begun.is_file():
         return
     facts = json.loads((done if done.is_file() else begun).read_text(encoding="utf-8"))
-    settings = FinetuneConfig().fingerprint() | (facts["settings"] if done.is_file() else facts)
-    for key, value in config.fingerprint().items():
+    settings = FinetuneConfig().fingerprint() | located(facts["settings"] if done.is_file() else facts)
+    for key, value in located(config.fingerprint()).items():
         if settings[key] != value:
             raise UserError(
                 f"{flag}: {folder} was made with {key}={settings[key]!r}, this call has {value!r}; "
@@ -152,13 +164,14 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
             )
 
 
-def _prepare(config: FinetuneConfig, folder: Path) -> None:
+def _prepare(config: FinetuneConfig, folder: Path, digests: dict[str, Any]) -> None:
     if config.overwrite or not (folder / ".training").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
     for left in folder.rglob(".*.tmp"):  # of `write_text` in a process that was killed; we hold the folder
         left.unlink()
     (folder / ".training").mkdir(parents=True, exist_ok=True)
-    write_text(folder / ".training" / "settings.json", json.dumps(config.fingerprint()))
+    write_text(folder / ".training" / "settings.json", json.dumps(located(config.fingerprint())))
+    write_text(folder / ".training" / BEGUN, json.dumps(digests))
 
 
 class Run:
@@ -169,6 +182,7 @@ class Run:
         config: FinetuneConfig,
         arm: arms.Arm,
         data: TaskData,
+        digests: dict[str, Any],
         base: Path,
         seed: int,
         group: Group,
@@ -182,6 +196,7 @@ class Run:
             group,
             progress,
         )
+        self.digests = digests
         self.folder = Path(config.output) / f"seed-{seed}"
         self.tokenizer = load_tokenizer(base)
         self.base = base
@@ -245,7 +260,7 @@ class Run:
             "method": self.config.method,
             "tuning": self.config.tuning,
             "seed": self.seed,
-            "settings": self.config.model_dump(exclude={"output", "resume", "overwrite"}),
+            "settings": located(self.config.model_dump(exclude={"output", "resume", "overwrite"})),
             "steps": state.global_step,
             "selected_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
             "validation_score": state.best_metric,
@@ -254,6 +269,7 @@ class Run:
             "peak_memory_bytes": watch.peak_bytes,
             "trainable_parameters": trainable(self.model),
             "train_examples": len(self.data.train),
+            "data": self.digests,
             "duplicates_removed": self.data.duplicates_removed,
             "notes": self.data.notes,
             "gate": facts.emoe_gate,

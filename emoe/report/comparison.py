@@ -40,16 +40,32 @@ def statements(found: Comparison) -> list[str]:
     seeds = ", ".join(map(str, found.seeds))
     lines = [
         f"Task {found.task}; {_seeds(len(found.seeds))} in pairs ({seeds}); baseline {found.baseline}; in points.",
-        "Intervals (95%) and p are for new seeds and new examples together, from "
-        f"{found.resamples} resamples; Holm adjusts p over the {len(found.domains)} domains, not over runs.",
+        _question(found),
         _power(found),
     ]
+    if any(interval(d) == "–" for row in found.rows for d in row.differences.values()):
+        lines.append(
+            "No interval (–): no draw of examples changes the difference, as where two runs give the same answers, or "
+            "each the same answer to everything."
+        )
     if found.friedman_p is not None:
         ood = sum(domain.role == "ood" for domain in found.domains)
         lines.append(
-            f"Friedman's test over {ood} OOD domains that all runs rank alike: p = {p_value(found.friedman_p)}."
+            f"Friedman's test over {ood} OOD domains that all runs rank alike: {equation(found.friedman_p)}. The same "
+            "trained models are scored on all of them, so it tells whether runs rank alike over these domains, not "
+            "whether new seeds would."
         )
     return lines + [f"Note: {note}." for note in found.notes]
+
+
+def _question(found: Comparison) -> str:
+    """What intervals and p are about."""
+    if len(found.seeds) == 1:
+        said = "Intervals (95%) and p examples are for new examples alone: one seed tells nothing of other seeds"
+    else:
+        said = "Intervals (95%) and p are for new seeds and new examples together"
+    holm = f"; Holm adjusts p over the {len(found.domains)} domains, not over runs" if len(found.domains) > 1 else ""
+    return f"{said}, from {found.resamples} resamples{holm}."
 
 
 def _power(found: Comparison) -> str:
@@ -101,7 +117,9 @@ def mean_std(scores: Scores) -> str:
 
 
 def interval(difference: Difference) -> str:
-    """``[−0.20, +0.83]``."""
+    """``[−0.20, +0.83]``, or – where nothing varies."""
+    if difference.high - difference.low < 1e-9:
+        return "–"
     return f"[{signed(difference.low)}, {signed(difference.high)}]"
 
 

@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
     """A sweep over data and experts, and its folder."""
     folder = tmp_path_factory.mktemp("sweep")
     config = SweepConfig(
-        base={"model": "m", "task": "sentiment"},
+        base={"model": "bert-base", "task": "sentiment"},
         arms={"vanilla": {"method": "vanilla"}, "emoe": {"method": "emoe", "cross": {"experts": [16, 64]}}},
         cross={"train_limit": [100, 200]},
         seeds="0:6",
@@ -130,7 +130,7 @@ def test_analyses_are_written(finished):
 
 def test_readings_stand_in_one_table(tmp_path):
     arms = {name: {"method": name} for name in ("vanilla", "emoe")}
-    base = {"model": "m", "task": "sentiment"}
+    base = {"model": "bert-base", "task": "sentiment"}
     config = SweepConfig(base=base, arms=arms, analysis=[{"kind": "readings"}])
     sweep(config, tmp_path, QUIET, lambda line: None, FakeTrainer(readings=("as-trained", "dense")))
     (written,) = write_analyses(config, tmp_path, 200, QUIET)

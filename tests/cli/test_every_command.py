@@ -69,7 +69,7 @@ def runs(folder, arm: str):
 
 
 def sweep_file(path):
-    path.write_text("base: {model: m, task: sentiment}\narms: {vanilla: {method: vanilla}}\nseeds: 0:2\n")
+    path.write_text("base: {model: bert-base, task: sentiment}\narms: {vanilla: {method: vanilla}}\nseeds: 0:2\n")
     return path
 
 
@@ -218,3 +218,45 @@ def test_lines_show_time_left(monkeypatch, capsys):
         now[0] += 30
         show("clustering", 3, 9)
     assert "3/9 layers, clustering, 30 s, about 60 s left" in capsys.readouterr().err
+
+
+def test_each_stage_counts_its_own(monkeypatch, capsys):
+    """Sets are no steps, and take their own time; so does the next seed."""
+    from emoe.cli import progress
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress_bar(False, "steps", progress.FINETUNING) as show:
+        for stage, done, total in (
+            *(("cutting: split", 1, 2), ("seed 0", 3, 6), ("seed 0", 6, 6)),
+            *(("scoring far, dense", 0, 4), ("scoring own, dense", 1, 4), ("seed 1", 2, 6), ("seed 1", 3, 6)),
+        ):
+            now[0] += 20
+            show(stage, done, total)
+    assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [
+        "1/2 layers, cutting: split, 20 s, about 20 s left",
+        "3/6 steps, seed 0, 40 s, about 20 s left",
+        "6/6 steps, seed 0, 60 s",
+        "0/4 sets, scoring far, dense, 80 s",
+        "1/4 sets, scoring own, dense, 100 s, about 60 s left",
+        "2/6 steps, seed 1, 120 s, about 40 s left",
+        "3/6 steps, seed 1, 140 s, about 40 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "hint"),
+    [
+        (["finetune", "--task", "sst2"], "emoe.finetuning.tune.finetune", "; --resume goes on with unfinished work"),
+        (["sweep", "x.yaml"], "emoe.evaluation.sweep_config.read_sweep", "; the same command goes on"),
+        (["compare", "a", "b"], "emoe.evaluation.runs.read_runs", "interrupted\n"),
+        (["eval", "--model", "a"], "emoe.finetuning.evaluate.evaluate", "interrupted\n"),
+    ],
+)
+def test_an_interruption_names_the_way_on(arguments, place, hint, monkeypatch, capsys):
+    def stop(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    assert main(arguments) == 130
+    assert hint in capsys.readouterr().err

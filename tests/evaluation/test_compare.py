@@ -94,6 +94,16 @@ def test_readings(runs):
         read_runs([str(runs / "better")], "dens")
 
 
+def test_a_run_trained_in_the_way_asked_for_stands_for_that_reading(runs, tmp_path):
+    """vanilla as trained is dense; emoe as trained has its experts."""
+    write_run(tmp_path / "emoe", 1, readings=("as-trained", "dense"), seeds=range(8))
+    found = compare(read_runs([str(runs / "vanilla"), str(tmp_path / "emoe")], "dense"), resamples=RESAMPLES)
+    assert [row.reading for row in found.rows] == ["as-trained", "dense"]
+    assert "vanilla has no reading 'dense': it was trained that way, so it is read as trained" in found.notes
+    found = compare(read_runs([str(runs / "vanilla"), str(tmp_path / "emoe")], "emoe"), resamples=RESAMPLES)
+    assert [row.reading for row in found.rows] == ["emoe", "as-trained"]
+
+
 def test_one_sweep_stands_for_what_it_chose(runs):
     chosen = {"plain": "vanilla", "ours": "better"}
     (runs / "sweep.json").write_text(json.dumps({"chosen": chosen, "groups": {"": list(chosen)}}))
@@ -203,6 +213,46 @@ def test_processes_are_a_confound_and_what_was_left_out_is_said(runs, tmp_path):
     assert notes == ["domain moon is left out: no such file", "wide differs from vanilla in processes 2 (vanilla: 1)"]
 
 
+def digests(train="t", **sets):
+    return {"train": train, "sets": dict.fromkeys(DOMAINS, "s") | sets}
+
+
+def test_other_test_texts_are_left_out_and_training_texts_refused(tmp_path):
+    """Ids may be row numbers: they match whatever the rows hold."""
+    write_run(tmp_path / "old", 0)
+    write_run(tmp_path / "first", 1, data=digests())
+    write_run(tmp_path / "edited", 2, data=digests(amazon="other"))
+    found = of(tmp_path / "first", tmp_path / "edited")
+    assert found.columns == ["movies", "tweets"]
+    assert "domain amazon left out: its texts changed between the runs" in found.notes
+    assert of(tmp_path / "old", tmp_path / "first").columns == [*DOMAINS, OOD_MEAN]  # unknown is let through
+    write_run(tmp_path / "none", 2, data=digests(**dict.fromkeys(DOMAINS, "other")))
+    with pytest.raises(UserError, match="the test texts changed between the runs"):
+        of(tmp_path / "first", tmp_path / "none")
+    write_run(tmp_path / "taught", 2, data=digests("other"))
+    with pytest.raises(UserError, match="taught was trained on other texts than first, though with the same settings"):
+        of(tmp_path / "first", tmp_path / "taught")
+
+
+def test_limits_explain_other_texts(tmp_path):
+    """What limits and settings choose is a note, as before."""
+    write_run(tmp_path / "whole", 0, data=digests())
+    less = {"learning_rate": 1e-4, "test_limit": 50, "train_limit": 500}
+    write_run(tmp_path / "less", 1, data=digests("fewer", amazon="fewer"), settings=less, train_examples=500)
+    found = of(tmp_path / "whole", tmp_path / "less")
+    assert found.columns == [*DOMAINS, OOD_MEAN]
+    assert any("train_limit 500 (whole: None)" in note for note in found.notes)
+
+
+def test_seeds_of_other_texts_are_not_one_run(tmp_path):
+    write_run(tmp_path / "plain", 0)
+    write_run(tmp_path / "mixed", 1, seeds=[0])  # of a version without digests
+    write_run(tmp_path / "mixed", 1, seeds=[1, 2], data=digests())
+    write_run(tmp_path / "mixed", 1, seeds=[3, 4], data=digests("other"))
+    with pytest.raises(UserError, match="mixes runs: its seeds were trained on different texts"):
+        of(tmp_path / "plain", tmp_path / "mixed")
+
+
 @pytest.mark.parametrize("other", [{"method": "dropout"}, {"settings": {"learning_rate": 0.1}}, {"train_examples": 7}])
 def test_a_folder_of_several_arms_is_none(other, runs, tmp_path):
     write_run(tmp_path / "mixed", 3, seeds=range(4))
@@ -221,7 +271,35 @@ def test_one_seed_is_compared_honestly(tmp_path):
     assert found.smallest_p == 1.0
     assert found.rows[1].scores["movies"].std is None
     assert not found.rows[1].differences["movies"].significant
-    assert "nothing in this table can be significant" in " ".join(statements(found))
+    said = " ".join(statements(found))
+    assert "nothing in this table can be significant" in said
+    assert "Intervals (95%) and p examples are for new examples alone: one seed tells nothing of other seeds" in said
+    assert "new seeds and new examples together" not in said
+
+
+def test_one_domain_needs_no_holm(found, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, domains={"movies": "id-test"})
+    assert "Holm" not in " ".join(statements(of(tmp_path / "arm0", tmp_path / "arm1")))
+    assert "Holm adjusts p over the 3 domains" in " ".join(statements(found))
+
+
+def test_the_same_answers_have_no_interval(tmp_path):
+    """Models that say one class to everything; so do many before they have learned anything."""
+    for arm in range(2):
+        folder = write_run(tmp_path / f"arm{arm}", arm)
+        for seed in range(5):
+            labels, _ = truth("tweets", 200)
+            path = folder / f"seed-{seed}" / "predictions" / "as-trained" / "tweets.jsonl"
+            write_predictions(path, labels, np.full(200, arm))
+    found = of(tmp_path / "arm0", tmp_path / "arm1")
+    text = as_markdown(found)
+    assert "| arm1 | tweets | +0.00 | – |" in text
+    assert "No interval (–): no draw of examples changes the difference" in text
+
+
+def test_friedman_says_what_it_is_about(found):
+    assert "not whether new seeds would" in next(line for line in statements(found) if "Friedman" in line)
 
 
 @pytest.mark.parametrize(
@@ -257,10 +335,11 @@ def test_too_few_seeds_are_named(tmp_path, seeds):
         (["{vanilla}", "{nowhere}"], "nowhere is not a folder"),
         (["{vanilla}", "{vanilla}"], "was given twice"),
         (["{vanilla}", "{empty}"], "empty has no finished run (no seed-*/run.json)"),
+        (["{vanilla}/.."], "it holds run folders, give those: better, equal, vanilla"),
         (["{vanilla}", "{better}", "--format", "pdf"], "--format: unknown 'pdf'"),
         (["{vanilla}", "{better}", "--output", "{empty}/x.pdf"], "--format: 'x.pdf' tells no format"),
         (["{vanilla}", "{better}", "--output", "{empty}/no/x.md"], "--output: "),
-        (["{vanilla}", "{better}", "--resamples", "3"], "Invalid value for '--resamples'"),
+        (["{vanilla}", "{better}", "--resamples", "3"], "--resamples: must be at least 100, got 3"),
         (["{vanilla}", "{damaged}"], "amazon.jsonl is damaged"),
         (["{vanilla}", "{gone}"], "tweets.jsonl is missing"),
         (["{vanilla}", "{twice}"], "names example 'x1' twice"),

@@ -14,15 +14,18 @@ from support.trainer import FakeTrainer
 
 from emoe.cli.main import main
 from emoe.errors import UserError
-from emoe.evaluation.sweep import estimate, settings_of, sweep
+from emoe.evaluation.runs import read_runs
+from emoe.evaluation.sweep import estimate, sweep
 from emoe.evaluation.sweep_config import SweepConfig, read_sweep, seed_list, variants
+from emoe.evaluation.sweep_plan import Cell, settings_of
 from emoe.finetuning import arms as known_arms
 from emoe.report.sweep import write_summary
 from emoe.runtime import sole_writer
 
 QUIET = lambda stage, done, total: None  # noqa: E731
+BASE = {"model": "bert-base", "task": "sentiment"}
 PLAIN = {
-    "base": {"model": "m", "task": "sentiment"},
+    "base": BASE,
     "arms": {"vanilla": {"method": "vanilla"}, "emoe": {"method": "emoe"}},
     "seeds": "0:3",
 }
@@ -73,6 +76,35 @@ class SlowTrainer(FakeTrainer):
                 super().__call__(config, progress, say)
 
 
+class Killed(FakeTrainer):
+    """The process ends in its nth cell."""
+
+    def __init__(self, cell: int) -> None:
+        super().__init__()
+        self.last = cell
+
+    def __call__(self, config, progress, say) -> None:
+        if len(self.asked) == self.last:
+            raise KeyboardInterrupt
+        super().__call__(config, progress, say)
+
+
+@pytest.mark.parametrize(("settings", "cells", "arms"), [(PLAIN, 3, 2), (PLAIN, 1, 1), (SELECT, 9, 2)])
+def test_a_killed_sweep_is_compared_as_far_as_it_got(settings, cells, arms, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path, Killed(cells))
+    assert [found.name for found in read_runs([str(tmp_path)])] == ["vanilla", "emoe"][:arms]
+
+
+def test_a_sweep_killed_before_it_chose_says_so(tmp_path):
+    """Of two finished candidates of four, the better one is no choice yet."""
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(SELECT, tmp_path, Killed(2))
+        with pytest.raises(UserError, match="has no finished run of an arm whose settings are chosen"):
+            read_runs([str(tmp_path)])
+
+
 def test_what_cells_say_is_said_once(tmp_path):
     class Talks(FakeTrainer):
         def __call__(self, config, progress, say):
@@ -87,9 +119,19 @@ def test_what_cells_say_is_said_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"arms": {"a": {"method": "vanila"}}}, "--method: unknown method 'vanila'"),
-        ({"base": {"model": "m", "task": "sentimnt"}}, "--task: unknown task 'sentimnt'"),
-        ({"analysis": [{"kind": "gains", "x": "experts"}]}, "the sweep does not cross 'experts'"),
+        ({"arms": {"a": {"method": "vanila"}}}, "sweep: arm 'a': method: unknown method 'vanila'"),
+        ({"arms": {"a": {"lora_r": "x"}}}, "sweep: arm 'a': lora_r: must be a whole number"),
+        ({"arms": {"vanilla": {}}}, "arm 'vanilla': it names no method and would be 'emoe'; write 'vanilla: {method"),
+        ({"base": {"model": "bert-base", "task": "sentimnt"}}, "arm 'vanilla': task: unknown task 'sentimnt'"),
+        ({"base": BASE | {"domains": "amazon, foo"}}, "arm 'vanilla': domains: task 'sentiment' has no domain 'foo'"),
+        ({"base": {"task": "sentiment"}}, "arm 'vanilla': model: missing"),
+        ({"base": BASE | {"model": "nosuchmodel"}}, "arm 'vanilla': model: unknown model 'nosuchmodel'"),
+        ({"base": BASE | {"model": "./nowhere"}}, "arm 'vanilla': model: ./nowhere does not exist"),
+        ({"base": BASE | {"model": "configs"}}, "arm 'vanilla': model: the folder configs has no config.json"),
+        (
+            {"analysis": [{"kind": "gains", "x": "experts"}]},
+            "the sweep does not cross 'experts'; it crosses only: arm; add 'cross: {experts: […]}'",
+        ),
         ({"arms": {"a": {"method": "vanilla", "cross": [1]}}}, "'cross' of arm 'a' must name settings"),
     ],
 )
@@ -100,6 +142,19 @@ def test_what_every_cell_would_stumble_over_is_found_first(changes, complaint, t
     with pytest.raises(UserError, match=re.escape(complaint)):
         run(wrong, tmp_path, trainer)
     assert not trainer.asked
+
+
+@pytest.mark.parametrize("model", ["bert-base", "some/model-that-the-hub-may-have", "{folder}"])
+def test_models_are_named_without_a_download(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    base = BASE | {"model": model.format(folder=tmp_path)}
+    assert estimate(SweepConfig(**{**PLAIN, "base": base}), tmp_path / "out").left
+
+
+def test_an_arm_without_settings_has_the_base_alone(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("base: {model: bert-base, task: sentiment}\narms:\n  emoe:\nselect:\nseeds: 0:2\n")
+    assert variants(read_sweep(path))[0].candidates[0].settings == BASE
 
 
 def test_validation_alone_chooses(tmp_path):
@@ -201,7 +256,7 @@ def test_estimate(tmp_path):
         ({"base": {"output": "x"}}, "'output' is not for arms; the sweep sets it"),
         ({"select": {"learning_rate": []}}, "'learning_rate' must be a list of values"),
         ({"cross": {"experts": 4}}, "cross.experts: Input should be a valid list"),
-        ({"base": {"task": "sentiment", "learning_rate": "fast"}}, "--learning-rate: "),
+        ({"base": {"task": "sentiment", "learning_rate": "fast"}}, "arm 'emoe': learning_rate: must be a number"),
         ({"seeds": "a"}, "sweep: seeds: 'a' is no list"),
         ({"select_seeds": "7", "select": {"learning_rate": [1e-5]}}, "select_seeds 7 must be among seeds 0:3"),
         ({"arms": {"a b": {}, "a:b": {}}}, "would both be called 'a-b'"),
@@ -299,8 +354,6 @@ def test_sweeps_are_there():
 
 
 def test_a_cell_has_settings_of_its_own(tmp_path):
-    from emoe.evaluation.sweep import Cell
-
     row = variants(SweepConfig(**SELECT))[1]
     config = settings_of(Cell(row.candidates[1], 2), tmp_path)
     assert (config.method, config.learning_rate, config.seeds, config.resume) == ("emoe", 5e-5, "2", True)

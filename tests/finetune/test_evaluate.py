@@ -52,6 +52,20 @@ def test_a_saved_model_scores_as_it_did(method, tuning, arm_settings, tmp_path):
     assert own["score"] == pytest.approx(max(validated))
 
 
+def test_a_run_s_own_task_may_go(arm_settings, task_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(task_file.parent, tmp_path / "data")
+    monkeypatch.chdir(folder)
+    finetune(arm_settings(task=task_file.name, max_steps=2))
+    run = EvalConfig(model=str(tmp_path / "out" / "seed-0"), domains="far")
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(run)
+    monkeypatch.chdir(folder)
+    assert evaluate(run.model_copy(update={"task": task_file.name}))["sets"] == found["sets"]
+    (folder / task_file.name).unlink()
+    with pytest.raises(UserError, match=r"the run's own task is not to be had .*; --task names another"):
+        evaluate(run)
+
+
 def test_bfloat16_is_scored_in_bfloat16(arm_settings, tmp_path):
     (record,) = finetune(arm_settings(precision="bfloat16", max_steps=4))
     assert record["precision"] == "bfloat16"

@@ -20,7 +20,7 @@ from emoe.errors import Busy, UserError
 from emoe.finetuning import tune
 from emoe.finetuning.evaluate import evaluate
 from emoe.finetuning.model import load_tokenizer
-from emoe.finetuning.settings import EvalConfig, FinetuneConfig
+from emoe.finetuning.settings import EvalConfig, FinetuneConfig, located
 from emoe.finetuning.texts import IGNORED, texts_of
 from emoe.finetuning.trainer import LikeLengths, Rows, Tuner
 from emoe.finetuning.tune import finetune
@@ -435,6 +435,64 @@ def test_settings_younger_than_a_run_have_their_default_in_it(arm_settings, tmp_
         finetune(arm_settings(max_steps=2, seeds="0:3", resume=True, group_by_length=True))
 
 
+def test_seeds_of_one_folder_have_the_same_texts(arm_settings, tmp_path):
+    """The paths are the same; a file has been edited since."""
+    task = write_task(tmp_path / "task")
+    quick = {"task": str(task), "max_steps": 2, "eval_steps": 2, "resume": True}
+    (record,) = finetune(arm_settings(**quick))
+    assert set(record["data"]["sets"]) == {"own-validation", "own", "far"}
+    write_csv(tmp_path / "task" / "far.csv", [*sentences(20, 9), *sentences(96, 1)[:3]])  # training loses the same 3
+    with pytest.raises(UserError, match=r"--resume: .*seed-0 was made with other data: the texts of far have changed"):
+        finetune(arm_settings(**quick, seeds="0,1"))
+    write_csv(tmp_path / "task" / "train.csv", sentences(50, 8))
+    with pytest.raises(UserError, match=r"--output: .*: the texts of training, far have .*use another --output$"):
+        finetune(arm_settings(**quick, seeds="1"))
+    path = tmp_path / "out" / "seed-0" / "run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "data"}))
+    (added,) = finetune(arm_settings(**quick, seeds="1"))  # a record without digests is of an older version
+    assert added["data"] != record["data"]
+
+
+def test_a_run_is_the_same_from_every_folder(arm_settings, experts, tmp_path, monkeypatch):
+    """Paths were given as seen from the folder of the call."""
+    task = write_task(tmp_path / "task")
+    monkeypatch.chdir(task.parent)
+    (record,) = finetune(arm_settings(task="task.yaml", max_steps=2))
+    assert (record["settings"]["task"], record["settings"]["model"]) == (str(task), str(experts))
+    path = tmp_path / "out" / "seed-0" / "run.json"
+    record["settings"]["task"] = "task.yaml"  # as a version wrote it that took paths as they were given
+    path.write_text(json.dumps(record))
+    assert len(finetune(arm_settings(task="task.yaml", max_steps=2, seeds="0,1", resume=True))) == 2
+    monkeypatch.chdir(tmp_path)
+    report = evaluate(EvalConfig(model="out/seed-1", domains="far"))
+    assert report["sets"]["far"]["examples"] == 27
+    with pytest.raises(UserError, match="was made with task="):
+        finetune(arm_settings(task=str(write_task(tmp_path / "task.d")), max_steps=2, seeds="2"))
+
+
+def test_only_paths_are_located(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sentiment").mkdir()  # a folder called like a task is none
+    names = {"task": "sentiment", "model": "bert-base", "data_dir": None, "seed": 1}
+    assert located(names) == names
+    (tmp_path / "bert-base").mkdir()
+    (tmp_path / "bert-base" / "config.json").write_text("{}")  # a folder with a model goes before an alias
+    assert located({"model": "bert-base", "data_dir": "d"}) == {
+        "model": str(tmp_path / "bert-base"),
+        "data_dir": str(tmp_path / "d"),
+    }
+
+
+def test_a_begun_seed_goes_on_with_the_same_texts(arm_settings, tmp_path, monkeypatch):
+    task = write_task(tmp_path / "task")
+    interrupted(arm_settings(task=str(task)), 5, monkeypatch)
+    write_csv(tmp_path / "task" / "train.csv", sentences(50, 8))
+    with pytest.raises(UserError, match=r"--resume: .*seed-0 was made with other data: the texts of training"):
+        finetune(arm_settings(task=str(task), resume=True))
+    (record,) = finetune(arm_settings(task=str(task), overwrite=True))
+    assert record["train_examples"] == 50
+
+
 def test_settings_without_effect_are_named(arm_settings):
     said = []
     finetune(arm_settings(max_steps=2, epochs=2.0, lora_r=4, copies=8), say=said.append)
@@ -488,3 +546,16 @@ def test_the_example_for_glue_runs(tiny_llama, tmp_path, monkeypatch, capsys):
         [method, name] for method in ("vanilla", "emoe") for name in ("sst2-validation", "sst2")
     ]
     assert "domain imdb is left out" in found.err
+    assert "--epochs has no effect" not in found.err  # the recipe's, not the user's
+    monkeypatch.setattr("emoe.cli.progress.LINE_SECONDS", 0.0)
+    single = ["--seeds", "0", "--methods", "emoe", "--output", str(tmp_path / "one")]
+    monkeypatch.setattr("sys.argv", ["finetune_glue", *flags, *single])
+    assert script("finetune_glue").main() == 0
+    found = capsys.readouterr()
+    assert found.out.splitlines()[0].endswith(" ± –")
+    assert "2/2 steps, seed 0" in found.err
+    typed = ["--methods", "vanilla,emo", "--output", str(tmp_path / "none")]
+    monkeypatch.setattr("sys.argv", ["finetune_glue", *flags, *typed])
+    with pytest.raises(UserError, match="unknown method 'emo'"):
+        script("finetune_glue").main()
+    assert not (tmp_path / "none").exists()
