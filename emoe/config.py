@@ -295,7 +295,7 @@ class ExtendConfig(Settings):
     text: list[str] = setting([], "Text that the new modules are for: their gates open on it. [default: random gates]")
     old_text: list[str] = setting([], "Text on which they are to stay shut; with --text.")
     old_share: float = setting(0.1, "Share of the old text's tokens that may use them at first.", gt=0, lt=1)
-    tokens: int = setting(8192, "Tokens of each of the two, to fit the gates on.", ge=64)
+    tokens: int = setting(8192, "Tokens of each of the two: half for directions, half for thresholds.", ge=64)
     sequence_length: int = setting(256, "Tokens in one block of text.", ge=8)
     seed: int = setting(0, "Seed of the new modules' weights, and of which passages are read.", ge=0)
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")

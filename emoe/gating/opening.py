@@ -51,7 +51,7 @@ class Opening:
         self.rows_C2 = torch.linalg.solve(square_CC, targets_C2)
 
     def score(self, c_NC: torch.Tensor, new: bool) -> None:
-        """After `solve`, both texts again: what the threshold is put by, and judged by."""
+        """After `solve`, other tokens of both texts: what the threshold is put by, and judged by."""
         self._scores[new].append(c_NC.double().cpu() @ self.rows_C2)
 
     def row(self, share: float) -> tuple[torch.Tensor, float, float]:

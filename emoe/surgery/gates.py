@@ -21,7 +21,8 @@ def fit_gates(
 ) -> dict[str, tuple[torch.Tensor, float, float]]:
     """By name of the set: its new modules' gate row, and the shares of new and old tokens that open it.
 
-    Both texts go through the model twice; nothing but sums and two numbers a token are kept.
+    Every other block is for the directions, the rest for the thresholds and the shares, which so are not those of the
+    tokens that were fitted. Nothing but sums and two numbers a token are kept.
 
     Raises:
         UserError: too little text, or a gate without rows of its own.
@@ -34,16 +35,17 @@ def fit_gates(
     model = load_model(anatomy.folder, head=False)
     found = {known.name: Opening() for known in anatomy.sets() if known.kind in kinds}
 
-    def run(see: Callable[[Opening, torch.Tensor, bool], None], stage: str) -> None:
-        for new, blocks_BT in texts.items():
+    def run(see: Callable[[Opening, torch.Tensor, bool], None], first: int, stage: str) -> None:
+        for new, every_BT in texts.items():
+            blocks_BT = every_BT[first::2]
             tell = lambda name, c_NC, new=new: see(found[name], c_NC, new) if name in found else None  # noqa: E731
             with anatomy.watch_gate_inputs(model, tell):
                 for done, part_BT in enumerate(blocks_BT.split(BATCH)):
                     progress(stage, done * BATCH, len(blocks_BT))
                     model(part_BT.to(next(model.parameters()).device), **no_cache(model))
 
-    run(Opening.add, "telling texts apart")
+    run(Opening.add, 0, "telling texts apart")
     for opening in found.values():
         opening.solve()
-    run(Opening.score, "placing thresholds")
+    run(Opening.score, 1, "placing thresholds")
     return {name: opening.row(config.old_share) for name, opening in found.items()}
