@@ -29,11 +29,12 @@ import yaml
 from emoe.cli.progress import progress_bar, silence_libraries
 from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED
+from emoe.finetuning.loop import LOG
 from emoe.moduleformer.usage import domain_divergence
 from emoe.pretraining.evaluate import evaluate
 from emoe.pretraining.text import parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
-from emoe.pretraining.train import LOG, held_out_tokens, pretrain
+from emoe.pretraining.train import held_out_tokens, pretrain
 from emoe.runtime import cache_home, processor, write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "moduleformer"

@@ -434,6 +434,6 @@ def test_stick_breaking_rows_and_table(tmp_path, monkeypatch):
         if row["impl"].startswith("triangular"):
             assert "wrong result" in row["error"] and "median_ms" not in row
         else:
-            assert row["rounds"] >= 3 and row["over sdpa"] > 0 and row.get("check_error", 0) <= 1e-5
+            assert row["rounds"] >= 1 and row["over sdpa"] > 0 and row.get("check_error", 0) <= 1e-5
             assert "over triangular" not in row
     assert "| fwdbwd | 24 | long |" in path.with_suffix(".md").read_text()
