@@ -1,4 +1,4 @@
-"""`emoe finetune`: what lies on the disk afterwards, interruptions, bad input."""
+"""`emoe finetune`: what lies on the disk afterwards, what trains, interruptions."""
 
 from __future__ import annotations
 
