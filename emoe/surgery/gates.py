@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from emoe.config import ExtendConfig
+from emoe.errors import UserError
 from emoe.gating.opening import Opening
 from emoe.surgery.modules import Anatomy
 from emoe.surgery.usage import Progress, load_model, no_cache, read_blocks
@@ -32,6 +33,8 @@ def fit_gates(
         True: read_blocks(anatomy.folder, config.text, **settings, flag="--text"),
         False: read_blocks(anatomy.folder, config.old_text, **settings, flag="--old-text"),
     }
+    if min(map(len, texts.values())) < 2:
+        raise UserError(f"--tokens: {config.tokens} is one block; give at least {2 * config.sequence_length}")
     model = load_model(anatomy.folder, head=False)
     found = {known.name: Opening() for known in anatomy.sets() if known.kind in kinds}
 

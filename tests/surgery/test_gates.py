@@ -117,6 +117,12 @@ def test_one_text_is_not_enough(left_out, complaint, converted_llama, flags, tmp
     assert not (tmp_path / "b").exists()
 
 
+def test_one_block_is_not_enough(converted_llama, flags, tmp_path, capsys):
+    given = ["extend", "--model", str(converted_llama), "--output", str(tmp_path / "b"), *map(str, flags)]
+    assert main([*given, "--tokens", "64"]) == 2
+    assert "--tokens: 64 is one block; give at least 128" in capsys.readouterr().err
+
+
 def test_a_gate_that_follows_its_neurons_is_not_fitted(tiny_llama, settings, flags, tmp_path, capsys):
     emoe.convert(str(tiny_llama), output=tmp_path / "key", **settings | {"gate": "average-key", "split": "weights"})
     given = ["extend", "--model", str(tmp_path / "key"), "--output", str(tmp_path / "b"), *map(str, flags)]
