@@ -3,8 +3,8 @@
 Every arm sees the same tokens in the same order. LoRA's rank is the one whose matrices have as many entries as the new
 modules; full fine-tuning trains everything. New modules have random gates, which train, or gates fitted on the new text
 against the old one, which stay: no other arm is shown old text, and none trains on it. Each arm runs at several
-learning rates, since one that fits all would decide the comparison. The plot has forgetting (rise of the English log
-perplexity) over learning (fall of the new one).
+learning rates, since one that fits all would decide the comparison. The plot has forgetting (rise of the log
+perplexity on all that was known before, the language learnt first included) over learning (fall of the new one).
 
     python scripts/continual_learning.py --model smollm2-135m --output docs/results/continual_smollm2.json   # hours
     emoe pretrain --config configs/moduleformer/tiny.yaml --corpus fiction --corpus essays --corpus definitions \
@@ -28,7 +28,6 @@ from stages import (
     footer,
     load,
     measured,
-    origin,
     parameters,
     save,
     settings_of,
@@ -38,12 +37,18 @@ from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.runtime import write_text
 
 RATES = {
-    "new-modules": (1e-3, 3e-3),
-    "fitted-gates": (1e-3, 3e-3),
-    "lora": (3e-4, 1e-3),
-    "all": (3e-5, 1e-4),
+    "new-modules": (1e-3, 3e-3, 3e-4),
+    "fitted-gates": (1e-3, 3e-3, 3e-4),
+    "lora": (3e-4, 1e-3, 1e-4),
+    "all": (3e-5, 1e-4, 3e-4),
 }
-"""Arm → peaks of the learning rate that are tried."""
+"""Arm → peaks of the learning rate that are tried, the one that is tried alone first."""
+
+MARKERS = "osv"
+"""Of the plot, by place of the learning rate."""
+
+LEVELS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Falls of the log perplexity of what is learnt, nats a token, at which arms are compared."""
 
 
 def main() -> None:
@@ -89,7 +94,13 @@ def main() -> None:
                     list(domains),
                     arguments,
                 )
-    result = {**origin(), "model": arguments.model, "base": start, "old": list(named(arguments.old)), "rows": rows}
+    result = {
+        **stages.origin(),
+        "model": arguments.model,
+        "base": start,
+        "old": list(named(arguments.old)),
+        "rows": rows,
+    }
     result |= {"settings": {k: v for k, v in vars(arguments).items() if k not in ("work", "output")}}
     write_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
     write_text(arguments.output.with_suffix(".md"), markdown(result))
@@ -165,26 +176,83 @@ def _change(after: dict[str, float], before: dict[str, float], names: list[str])
     return sum(math.log(after[name] / before[name]) for name in names) / len(names)
 
 
+def _earlier(row: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """Perplexity on each task that the arm has learnt before this one, right after it was learnt."""
+    key = lambda other: [other[name] for name in ("arm", "rate", "seed")]  # noqa: E731
+    rows = [other for other in result["rows"] if key(other) == key(row)]
+    return {other["task"]: other["after"][other["task"]] for other in rows[: rows.index(row)]}
+
+
+def _forgotten(point: dict[str, float], row: dict[str, Any], result: dict[str, Any]) -> float:
+    """Mean rise of the log perplexity on the old domains and on tasks learnt before, since they were known best."""
+    earlier = _earlier(row, result)
+    return _change(point, {**result["base"], **earlier}, [*result["old"], *earlier])
+
+
+def _points(row: dict[str, Any], result: dict[str, Any]) -> list[tuple[float, float]]:
+    """(Learnt, forgotten) at each measurement of a training, nats a token."""
+    points = [*row["curve"], row["after"]]
+    return [(-_change(point, result["base"], [row["task"]]), _forgotten(point, row, result)) for point in points]
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """A row an arm, learning rate and task."""
+    """How much is forgotten for what is learnt, by arm; then a row an arm, learning rate and task."""
     domains = list(result["base"])
     lines = [
+        *_at_equal_learning(result),
         f"Perplexity on {result['settings']['held_out_tokens']} held-out tokens of each domain, from all over it; "
         f"forgetting is the mean rise of the log perplexity on {', '.join(result['old'])}, nats a token, against the "
-        "model at the start.",
+        "model at the start; given back, that on the tasks learnt before, against the model right after each.",
         "",
-        "| after | arm | rate | seed | trained | minutes | " + " | ".join(domains) + " | forgetting |",
-        "|---|---|---:|---:|---:|---:" + "|---:" * len(domains) + "|---:|",
-        "| start | | | | | | " + " | ".join(f"{result['base'][d]:.2f}" for d in domains) + " | 0 |",
+        "| after | arm | rate | seed | trained | minutes | " + " | ".join(domains) + " | forgetting | given back |",
+        "|---|---|---:|---:|---:|---:" + "|---:" * len(domains) + "|---:|---:|",
+        "| start | | | | | | " + " | ".join(f"{result['base'][d]:.2f}" for d in domains) + " | 0 | |",
     ]
     for row in result["rows"]:
         values = " | ".join(f"{row['after'][d]:.2f}" for d in domains)
         forgotten = _change(row["after"], result["base"], result["old"])
+        earlier = _earlier(row, result)
+        back = f"{_change(row['after'], earlier, list(earlier)):+.4f}" if earlier else ""
         arm = row["arm"] if row["rank"] is None else f"{row['arm']}, rank {row['rank']}"
         facts = (row["task"], arm, f"{row['rate']:g}", str(row["seed"]), f"{row['trained']:,}")
-        facts += (f"{row['minutes']:.1f}", values, f"{forgotten:+.4f}")
+        facts += (f"{row['minutes']:.1f}", values, f"{forgotten:+.4f}", back)
         lines.append(f"| {' | '.join(facts)} |")
     return "\n".join([*lines, footer(result)])
+
+
+def _at_equal_learning(result: dict[str, Any]) -> list[str]:
+    """A table a task: the least that an arm forgets where it has learnt at least so much, mean and range over seeds."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["task"] == task]
+        reached = {arm: _least(result, [row for row in rows if row["arm"] == arm]) for arm in RATES}
+        levels = [level for level in LEVELS if any(level in found for found in reached.values())]
+        heads = [f"{level:g} ({result['base'][task] * math.exp(-level):.1f})" for level in levels]
+        lines += [
+            f"For {task}: the least that is forgotten, nats a token, on all that was known before it (old domains and "
+            f"earlier tasks alike), at a measurement where at least so much has been learnt, whatever the learning "
+            f"rate; mean over {len({row['seed'] for row in rows})} seeds (lowest to highest). A dash: not reached.",
+            "",
+            f"| {task} learnt, nats (perplexity) | {' | '.join(heads)} |",
+            "|---" + "|---:" * len(levels) + "|",
+            *(f"| {arm} | {' | '.join(at.get(level, '–') for level in levels)} |" for arm, at in reached.items()),
+            "",
+        ]
+    return lines
+
+
+def _least(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[float, str]:
+    """Level of learning → what is forgotten there at least, as text; of those levels that every seed reaches."""
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).extend(_points(row, result))
+    found = {}
+    for level in LEVELS:
+        least = [min((lost for learnt, lost in points if learnt >= level), default=None) for points in by_seed.values()]
+        if least and None not in least:
+            spread = f" ({min(least):+.2f} to {max(least):+.2f})" if len(least) > 1 else ""
+            found[level] = f"{sum(least) / len(least):+.2f}{spread}"
+    return found
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -195,14 +263,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for place, task in enumerate(tasks):
         axes = made.add_subplot(1, len(tasks), place + 1)
         for row in (row for row in result["rows"] if row["task"] == task):
-            points = [*row["curve"], row["after"]]
-            learnt = [-_change(point, result["base"], [task]) for point in points]
-            forgotten = [_change(point, result["base"], result["old"]) for point in points]
-            label = f"{row['arm']}, {row['rate']:g}"
-            axes.plot(learnt, forgotten, marker="o", markersize=4, color=colours[row["arm"]], alpha=0.7, label=label)
+            label = f"{row['arm']}, {row['rate']:g}" if row["seed"] == result["rows"][0]["seed"] else None
+            style = {"color": colours[row["arm"]], "marker": MARKERS[RATES[row["arm"]].index(row["rate"])]}
+            axes.plot(*zip(*_points(row, result), strict=True), markersize=4, alpha=0.7, label=label, **style)
         axes.axhline(0, color="#57606a", linewidth=1)
         axes.set_xlabel(f"learning: fall of the log perplexity on {task}")
-        axes.set_ylabel("forgetting: rise on the old domains")
+        axes.set_ylabel("forgetting: rise on all that was known before")
         axes.set_title(f"after {task}", fontsize=10)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

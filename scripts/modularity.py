@@ -1,8 +1,8 @@
 """How differently domains use modules: heat maps for several models side by side.
 
-By default SmolLM2 cut by co-activation against a random cut, each with a gate fitted to its own experts. Others are
-named, such as a ModuleFormer trained with the mutual-information loss and one balanced by the Switch loss. Measured on
-text that `emoe pretrain` holds out.
+By default SmolLM2 cut by co-activation, with and without the refinement that `emoe convert` adds, against random cuts,
+each with a gate fitted to its own experts. Others are named, such as a ModuleFormer trained with the mutual-information
+loss and one balanced by the Switch loss. Measured on text that `emoe pretrain` holds out.
 
     python scripts/modularity.py --output docs/results/modularity_smollm2.json
     python scripts/modularity.py --models mi=runs/mi switch=runs/switch --output docs/results/modularity_mf.json
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stages import Stages, check_pretraining, figure, footer, origin, save, settings_of
+from stages import Stages, check_pretraining, figure, footer, save, settings_of
 
 from emoe.analysis.analyze import analyze
 from emoe.config import AnalyzeConfig
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="dense model to cut, if no --models are named")
     parser.add_argument("--split", type=int, default=64, help="experts to cut it into")
     parser.add_argument("--top-k", type=int, default=16, help="experts a token uses")
+    parser.add_argument("--random-seeds", type=int, nargs="+", default=[0, 1, 2], help="of the random cuts")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--domains", nargs="+", default=[f"{name}=corpus:{name}" for name in DOMAINS])
     parser.add_argument("--tokens", type=int, default=16384, help="of each domain")
@@ -49,9 +50,11 @@ def main() -> None:
         "experts": arguments.split,
         "top_k": arguments.top_k,
         "calibration_tokens": arguments.calibration_tokens,
+        "routing": "top-k",
+        "allocation": "uniform",
     }
-    for split in ("coactivation", "random") if not models else ():
-        models[split] = stages.converted(arguments.model, split, split=split, allocation="uniform", **settings)
+    for name, cut in _cuts(arguments.random_seeds).items() if not models else ():
+        models[name] = stages.converted(arguments.model, name, **settings, **cut)
     texts = list(stages.texts(dict(item.split("=", 1) for item in arguments.domains)))
     reports = {}
     for name, folder in models.items():
@@ -68,12 +71,23 @@ def main() -> None:
             )
             analyze(config, lambda stage, done, total: None, write_usage)
         reports[name] = json.loads((report / "usage.json").read_text(encoding="utf-8"))
-    result = {**origin(), "settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("work", "output")}}
+    result = {
+        **stages.origin(),
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("work", "output")},
+    }
     result |= {"domains": texts, "models": {name: _facts(report) for name, report in reports.items()}}
     write_text(arguments.output, json.dumps(result, indent=1) + "\n")
     write_text(arguments.output.with_suffix(".md"), markdown(result))
     plot(result, arguments.output.with_suffix(".png"))
     print(markdown(result))
+
+
+def _cuts(seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """Settings of `emoe convert` by name. Refinement moves neurons towards what the gate can tell apart, so that only
+    cuts without it differ in the clustering alone."""
+    found = {"coactivation": {"split": "coactivation", "refine_rounds": 0}}
+    found["coactivation, refined"] = {"split": "coactivation"}
+    return found | {f"random {seed}": {"split": "random", "refine_rounds": 0, "seed": seed} for seed in seeds}
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:

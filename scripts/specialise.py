@@ -1,14 +1,14 @@
 """A small model for Python code out of a general one: fine-tune, prune to 75, 50 and 25% of its modules, compare.
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
-tokens). Modules are ranked within each layer, or those of all layers together, with either normalisation. Baselines,
-all f-p: random modules, magnitude pruning of neurons, layers dropped evenly or from the top. Measured: perplexity on
-held-out code and English, the mean log-likelihood of HumanEval's canonical solutions after their prompts (a likelihood,
-not pass@1), and the share of the modules at the start that a token uses.
+tokens). Modules are ranked within each layer, or those of all layers together, with either normalisation. Baselines, in
+both orders: random modules, magnitude pruning of neurons, layers dropped evenly or from the top. Measured: perplexity
+on held-out code and English, the mean log-likelihood of HumanEval's canonical solutions after their prompts (a
+likelihood, not pass@1), and the share of the modules at the start that a token uses.
 
 A converted model routes top-k, K in every layer. K falls with what is kept, so that a token still uses K / E of what is
 there; layers are dropped with K as it is. Magnitude pruning leaves a dense model, whose tokens use all that is left: it
-is made of a model that was fine-tuned with all experts on, and pruned to each share, for as many parameters, and to K /
+is made of a model with all experts on, and pruned to each share, for as many parameters, and to K /
 E of it, for as much work. A ModuleFormer keeps its K.
 
     python scripts/specialise.py --model smollm2-135m --output docs/results/specialise_smollm2.json   # hours
@@ -36,7 +36,6 @@ from stages import (
     footer,
     load,
     measured,
-    origin,
     parameters,
     save,
     settings_of,
@@ -82,13 +81,20 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=4096)
     parser.add_argument("--problems", type=int, default=40, help="of HumanEval")
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
+    parser.add_argument(
+        "--trained-baselines",
+        nargs="*",
+        default=list(BASELINES),
+        choices=BASELINES,
+        help="those of them in order p-f, too",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("/tmp/emoe-specialise"), help="for checkpoints; kept")
     parser.add_argument("--output", type=Path, default=Path("docs/results/specialise_smollm2.json"))
     arguments = parser.parse_args()
 
     run = Experiment(arguments)
-    result = {**origin(), "model": arguments.model, "rows": run.rows()}
+    result = {"model": arguments.model, "rows": run.rows(), **run.stages.origin()}
     result |= {"settings": {k: v for k, v in vars(arguments).items() if k not in ("work", "output")}}
     write_text(arguments.output, json.dumps(result, indent=1, default=str) + "\n")
     write_text(arguments.output.with_suffix(".md"), markdown(result))
@@ -102,7 +108,10 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_pretraining(arguments.model)
         self.a = arguments
-        self.stages = Stages(arguments.work, settings_of(arguments, [arguments.model], "keep", "rankings", "baselines"))
+        self.stages = Stages(
+            arguments.work,
+            settings_of(arguments, [arguments.model], "keep", "rankings", "baselines", "trained_baselines"),
+        )
         routing = {"top_k": arguments.top_k, "routing": "top-k", "allocation": "uniform"}
         self.base = self.stages.converted(arguments.model, experts=arguments.split, **routing)
         self.code = self.stages.texts(DOMAINS)["code"]
@@ -162,13 +171,20 @@ class Experiment:
                 if method == "magnitude":
                     continue
                 settings = budget if method == "random" else {}
-                done = self.pruned(f"{method} {keep}", plain, keep, method=method, **settings)
-                found.append(self.row(method, keep, done))
+                found += self.both_orders(method, keep, self.base, plain, settings)
         if self.converted and "magnitude" in self.a.baselines:
             shares = {share for keep in self.a.keep for share in (keep, keep * self.top_k / self.experts)}
             for share in sorted(shares, reverse=True):
-                done = self.pruned(f"magnitude {share}", dense, share, method="magnitude")
-                found.append(self.row("magnitude", share, done))
+                found += self.both_orders("magnitude", share, everything, dense)
+        return found
+
+    def both_orders(self, method: str, keep: float, start: Path, tuned: Path, settings: dict[str, Any] | None = None):
+        """Rows of a baseline: what was fine-tuned is pruned; where it is asked for, what was pruned is fine-tuned."""
+        settings = {"method": method, **(settings or {})}
+        found = [self.row(f"f-p, {method}", keep, self.pruned(f"{method} {keep}", tuned, keep, **settings))]
+        if method in self.a.trained_baselines:
+            first = self.pruned(f"p {method} {keep}", start, keep, **settings)
+            found.append(self.row(f"p-f, {method}", keep, self.tuned(f"p-f {method} {keep}", first)))
         return found
 
     def row(self, arm: str, keep: float, folder: Path) -> dict[str, Any]:
@@ -189,9 +205,9 @@ class Experiment:
 
     def active(self, folder: Path, text: str) -> float:
         """Share of the modules at the start that a token of a text uses; of a dense model, of the neurons."""
-        report = folder / "emoe_prune.json"
-        if report.is_file() and "neurons" in (facts := json.loads(report.read_text(encoding="utf-8"))):
-            return facts["neurons"] / self.width
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if facts["model_type"] != "moduleformer" and not facts["model_type"].startswith("emoe_"):
+            return facts["intermediate_size"] / self.width
         blocks_BT = blocks_of(folder, text, self.a.held_out_tokens, self.a.sequence_length)
         quiet = lambda stage, done, total: None  # noqa: E731
         use = count_use(anatomy_of(folder), load(folder), blocks_BT, kind="hard", batch=4, progress=quiet)
@@ -225,7 +241,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Rankings: of each layer's modules, or of those of all layers, their counts normalised by max or by sum. In a "
         "converted model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
         "token uses: compare it at as many parameters in one row and at as much work, by the column active, in "
-        "another; it has its own fine-tuning, with all experts on. Dropping layers keeps K in those that are left. A "
+        "another; it is fine-tuned with all experts on. Dropping layers keeps K in those that are left. A "
         "ModuleFormer keeps its K, so that pruning saves parameters alone.",
         "",
         "| | kept | parameters | active | perplexity, code | English | solutions |",

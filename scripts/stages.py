@@ -29,6 +29,8 @@ from emoe.surgery.extend import extend
 from emoe.surgery.history import digest_of
 from emoe.surgery.prune import prune
 
+ROOT = Path(__file__).parent
+
 HELD_OUT = PretrainConfig().held_out_share
 """Share of each text that is held out: as in pre-training, so that both hold out the same."""
 
@@ -44,15 +46,28 @@ def settings_of(arguments: Namespace, models: Iterable[str | Path], *keyed: str)
     return json.loads(json.dumps(given, default=str))
 
 
+def _commit() -> str:
+    """Of the code that runs, with a plus where it has been changed since."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout  # noqa: E731
+    return git("rev-parse", "HEAD").strip()[:12] + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+COMMIT = _commit()
+"""Taken when the program starts: the folder may move on under a program that runs for hours."""
+
+
 class Stages:
     """Checkpoints and measurements by name in a folder; what is there is not made again, so that a run goes on.
 
     Args:
         settings: what `settings_of` gives; a folder with stages of others is refused.
+
+    Attributes:
+        commits: those that made the stages which were asked for.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self.commits = folder, {COMMIT}
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "settings.json"
         if not kept.is_file() and any(folder.iterdir()):
@@ -73,6 +88,8 @@ class Stages:
             start = time.perf_counter()
             build(target)
             print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            self._sign(name)
+        self._read(name)
         return target
 
     def figures(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -80,7 +97,26 @@ class Stages:
         target = self.folder / f"{name}.json"
         if not target.is_file():
             write_text(target, json.dumps(compute()))
+            self._sign(name)
+        self._read(name)
         return json.loads(target.read_text(encoding="utf-8"))
+
+    def _sign(self, name: str) -> None:
+        (self.folder / "commits").mkdir(exist_ok=True)
+        write_text(self.folder / "commits" / name, COMMIT)
+
+    def _read(self, name: str) -> None:
+        signed = self.folder / "commits" / name
+        self.commits.add(signed.read_text(encoding="utf-8") if signed.is_file() else "an unknown commit")
+
+    def origin(self) -> dict[str, Any]:
+        """Command, commits, hardware, versions."""
+        return {
+            "command": " ".join(["python", *sys.argv]),
+            "commits": sorted(self.commits),
+            "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+        }
 
     def converted(self, model: str, name: str = "converted", **settings: Any) -> Path:
         """A dense model as its Emergent MoE; a folder with experts is taken as it is."""
@@ -182,20 +218,10 @@ def parameters(folder: Path) -> int:
         return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
 
 
-def origin() -> dict[str, Any]:
-    """Command, commit, hardware, versions."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-    }
-
-
 def footer(result: dict[str, Any]) -> str:
     """The last line of a page of results."""
-    return f"\n`{result['command']}`, commit {result['commit'][:12]}, {result['hardware']}, {result['torch']}.\n"
+    made = ", ".join(result["commits"])
+    return f"\n`{result['command']}`, stages made at {made}, {result['hardware']}, {result['torch']}.\n"
 
 
 def figure(width: float, height: float):

@@ -148,30 +148,33 @@ def test_specialise(kind, run, tiny_llama, texts, tmp_path):
         solutions=lambda folder, problems: -1.0,
     )
     arms = [row["arm"] for row in result["rows"]]
-    expected = [f"{arm}, {by}" for by in ("layer", "max", "sum") for arm in ("f-p", "f-p, concentrated", "p-f")]
-    assert [arm for arm in arms if "f-p" in arm or "p-f" in arm] == expected
+    rankings, orders = ("layer", "max", "sum"), ("f-p", "p-f")
+    expected = [f"{arm}, {by}" for by in rankings for arm in ("f-p", "f-p, concentrated", "p-f")]
+    expected += [f"{order}, {by}" for by in ("random", "layers-uniform", "layers-top") for order in orders]
+    assert [arm for arm in arms if arm.startswith(orders) and not arm.endswith("magnitude")] == expected
     sizes = {row["arm"]: row["parameters"] for row in result["rows"]}
-    assert sizes["f-p, layer"] == sizes["f-p, max"] == sizes["random"] < sizes["fine-tuned"]
+    assert sizes["f-p, layer"] == sizes["f-p, max"] == sizes["p-f, random"] < sizes["fine-tuned"]
     active = {(row["arm"], row["keep"]): round(row["active"], 3) for row in result["rows"]}
-    pruned = {*expected, "random"}
+    pruned = {arm for arm in expected if "layers" not in arm}
     if kind == "llama":  # the half that is left of 8 experts, half of which are used
         assert active["start", 1.0] == active["fine-tuned", 1.0] == 0.5
         assert active["start, all on", 1.0] == active["fine-tuned, all on", 1.0] == 1
-        assert {active[arm, 0.5] for arm in (*pruned, "layers-top", "layers-uniform")} == {0.25}
-        assert active["magnitude", 0.5] == 0.5 and active["magnitude", 0.25] == 0.25
+        assert {active[arm, 0.5] for arm in expected} == {0.25}
+        assert all(active[f"{order}, magnitude", share] == share for order in orders for share in (0.5, 0.25))
     else:  # 2 of 6 attention experts and 3 of 8 of the FFN in each layer, and as many of those that are left
         layered = {arm for arm in pruned if not arm.endswith(("max", "sum"))}
         assert {active[arm, 0.5] for arm in layered} == {active["start", 1.0]} == {round(5 / 14, 3)}
         assert all(0 < active[arm, 0.5] <= active["start", 1.0] for arm in pruned - layered)  # fewer than K in a layer
-        assert active["layers-top", 0.5] == round(2 / 3 * 5 / 14, 3)
-        assert "magnitude" not in arms
+        assert active["p-f, layers-top", 0.5] == active["f-p, layers-top", 0.5] == round(2 / 3 * 5 / 14, 3)
+        assert not any("magnitude" in arm for arm in arms)
 
 
 def test_modularity(run, tiny_llama, texts):
     flags = ("--model", tiny_llama, "--split", 8, "--top-k", 3, "--calibration-tokens", 2048)
     domains = [f"{name}={path}" for name, path in texts.items()]
+    flags += ("--random-seeds", 0, 1)
     result = run("modularity", *flags, "--domains", *domains, "--tokens", 512, "--sequence-length", 64)
-    assert list(result["models"]) == ["coactivation", "random"]
+    assert list(result["models"]) == ["coactivation", "coactivation, refined", "random 0", "random 1"]
     for facts in result["models"].values():
         assert len(facts["divergence"]["ffn"]["kl"]) == 3
         assert 0 < facts["information"]["experts"] < facts["information"]["neurons"]
