@@ -17,6 +17,7 @@ from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
@@ -76,7 +77,6 @@ def _tune(
     )
     progress("loading", 0, config.steps)
     model = load_model(folder, head=True)
-    own_k = getattr(model.config, "num_experts_per_tok", None)
     set_budget(model, config.top_k)
     anatomy = _anatomy(folder, config)
     before = perplexities(model, blocks.held_out)
@@ -96,6 +96,7 @@ def _tune(
     frozen.check(model)
     if config.train == "lora":
         model = merged(model)
+    round_as_stored(model, folder)
     after = perplexities(model, blocks.held_out)
     check_perplexities(after)
     report = {
@@ -114,8 +115,6 @@ def _tune(
         "torch": torch.__version__,
     }
     progress("writing", config.steps, config.steps)
-    if config.top_k is not None:
-        set_budget(model, own_k)
     write_log(trainer, target)
     _write(model, anatomy, folder, target, report)
     progress("done", config.steps, config.steps)
@@ -171,14 +170,14 @@ class _Curve(TrainerCallback):
 
 def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The trained checkpoint, into a folder that is not yet the output."""
+    changes = {}
     if anatomy:
         for ffn in model.sparse_ffns().values() if hasattr(model, "sparse_ffns") else ():
             ffn.router.learn(False)
         step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
-        facts = anatomy.with_history({}, [*anatomy.history, step])["emoe_provenance"]
-        model.config.emoe_provenance = {**(anatomy.config.get("emoe_provenance") or {}), **facts}
-    model.config._name_or_path = str(folder)
-    model.save_pretrained(target)
+        provenance = anatomy.config.get("emoe_provenance") or {}
+        changes = {"emoe_provenance": {**provenance, "history": [*anatomy.history, step]}}
+    save_as_stored(model, folder, target, changes)
     copy_companions(folder, target)
     if (folder / PARTITION).is_file():
         shutil.copyfile(folder / PARTITION, target / PARTITION)

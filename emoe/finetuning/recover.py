@@ -23,6 +23,7 @@ from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.errors import UserError
@@ -45,6 +46,7 @@ from emoe.finetuning.loop import (
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
+from emoe.surgery.history import entry
 from emoe.surgery.usage import load_model
 
 SOURCE_S = "the source's"
@@ -78,7 +80,6 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     student, teacher = _load(folder), _load_teacher(config, folder)
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
-    own_k = student.config.num_experts_per_tok
     if config.gates == "learned":
         _learn_gates(student)
     if config.train == "ffn":
@@ -89,10 +90,10 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     steps = trainer.state.global_step
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
+    round_as_stored(student, folder)
     after = _measure(student, measured, blocks, progress)
     for found in after.values():
         check_perplexities(found["perplexity"])
-    student.set_top_k(own_k)
     report = {
         "model": config.model,
         "steps": steps,
@@ -262,11 +263,10 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
 
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The recovered checkpoint, into a folder that is not yet the output."""
-    provenance = dict(student.config.emoe_provenance or {})
-    entry = {"verb": "recover", **{key: report[key] for key in ("steps", "text", "settings")}}
-    student.config.emoe_provenance = {**provenance, "history": [*provenance.get("history", []), entry]}
-    student.config._name_or_path = str(folder)
-    student.save_pretrained(target)
+    provenance = read_converted(folder)["emoe_provenance"]
+    step = entry("recover", folder, **{key: report[key] for key in ("steps", "text", "settings")})
+    changes = {"emoe_provenance": {**provenance, "history": [*provenance.get("history", []), step]}}
+    save_as_stored(student, folder, target, changes)
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")

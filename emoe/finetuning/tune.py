@@ -22,6 +22,7 @@ import transformers
 
 import emoe
 from emoe import tasks
+from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
@@ -225,11 +226,14 @@ class Run:
             hook.remove()
         if self.frozen:
             self.frozen.check(self.start.model)
+            round_as_stored(self.start.model, self.base)  # before it is scored: what is scored is what is published
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does
         if not self.config.discard_model:
             self._add_to_history(record)
+            if self.frozen:
+                cast_as_stored(self.start.model, self.base)
             tuner.save_model(str(self.folder / "model"))
         if self.group.first:
             write_predictions(self.folder / "predictions", predictions)

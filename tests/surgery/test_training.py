@@ -36,8 +36,17 @@ def report_of(folder) -> dict:
     return json.loads((folder / "emoe_tune.json").read_text())
 
 
-def test_old_modules_stay_bit_for_bit(model, run, text_file):
-    """Two tasks in sequence: after each, taking the newest modules out gives the model before."""
+def config_of(folder) -> dict:
+    """config.json without what was done."""
+    config = json.loads((folder / "config.json").read_text())
+    (config.get("emoe_provenance") or {}).pop("history", None)
+    return {key: value for key, value in config.items() if value not in (None, {})}
+
+
+@pytest.mark.parametrize("name", ["converted_llama", "tiny_moduleformer", "bfloat16_llama", "bfloat16_moduleformer"])
+def test_old_modules_stay_bit_for_bit(name, request, run, text_file):
+    """Two tasks in sequence: after each, taking the newest modules out gives the model before, types and all."""
+    model = request.getfixturevalue(name)
     flags = ("--text", text_file, *TRAIN, "--train", "new-modules", "--loss", "router=0.001")
     previous = model
     for number in range(2):
@@ -47,6 +56,8 @@ def test_old_modules_stay_bit_for_bit(model, run, text_file):
         before, after = weights(previous), weights(back)
         assert before.keys() == after.keys()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+        assert config_of(previous) == config_of(back)
         found, start = report_of(trained)["perplexity"]["calibration domain"], weights(extended)
         assert found["after"] < 0.97 * found["before"]
         assert any(not torch.equal(start[name], new) for name, new in weights(trained).items())
