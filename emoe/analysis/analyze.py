@@ -6,6 +6,7 @@ where it was. Legend: B blocks, T tokens of a block, C domains, E modules of a s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,8 +25,10 @@ from emoe.analysis.findings import describe_domains, findings
 from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
+from emoe.conversion.resuming import require_same_settings, require_same_sources
 from emoe.errors import Finished, UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
+from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
 from emoe.surgery.usage import Progress, load_model, read_blocks, set_budget
 
@@ -83,6 +86,8 @@ class _State:
             raise UserError("--output: missing; name the folder to write")
         self.config, self.output = config, Path(config.output).absolute()
         self.folder = self.output.with_name(f".{self.output.name}.emoe-analysis")
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output: {self.output} is a file; choose another name")
         if self.output.exists() and any(self.output.iterdir()):
             if not config.overwrite and not config.resume:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
@@ -90,15 +95,20 @@ class _State:
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
             if not config.overwrite and not self.folder.exists():
                 raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
-        settings = json.dumps(config.fingerprint())
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
-            if kept.read_text(encoding="utf-8") != settings:
-                raise UserError("--resume: the unfinished analysis had other settings; use the same or --overwrite")
+            require_same_settings(config.fingerprint(), kept, "analysis")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_text(kept, settings)
+            write_text(kept, json.dumps(config.fingerprint()))
+
+    def require_sources(self, model: Path, blocks: dict[str, torch.Tensor]) -> None:
+        """Raise `UserError` where the sums so far are of another model or of other text."""
+        digests = {"--model": digest_of(model)}
+        for name, blocks_BT in blocks.items():
+            digests[f"--domains {name}"] = hashlib.sha256(blocks_BT.numpy().tobytes()).hexdigest()
+        require_same_sources(digests, self.folder / "digests.json", "analysis")
 
     def load(self, number: int) -> dict[str, torch.Tensor] | None:
         """Sums of domain ``number``, if there are any yet."""
@@ -142,6 +152,7 @@ class _Analysis:
             )
             for name, source in domains.items()
         }
+        state.require_sources(anatomy.folder, self.blocks)
         self.tokenizer = read_tokenizer(anatomy.folder)
         self.model = load_model(anatomy.folder, head=True)
         set_budget(self.model, config.top_k)

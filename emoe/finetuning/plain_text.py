@@ -19,6 +19,7 @@ from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
+from emoe.conversion.resuming import require_same_sources
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
@@ -36,9 +37,10 @@ from emoe.finetuning.loop import (
     write_log,
 )
 from emoe.finetuning.low_rank import merged, with_lora
+from emoe.finetuning.states import SOURCES
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
-from emoe.surgery.history import entry
+from emoe.surgery.history import digest_of, entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
 from emoe.surgery.usage import load_model, set_budget
@@ -75,6 +77,7 @@ def _tune(
         seed=config.seed,
         flag="--text",
     )
+    require_same_sources({"--model": digest_of(folder), "--text": blocks.digest}, training / SOURCES, "training")
     progress("loading", 0, config.steps)
     model = load_model(folder, head=True)
     set_budget(model, config.top_k)
