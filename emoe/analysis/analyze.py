@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from emoe.analysis.collect import DomainUse
@@ -30,7 +31,7 @@ from emoe.errors import Finished, UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, is_encoder, load_model, read_blocks, set_budget
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -154,7 +155,9 @@ class _Analysis:
         }
         state.require_sources(anatomy.folder, self.blocks)
         self.tokenizer = read_tokenizer(anatomy.folder)
-        self.model = load_model(anatomy.folder, head=True)
+        facts = transformers.AutoConfig.from_pretrained(anatomy.folder, trust_remote_code=False)
+        self.predicts = not is_encoder(facts)
+        self.model = load_model(anatomy.folder, head=self.predicts)
         set_budget(self.model, config.top_k)
         self.use: dict[str, DomainUse] = {}
         self.total = sum(map(len, self.blocks.values()))
@@ -172,8 +175,11 @@ class _Analysis:
             while use.blocks < len(self.blocks[name]):
                 part_BT = self.blocks[name][use.blocks :][: config.batch_sequences]
                 self.progress(name, before + use.blocks, self.total)
-                use.nats += self._nats(part_BT)
-                use.scored += part_BT[:, 1:].numel()
+                if self.predicts:
+                    use.nats += self._nats(part_BT)
+                    use.scored += part_BT[:, 1:].numel()
+                else:
+                    self.model(part_BT)
                 use.blocks += len(part_BT)
                 if time.monotonic() - last >= config.checkpoint_seconds:
                     self.state.save(number, use)
@@ -193,6 +199,7 @@ class _Analysis:
             "model": self.config.model,
             "settings": self.config.fingerprint(),
             "domains": describe_domains(self.use),
+            "notes": [] if self.predicts else ["an encoder predicts no next token: no losses and no knock-outs"],
             **findings(self.sets, self.use, self._example),
         }
 
@@ -211,7 +218,9 @@ class _Analysis:
 
     @torch.no_grad()
     def knock_out(self, ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What each domain loses without each of the most specialised modules, in nats a token."""
+        """What each domain loses without each of the most specialised modules, in nats a token; none of an encoder."""
+        if not self.predicts:
+            return []
         config, found = self.config, []
         few = {name: b[: max(1, config.knock_out_tokens // b.shape[1])] for name, b in self.blocks.items()}
         kept = self.state.folder / "knock_out.json"

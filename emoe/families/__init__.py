@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emoe.errors import UserError, nearest
 from emoe.families import (
     bert,
@@ -21,7 +23,7 @@ from emoe.families import (
 )
 from emoe.families.spec import FamilySpec
 
-__all__ = ["FAMILIES", "FamilySpec", "family"]
+__all__ = ["FAMILIES", "FamilySpec", "family", "spec_of"]
 
 FAMILIES: dict[str, FamilySpec] = {
     module.SPEC.model_type: module.SPEC
@@ -56,3 +58,8 @@ def family(model_type: str) -> FamilySpec:
         hint = nearest(model_type, FAMILIES)
         raise UserError(f"--model: unknown family '{model_type}'{hint}. Known families: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def spec_of(facts: Any) -> FamilySpec | None:
+    """The spec of a configuration object, stock or of a converted model; None of a family that is not known."""
+    return FAMILIES.get((getattr(facts, "emoe_source", None) or {}).get("family", facts.model_type))

@@ -19,6 +19,7 @@ from torch import nn
 from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.config import PruneConfig
 from emoe.errors import UserError
+from emoe.families import spec_of
 from emoe.surgery.modules import Anatomy, Seen
 
 Progress = Callable[[str, int, int], None]
@@ -33,12 +34,26 @@ def load_model(folder: Path, *, head: bool, flag: str = "--model") -> nn.Module:
     """
     auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
-        return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+        model, info = auto.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except ValueError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{flag}: {folder} is no causal language model ({first_line})") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{flag}: {folder} has no usable weights ({' '.join(str(error).split())[:160]})") from None
+    if head and is_encoder(model.config):
+        raise UserError(f"{flag}: {folder} is an encoder, which predicts no next token; give a causal language model")
+    if head and info["missing_keys"]:  # a tied head is not missing; any other would be drawn at random
+        missing = min(info["missing_keys"])
+        raise UserError(f"{flag}: {folder} has no {missing}; give a causal language model, with its head")
+    return model.eval()
+
+
+def is_encoder(facts: Any) -> bool:
+    """Whether a model of this config sees what stands behind a token; transformers gives such a one a causal head."""
+    spec = spec_of(facts)
+    return spec is not None and spec.encoder and not getattr(facts, "is_decoder", False)
 
 
 def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, seed: int, flag: str) -> torch.Tensor:

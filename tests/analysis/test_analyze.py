@@ -10,7 +10,9 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from support.tiny import tiny_checkpoint
 
+import emoe
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
 from emoe.cli.main import main
 
@@ -145,6 +147,19 @@ def test_divergences():
     told_E, information_E = specialisation(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64))
     torch.testing.assert_close(told_E, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) * torch.tensor(2.0).log())
     assert information_E.sum() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
+
+
+def test_an_encoder_has_no_losses(flags, settings, tmp_path):
+    """It sees what it would have to predict."""
+    dense = tiny_checkpoint(tmp_path / "dense", "bert")
+    emoe.convert(str(dense), output=tmp_path / "bert", **settings)
+    assert main([*[flag for flag in flags if flag != "--quiet"], "--model", str(tmp_path / "bert")]) == 0
+    report = report_of(tmp_path / "report")
+    assert {row["loss"] for row in report["domains"].values()} == {None}
+    assert report["knock_out"] == []
+    assert report["notes"] == ["an encoder predicts no next token: no losses and no knock-outs"]
+    assert report["notes"][0] in (tmp_path / "report" / "index.html").read_text()
+    assert sum(report["sets"][0]["frequency"]["words"]) > 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from support.tiny import tiny_checkpoint
 
 import emoe.surgery.baselines
 import emoe.surgery.prune
@@ -93,6 +95,52 @@ def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, co
     assert "--text: missing" in refused("prune", tiny_moduleformer, "--keep", 0.5)
     flags = ("--keep", 0.5, "--count", "energy", *text)
     assert "attention experts have no energy" in refused("prune", tiny_moduleformer, *flags)
+
+
+@pytest.fixture(scope="module")
+def headless(tiny_llama, converted_llama, tmp_path_factory) -> dict[str, Path]:
+    """Models whose causal head transformers would draw at random, or that see what they are to predict."""
+    folder = tmp_path_factory.mktemp("headless")
+    for name, source in (("dense classifier", tiny_llama), ("classifier", converted_llama)):
+        shutil.copytree(source, folder / name)
+        (folder / name / "SHA256SUMS").unlink(missing_ok=True)
+        for path in (folder / name).glob("model*.safetensors"):
+            tensors = load_file(path)
+            tensors.pop("lm_head.weight", None)
+            save_file(tensors, path, metadata={"format": "pt"})
+        index = folder / name / "model.safetensors.index.json"
+        if index.is_file():
+            known = json.loads(index.read_text())
+            known["weight_map"].pop("lm_head.weight")
+            index.write_text(json.dumps(known))
+    for family in ("bert", "roberta"):
+        tiny_checkpoint(folder / family, family)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "complaint"),
+    [
+        ("tune", "dense classifier", "has no lm_head.weight; give a causal language model"),
+        ("tune", "classifier", "has no lm_head.weight; give a causal language model"),
+        ("analyze", "classifier", "has no lm_head.weight; give a causal language model"),
+        ("tune", "bert", "is an encoder, which predicts no next token"),
+        ("tune", "roberta", "is an encoder, which predicts no next token"),
+    ],
+)
+def test_a_model_without_a_language_head(verb, name, complaint, headless, text_file, tmp_path, capsys):
+    flags = ["--model", headless[name], "--output", tmp_path / "out", "--sequence-length", 64]
+    flags += ["--domains", f"a={text_file}"] if verb == "analyze" else ["--text", text_file, "--steps", 1]
+    assert main([verb, *map(str, flags), "--quiet"]) == 2
+    assert f"--model: {headless[name]} {complaint}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_not_missing(text_file, tmp_path):
+    tiny_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    flags = ["--model", tmp_path / "tied", "--output", tmp_path / "out", "--text", text_file, "--steps", 1]
+    flags += ["--sequence-length", 64, "--tokens-per-step", 64, "--held-out-tokens", 64, "--quiet"]
+    assert main(["tune", *map(str, flags)]) == 0
 
 
 @pytest.mark.parametrize(
