@@ -20,6 +20,7 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
 from emoe.conversion.resuming import require_same_sources
+from emoe.conversion.workspace import TUNED, has_own_config
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
@@ -38,9 +39,10 @@ from emoe.finetuning.loop import (
 )
 from emoe.finetuning.low_rank import merged, with_lora
 from emoe.finetuning.states import SOURCES
+from emoe.plainfiles import read_json
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
-from emoe.surgery.history import digest_of, entry
+from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
 from emoe.surgery.usage import load_model, set_budget
@@ -173,18 +175,20 @@ class _Curve(TrainerCallback):
 
 def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The trained checkpoint, into a folder that is not yet the output."""
-    changes = {}
     if anatomy:
         for ffn in model.sparse_ffns().values() if hasattr(model, "sparse_ffns") else ():
             ffn.router.learn(False)
-        step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
-        provenance = anatomy.config.get("emoe_provenance") or {}
-        changes = {"emoe_provenance": {**provenance, "history": [*anatomy.history, step]}}
-    save_as_stored(model, folder, target, changes)
+    step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
+    provenance = with_entry(provenance_of(folder), step)
+    if has_own_config(read_json(folder / "config.json")):
+        save_as_stored(model, folder, target, {"emoe_provenance": provenance})
+    else:
+        save_as_stored(model, folder, target, {})
+        report["provenance"] = provenance
     copy_companions(folder, target)
     if (folder / PARTITION).is_file():
         shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_digests(target)
-    write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
+    write_text(target / TUNED, json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
     settle_folder(target)

@@ -50,7 +50,7 @@ from emoe.finetuning.states import SOURCES
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
-from emoe.surgery.history import digest_of, entry
+from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.usage import load_model
 
 SOURCE_S = "the source's"
@@ -284,10 +284,8 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
 
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The recovered checkpoint, into a folder that is not yet the output."""
-    provenance = read_converted(folder)["emoe_provenance"]
     step = entry("recover", folder, **{key: report[key] for key in ("steps", "text", "settings")})
-    changes = {"emoe_provenance": {**provenance, "history": [*provenance.get("history", []), step]}}
-    save_as_stored(student, folder, target, changes)
+    save_as_stored(student, folder, target, {"emoe_provenance": with_entry(provenance_of(folder), step)})
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")

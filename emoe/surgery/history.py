@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.checkpoint.converted import Changed, checked
 from emoe.checkpoint.reader import shard_map
+from emoe.conversion.workspace import PRUNED, TUNED
+from emoe.plainfiles import read_json
 from emoe.runtime import sha256_file
 
 
@@ -19,6 +22,27 @@ def digest_of(folder: Path) -> str:
     for path in [folder / "config.json", *sorted(set(shard_map(folder).values()))]:
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def provenance_of(folder: Path, flag: str = "--model") -> dict[str, Any]:
+    """Where a checkpoint comes from and what was done to it: of config.json, or of the report beside a stock one.
+
+    Raises:
+        UserError: a damaged one.
+    """
+    path = folder / "config.json"
+    found = read_json(path, flag).get("emoe_provenance")
+    for name in (TUNED, PRUNED):
+        if not found and (folder / name).is_file():
+            path = folder / name
+            found = read_json(path, flag).get("provenance")
+    checked(Changed, found or {}, f"{flag}: {path}", "write it again")
+    return found or {}
+
+
+def with_entry(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    """A provenance with one entry more in its history."""
+    return {**provenance, "history": [*provenance.get("history", []), step]}
 
 
 def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
