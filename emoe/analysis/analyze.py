@@ -31,7 +31,7 @@ from emoe.errors import Finished, UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, is_encoder, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, fit_length, is_encoder, load_model, read_blocks, set_budget
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -199,9 +199,13 @@ class _Analysis:
             "model": self.config.model,
             "settings": self.config.fingerprint(),
             "domains": describe_domains(self.use),
-            "notes": [] if self.predicts else ["an encoder predicts no next token: no losses and no knock-outs"],
+            "notes": self._notes(),
             **findings(self.sets, self.use, self._example),
         }
+
+    def _notes(self) -> list[str]:
+        notes = fit_length(self.anatomy.folder, self.config.sequence_length)[1]
+        return notes if self.predicts else [*notes, "an encoder predicts no next token: no losses and no knock-outs"]
 
     def _example(self, domain: str, place: int) -> dict[str, str]:
         """A token with what stands before and behind it."""

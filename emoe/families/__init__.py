@@ -23,7 +23,7 @@ from emoe.families import (
 )
 from emoe.families.spec import FamilySpec
 
-__all__ = ["FAMILIES", "FamilySpec", "family", "spec_of"]
+__all__ = ["FAMILIES", "FamilySpec", "family", "most_positions", "spec_of"]
 
 FAMILIES: dict[str, FamilySpec] = {
     module.SPEC.model_type: module.SPEC
@@ -63,3 +63,9 @@ def family(model_type: str) -> FamilySpec:
 def spec_of(facts: Any) -> FamilySpec | None:
     """The spec of a configuration object, stock or of a converted model; None of a family that is not known."""
     return FAMILIES.get((getattr(facts, "emoe_source", None) or {}).get("family", facts.model_type))
+
+
+def most_positions(facts: Any) -> int | None:
+    """Tokens that a model of this config has positions for; None where there is no limit."""
+    longest, spec = getattr(facts, "max_position_embeddings", None), spec_of(facts)
+    return longest - (spec.position_offset if spec else 0) if longest else None

@@ -37,7 +37,7 @@ from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, ignored, trainable
 from emoe.report.card import write_history_card
 from emoe.runtime import processor, remove_unheld, scratch_directory, settle_folder, write_text
-from emoe.surgery.history import entry
+from emoe.surgery.history import entry, now
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
 
@@ -58,6 +58,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
     arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
     check_tuning(config, arm, task)
+    now()  # a clock that cannot be read is told before the training, not behind it
     for line in ignored(config, arm):
         say(line)
     group = Group()

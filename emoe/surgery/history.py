@@ -12,6 +12,7 @@ import emoe
 from emoe.checkpoint.converted import Changed, checked
 from emoe.checkpoint.reader import shard_map
 from emoe.conversion.workspace import PRUNED, TUNED
+from emoe.errors import UserError, shortened
 from emoe.plainfiles import read_json
 from emoe.runtime import sha256_file
 
@@ -45,14 +46,28 @@ def with_entry(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, An
     return {**provenance, "history": [*provenance.get("history", []), step]}
 
 
-def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
-    """One entry of a history. ``SOURCE_DATE_EPOCH`` (reproducible-builds.org) sets the clock."""
+def now() -> str:
+    """The time to the second, in UTC; ``SOURCE_DATE_EPOCH`` (reproducible-builds.org) sets the clock.
+
+    Raises:
+        UserError: that is no number of seconds.
+    """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    try:
+        time = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise UserError(
+            f"SOURCE_DATE_EPOCH: {shortened(epoch)} is no time in seconds since 1970; set another or unset it"
+        ) from None
+    return time.isoformat(timespec="seconds")
+
+
+def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
+    """One entry of a history."""
     return {
         "verb": verb,
         "from_digest": digest_of(folder),
-        "when": now.isoformat(timespec="seconds"),
+        "when": now(),
         "emoe": emoe.__version__,
         **facts,
     }

@@ -19,7 +19,7 @@ from torch import nn
 from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.config import PruneConfig
 from emoe.errors import UserError
-from emoe.families import spec_of
+from emoe.families import most_positions, spec_of
 from emoe.surgery.modules import Anatomy, Seen
 
 Progress = Callable[[str, int, int], None]
@@ -56,15 +56,29 @@ def is_encoder(facts: Any) -> bool:
     return spec is not None and spec.encoder and not getattr(facts, "is_decoder", False)
 
 
+def fit_length(folder: Path, length: int) -> tuple[int, list[str]]:
+    """``--sequence-length`` that the model has positions for, and what to tell the user about it.
+
+    Raises:
+        UserError: the folder holds no model that transformers knows.
+    """
+    try:
+        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
+    longest = most_positions(facts)
+    if longest is None or length <= longest:
+        return length, []
+    return longest, [f"--sequence-length lowered from {length} to the model's {longest}"]
+
+
 def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, seed: int, flag: str) -> torch.Tensor:
     """Token blocks (blocks, T) for a model, no longer than its positions.
 
     Raises:
         UserError: too little text.
     """
-    facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    longest = getattr(facts, "max_position_embeddings", None)
-    length = min(length, longest or length)
+    length, _ = fit_length(folder, length)
     tokenizer = read_tokenizer(folder)
     found = load_blocks(
         sources, tokenizer, length=length, calibration_tokens=tokens, held_out_tokens=0, seed=seed, flag=flag

@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_checkpoint
 
+import emoe.calibration.text
 import emoe.surgery.baselines
 import emoe.surgery.prune
+import emoe.surgery.usage
 from emoe.cli.main import main
 
 
@@ -48,6 +50,30 @@ def refused(capsys, tmp_path):
 )
 def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
+
+
+@pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover", "analyze"])
+@pytest.mark.parametrize("seed", [2**32, 10**20])
+def test_seeds_that_no_generator_takes(verb, seed, refused, converted_llama):
+    assert f"--seed: must be below 4294967296, got {seed}" in refused(verb, converted_llama, "--seed", seed)
+
+
+@pytest.mark.parametrize("flag", ["--experts", "--attention"])
+def test_more_experts_than_any_model_has(flag, refused, tiny_moduleformer):
+    line = refused("extend", tiny_moduleformer, flag, 10**12)
+    assert f"{flag}: 1000000000000 is more than any model has; at most 1048576" in line
+
+
+@pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover"])
+@pytest.mark.parametrize("epoch", ["yesterday", "9" * 30])
+def test_a_clock_that_cannot_be_read(verb, epoch, refused, converted_llama, text, monkeypatch):
+    """Told before anything is counted or trained."""
+    for module in (emoe.surgery.prune, emoe.surgery.usage):
+        monkeypatch.setattr(module, "read_blocks", None)
+    monkeypatch.setattr(emoe.calibration.text, "read_blocks", None)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    flags = {"prune": [*text, "--keep", 0.5], "extend": ["--experts", 1]}.get(verb, text[:2])
+    assert f"SOURCE_DATE_EPOCH: '{epoch}' is no time in seconds" in refused(verb, converted_llama, *flags)
 
 
 @pytest.mark.parametrize("method", ["use", "magnitude"])
