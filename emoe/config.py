@@ -24,6 +24,10 @@ def setting(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
+SEEDS = {"ge": 0, "lt": 2**32}
+"""What NumPy's generators take, which `transformers.set_seed` sets, too."""
+
+
 class Settings(BaseModel):
     """Settings of a command. A field's description is its help text in the command line and states its unit."""
 
@@ -97,7 +101,7 @@ class ConvertConfig(Settings):
         [], "Text of other domains to measure on as well, --held-out-tokens of each; as for --calibration."
     )
     sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
-    seed: int = setting(0, "Seed of everything random.", ge=0)
+    seed: int = setting(0, "Seed of everything random.", **SEEDS)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Element type that calibration runs in; auto: the checkpoint's. Weights keep their own type on disk."
@@ -156,7 +160,7 @@ class RecoverConfig(Settings):
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
     )
     checkpoint_steps: int = setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = setting(0, "Seed of everything random.", ge=0)
+    seed: int = setting(0, "Seed of everything random.", **SEEDS)
     resume: bool = setting(False, "Go on with an interrupted recovery of the same settings.")
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
@@ -192,7 +196,7 @@ class TuneConfig(Settings):
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
     )
     checkpoint_steps: int = setting(100, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = setting(0, "Seed of everything random.", ge=0)
+    seed: int = setting(0, "Seed of everything random.", **SEEDS)
     resume: bool = setting(False, "Go on with an interrupted training of the same settings.")
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
@@ -225,7 +229,7 @@ class PretrainConfig(Settings):
     evaluate_steps: int = setting(250, "Optimizer steps between two evaluations.", ge=1)
     log_steps: int = setting(25, "Optimizer steps between two lines of the log.", ge=1)
     checkpoint_steps: int = setting(250, "Optimizer steps between two states that --resume can start from.", ge=1)
-    seed: int = setting(0, "Seed of everything random.", ge=0)
+    seed: int = setting(0, "Seed of everything random.", **SEEDS)
     resume: bool = setting(False, "Go on with an interrupted training of the same settings.")
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
@@ -245,7 +249,7 @@ class AnalyzeConfig(Settings):
     knock_out: int = setting(8, "Experts whose removal is tried on every domain: the most specialised.", ge=0)
     knock_out_tokens: int = setting(2048, "Tokens of each domain that a removal is tried on.", ge=1)
     checkpoint_seconds: float = setting(30.0, "Least seconds between two states that --resume can start from.", ge=0)
-    seed: int = setting(0, "Seed of which blocks are drawn.", ge=0)
+    seed: int = setting(0, "Seed of which blocks are drawn.", **SEEDS)
     resume: bool = setting(False, "Go on with an interrupted analysis of the same settings.")
     overwrite: bool = setting(False, "Replace an earlier analysis.")
 
@@ -281,7 +285,7 @@ class PruneConfig(Settings):
     tokens: int = setting(16384, "Tokens of text to count on.", ge=1)
     sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
     batch_sequences: int = setting(4, "Sequences a forward call.", ge=1)
-    seed: int = setting(0, "Seed of everything random.", ge=0)
+    seed: int = setting(0, "Seed of everything random.", **SEEDS)
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
@@ -297,7 +301,7 @@ class ExtendConfig(Settings):
     old_share: float = setting(0.1, "Share of the old text's tokens that may use them at first.", gt=0, lt=1)
     tokens: int = setting(8192, "Tokens of each of the two: half for directions, half for thresholds.", ge=64)
     sequence_length: int = setting(256, "Tokens in one block of text.", ge=8)
-    seed: int = setting(0, "Seed of the new modules' weights, and of which passages are read.", ge=0)
+    seed: int = setting(0, "Seed of the new modules' weights, and of which passages are read.", **SEEDS)
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
@@ -388,13 +392,13 @@ def _demand(error: Any) -> str:
     number = {"int": "a whole number", "float": "a number"}
     match error["type"].split("_"):
         case ["greater", "than", "equal"]:
-            return f"must be at least {limits['ge']:g}"
+            return f"must be at least {limits['ge']:.15g}"
         case ["greater", "than"]:
-            return f"must be above {limits['gt']:g}"
+            return f"must be above {limits['gt']:.15g}"
         case ["less", "than", "equal"]:
-            return f"must be at most {limits['le']:g}"
+            return f"must be at most {limits['le']:.15g}"
         case ["less", "than"]:
-            return f"must be below {limits['lt']:g}"
+            return f"must be below {limits['lt']:.15g}"
         case [("int" | "float") as kind, *_]:
             return f"must be {number[kind]}"
         case ["literal", "error"]:

@@ -6,6 +6,7 @@ where it was. Legend: B blocks, T tokens of a block, C domains, E modules of a s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from emoe.analysis.collect import DomainUse
@@ -24,10 +26,12 @@ from emoe.analysis.findings import describe_domains, findings
 from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
+from emoe.conversion.resuming import require_same_settings, require_same_sources
 from emoe.errors import Finished, UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
+from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, fit_length, is_encoder, load_model, read_blocks, set_budget
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -83,6 +87,8 @@ class _State:
             raise UserError("--output: missing; name the folder to write")
         self.config, self.output = config, Path(config.output).absolute()
         self.folder = self.output.with_name(f".{self.output.name}.emoe-analysis")
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output: {self.output} is a file; choose another name")
         if self.output.exists() and any(self.output.iterdir()):
             if not config.overwrite and not config.resume:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
@@ -90,15 +96,20 @@ class _State:
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
             if not config.overwrite and not self.folder.exists():
                 raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
-        settings = json.dumps(config.fingerprint())
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
-            if kept.read_text(encoding="utf-8") != settings:
-                raise UserError("--resume: the unfinished analysis had other settings; use the same or --overwrite")
+            require_same_settings(config.fingerprint(), kept, "analysis")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_text(kept, settings)
+            write_text(kept, json.dumps(config.fingerprint()))
+
+    def require_sources(self, model: Path, blocks: dict[str, torch.Tensor]) -> None:
+        """Raise `UserError` where the sums so far are of another model or of other text."""
+        digests = {"--model": digest_of(model)}
+        for name, blocks_BT in blocks.items():
+            digests[f"--domains {name}"] = hashlib.sha256(blocks_BT.numpy().tobytes()).hexdigest()
+        require_same_sources(digests, self.folder / "digests.json", "analysis")
 
     def load(self, number: int) -> dict[str, torch.Tensor] | None:
         """Sums of domain ``number``, if there are any yet."""
@@ -142,8 +153,11 @@ class _Analysis:
             )
             for name, source in domains.items()
         }
+        state.require_sources(anatomy.folder, self.blocks)
         self.tokenizer = read_tokenizer(anatomy.folder)
-        self.model = load_model(anatomy.folder, head=True)
+        facts = transformers.AutoConfig.from_pretrained(anatomy.folder, trust_remote_code=False)
+        self.predicts = not is_encoder(facts)
+        self.model = load_model(anatomy.folder, head=self.predicts)
         set_budget(self.model, config.top_k)
         self.use: dict[str, DomainUse] = {}
         self.total = sum(map(len, self.blocks.values()))
@@ -161,8 +175,11 @@ class _Analysis:
             while use.blocks < len(self.blocks[name]):
                 part_BT = self.blocks[name][use.blocks :][: config.batch_sequences]
                 self.progress(name, before + use.blocks, self.total)
-                use.nats += self._nats(part_BT)
-                use.scored += part_BT[:, 1:].numel()
+                if self.predicts:
+                    use.nats += self._nats(part_BT)
+                    use.scored += part_BT[:, 1:].numel()
+                else:
+                    self.model(part_BT)
                 use.blocks += len(part_BT)
                 if time.monotonic() - last >= config.checkpoint_seconds:
                     self.state.save(number, use)
@@ -182,8 +199,13 @@ class _Analysis:
             "model": self.config.model,
             "settings": self.config.fingerprint(),
             "domains": describe_domains(self.use),
+            "notes": self._notes(),
             **findings(self.sets, self.use, self._example),
         }
+
+    def _notes(self) -> list[str]:
+        notes = fit_length(self.anatomy.folder, self.config.sequence_length)[1]
+        return notes if self.predicts else [*notes, "an encoder predicts no next token: no losses and no knock-outs"]
 
     def _example(self, domain: str, place: int) -> dict[str, str]:
         """A token with what stands before and behind it."""
@@ -200,7 +222,9 @@ class _Analysis:
 
     @torch.no_grad()
     def knock_out(self, ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What each domain loses without each of the most specialised modules, in nats a token."""
+        """What each domain loses without each of the most specialised modules, in nats a token; none of an encoder."""
+        if not self.predicts:
+            return []
         config, found = self.config, []
         few = {name: b[: max(1, config.knock_out_tokens // b.shape[1])] for name, b in self.blocks.items()}
         kept = self.state.folder / "knock_out.json"

@@ -22,12 +22,12 @@ Example = Callable[[str, int], dict[str, str]]
 
 
 def describe_domains(use: dict[str, DomainUse]) -> dict[str, dict[str, Any]]:
-    """Tokens and loss of each domain."""
+    """Tokens and loss of each domain; None for the loss of a model that predicts no next token."""
     return {
         name: {
             "tokens": max(found.tokens for found in domain.use.values()),
-            "loss": domain.nats / max(1, domain.scored),
-            "perplexity": perplexity(domain.nats, domain.scored),
+            "loss": domain.nats / domain.scored if domain.scored else None,
+            "perplexity": perplexity(domain.nats, domain.scored) if domain.scored else None,
         }
         for name, domain in use.items()
     }

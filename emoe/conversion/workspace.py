@@ -30,6 +30,34 @@ STATE = "state.json"
 PRETRAINED = "emoe_pretrain.json"
 """Report that lies in a model which `emoe pretrain` has made."""
 
+TUNED, PRUNED = "emoe_tune.json", "emoe_prune.json"
+"""Reports of verbs that may write a stock model. Its config.json stays a stock one: what would stand there of ours, the
+provenance, stands in the report."""
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether we have written a checkpoint."""
+    if _has_report(folder):
+        return True
+    try:
+        return has_own_config(read_json(folder / "config.json"))
+    except UserError:
+        return False
+
+
+def is_our_stock_model(folder: Path, flag: str) -> bool:
+    """Whether a checkpoint is a stock model that we have trained or pruned."""
+    return _has_report(folder) and not has_own_config(read_json(folder / "config.json", flag))
+
+
+def _has_report(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (PRETRAINED, TUNED, PRUNED))
+
+
+def has_own_config(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of one of our model classes."""
+    return str(config.get("model_type", "")).startswith(("emoe_", "moduleformer"))
+
 
 class Workspace:
     """The unfinished output of one conversion.
@@ -60,11 +88,11 @@ class Workspace:
         if self.output.is_mount():
             raise UserError(f"--output: {self.output} is a mount point, which cannot be renamed; choose a folder in it")
         if self.output.exists() and any(self.output.iterdir()):
-            if self.resume and not self.overwrite and not self.folder.exists() and self._is_ours(self.output):
+            if self.resume and not self.overwrite and not self.folder.exists() and is_ours(self.output):
                 raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
             if not self.overwrite:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
-            if not self._is_ours(self.output):
+            if not is_ours(self.output):
                 raise UserError(
                     f"--output: {self.output} is not a checkpoint of ours, --overwrite will not touch it; "
                     "choose another folder"
@@ -81,15 +109,6 @@ class Workspace:
             parent = parent.parent
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output: {parent} is not writable; choose another folder")
-
-    @staticmethod
-    def _is_ours(folder: Path) -> bool:
-        if (folder / PRETRAINED).is_file():
-            return True
-        try:
-            return str(read_json(folder / "config.json").get("model_type", "")).startswith(("emoe_", "moduleformer"))
-        except UserError:
-            return False
 
     @contextlib.contextmanager
     def open(self, group: Group) -> Iterator[Workspace]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emoe.errors import UserError, nearest
 from emoe.families import (
     bert,
@@ -21,7 +23,7 @@ from emoe.families import (
 )
 from emoe.families.spec import FamilySpec
 
-__all__ = ["FAMILIES", "FamilySpec", "family"]
+__all__ = ["FAMILIES", "FamilySpec", "family", "most_positions", "spec_of"]
 
 FAMILIES: dict[str, FamilySpec] = {
     module.SPEC.model_type: module.SPEC
@@ -56,3 +58,14 @@ def family(model_type: str) -> FamilySpec:
         hint = nearest(model_type, FAMILIES)
         raise UserError(f"--model: unknown family '{model_type}'{hint}. Known families: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def spec_of(facts: Any) -> FamilySpec | None:
+    """The spec of a configuration object, stock or of a converted model; None of a family that is not known."""
+    return FAMILIES.get((getattr(facts, "emoe_source", None) or {}).get("family", facts.model_type))
+
+
+def most_positions(facts: Any) -> int | None:
+    """Tokens that a model of this config has positions for; None where there is no limit."""
+    longest, spec = getattr(facts, "max_position_embeddings", None), spec_of(facts)
+    return longest - (spec.position_offset if spec else 0) if longest else None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
@@ -24,6 +23,8 @@ from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.states import same_settings, states, train_from
 from emoe.runtime import write_text
+from emoe.surgery.history import now
+from emoe.surgery.usage import fit_length
 from emoe.tasks.metrics import perplexity
 
 Progress = Callable[[str, int, int], None]
@@ -84,15 +85,8 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
     Raises:
         UserError: the folder holds no model that transformers knows.
     """
-    try:
-        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
-    longest = getattr(facts, "max_position_embeddings", None)
-    if longest is None or config.sequence_length <= longest:
-        return config, []
-    note = f"--sequence-length lowered from {config.sequence_length} to the model's {longest}"
-    return config.model_copy(update={"sequence_length": longest}), [note]
+    length, notes = fit_length(folder, config.sequence_length)
+    return config.model_copy(update={"sequence_length": length}), notes
 
 
 @contextmanager
@@ -114,6 +108,7 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
             f"WORLD_SIZE={processes}: a {what} is the work of one process, start it without torchrun or accelerate; "
             "convert, finetune and pretrain take several"
         )
+    now()  # a clock that cannot be read is told before the training, not behind it
     workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
     training = workspace.state_folder / "training"
     with workspace.open(Group()), no_room_told(workspace.output):

@@ -17,7 +17,10 @@ from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
+from emoe.conversion.resuming import require_same_sources
+from emoe.conversion.workspace import TUNED, has_own_config
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
@@ -35,9 +38,11 @@ from emoe.finetuning.loop import (
     write_log,
 )
 from emoe.finetuning.low_rank import merged, with_lora
+from emoe.finetuning.states import SOURCES
+from emoe.plainfiles import read_json
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
-from emoe.surgery.history import entry
+from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
 from emoe.surgery.usage import load_model, set_budget
@@ -74,9 +79,9 @@ def _tune(
         seed=config.seed,
         flag="--text",
     )
+    require_same_sources({"--model": digest_of(folder), "--text": blocks.digest}, training / SOURCES, "training")
     progress("loading", 0, config.steps)
     model = load_model(folder, head=True)
-    own_k = getattr(model.config, "num_experts_per_tok", None)
     set_budget(model, config.top_k)
     anatomy = _anatomy(folder, config)
     before = perplexities(model, blocks.held_out)
@@ -96,6 +101,7 @@ def _tune(
     frozen.check(model)
     if config.train == "lora":
         model = merged(model)
+    round_as_stored(model, folder)
     after = perplexities(model, blocks.held_out)
     check_perplexities(after)
     report = {
@@ -114,8 +120,6 @@ def _tune(
         "torch": torch.__version__,
     }
     progress("writing", config.steps, config.steps)
-    if config.top_k is not None:
-        set_budget(model, own_k)
     write_log(trainer, target)
     _write(model, anatomy, folder, target, report)
     progress("done", config.steps, config.steps)
@@ -174,15 +178,17 @@ def _write(model: nn.Module, anatomy: Anatomy | None, folder: Path, target: Path
     if anatomy:
         for ffn in model.sparse_ffns().values() if hasattr(model, "sparse_ffns") else ():
             ffn.router.learn(False)
-        step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
-        facts = anatomy.with_history({}, [*anatomy.history, step])["emoe_provenance"]
-        model.config.emoe_provenance = {**(anatomy.config.get("emoe_provenance") or {}), **facts}
-    model.config._name_or_path = str(folder)
-    model.save_pretrained(target)
+    step = entry("tune", folder, **{key: report[key] for key in ("steps", "settings")})
+    provenance = with_entry(provenance_of(folder), step)
+    if has_own_config(read_json(folder / "config.json")):
+        save_as_stored(model, folder, target, {"emoe_provenance": provenance})
+    else:
+        save_as_stored(model, folder, target, {})
+        report["provenance"] = provenance
     copy_companions(folder, target)
     if (folder / PARTITION).is_file():
         shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_digests(target)
-    write_text(target / "emoe_tune.json", json.dumps(report, indent=2) + "\n")
+    write_text(target / TUNED, json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
     settle_folder(target)

@@ -8,9 +8,11 @@ Legend: B sequences, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
+from emoe.conversion.resuming import require_same_sources
 from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetuning.base import BaseTrainer
@@ -42,9 +46,11 @@ from emoe.finetuning.loop import (
     training_into,
     write_log,
 )
+from emoe.finetuning.states import SOURCES
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
+from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.usage import load_model
 
 SOURCE_S = "the source's"
@@ -74,11 +80,11 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     tokenizer = read_tokenizer(folder)
     config, notes = fit_sequences(config, folder)
     blocks = _read_text(config, tokenizer)
+    require_same_sources(_digests(config, folder, blocks), training / SOURCES, "recovery")
     progress("loading", 0, config.steps)
     student, teacher = _load(folder), _load_teacher(config, folder)
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
-    own_k = student.config.num_experts_per_tok
     if config.gates == "learned":
         _learn_gates(student)
     if config.train == "ffn":
@@ -89,10 +95,10 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     steps = trainer.state.global_step
     for ffn in student.sparse_ffns().values():
         ffn.router.learn(False)
+    round_as_stored(student, folder)
     after = _measure(student, measured, blocks, progress)
     for found in after.values():
         check_perplexities(found["perplexity"])
-    student.set_top_k(own_k)
     report = {
         "model": config.model,
         "steps": steps,
@@ -152,6 +158,15 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
     )
 
 
+def _digests(config: RecoverConfig, folder: Path, blocks: TokenBlocks) -> dict[str, str]:
+    """Of what is read, by flag."""
+    found = {"--model": digest_of(folder), "--text": blocks.digest}
+    if config.teacher:
+        with _of_the_teacher():
+            found["--teacher"] = digest_of(_teacher_folder(config.teacher))
+    return found
+
+
 def _load(folder: Path) -> EMoEModelMixin:
     model = load_model(folder, head=True)
     if not isinstance(model, EMoEModelMixin):
@@ -171,8 +186,15 @@ def _load_teacher(config: RecoverConfig, folder: Path) -> torch.nn.Module:
 def _teacher_folder(teacher: str) -> Path:
     from emoe.assets import resolve_model
 
-    try:
+    with _of_the_teacher():
         return resolve_model(teacher).folder
+
+
+@contextlib.contextmanager
+def _of_the_teacher() -> Iterator[None]:
+    """What is said of a model is said of the teacher."""
+    try:
+        yield
     except UserError as error:
         raise UserError(str(error).replace("--model", "--teacher", 1)) from None
 
@@ -262,11 +284,8 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
 
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The recovered checkpoint, into a folder that is not yet the output."""
-    provenance = dict(student.config.emoe_provenance or {})
-    entry = {"verb": "recover", **{key: report[key] for key in ("steps", "text", "settings")}}
-    student.config.emoe_provenance = {**provenance, "history": [*provenance.get("history", []), entry]}
-    student.config._name_or_path = str(folder)
-    student.save_pretrained(target)
+    step = entry("recover", folder, **{key: report[key] for key in ("steps", "text", "settings")})
+    save_as_stored(student, folder, target, {"emoe_provenance": with_entry(provenance_of(folder), step)})
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from emoe.config import Settings, loss_factors, setting
+from emoe.config import SEEDS, Settings, loss_factors, setting
 from emoe.errors import UserError
 
 SEED_LIMIT = 1000
@@ -59,7 +59,7 @@ class FinetuneConfig(Settings):
     gate: Literal["average-key", "representative", "discriminant"] = setting(
         "average-key", "Gate of --method emoe: average-key follows the weights, the others stay as fitted on the texts."
     )
-    split_seed: int = setting(0, "Seed of the clustering, the same for all --seeds.", ge=0)
+    split_seed: int = setting(0, "Seed of the clustering, the same for all --seeds.", **SEEDS)
     copies: int = setting(4, "Copies of the FFN with --method gmoe.", ge=2)
     copies_top_k: int = setting(2, "Copies that a token uses with --method gmoe.", ge=1)
 
@@ -108,8 +108,8 @@ class FinetuneConfig(Settings):
             seeds = []
         if not seeds or len(set(seeds)) < len(seeds):
             raise UserError(f"--seeds: '{self.seeds}' is no list of different seeds such as 0,1,2 or 0:5")
-        if min(seeds) < 0 or max(seeds) >= 2**32 or len(seeds) > SEED_LIMIT:
-            raise UserError(f"--seeds: '{self.seeds}': at most {SEED_LIMIT} seeds, each from 0 to {2**32 - 1}")
+        if min(seeds) < 0 or max(seeds) >= SEEDS["lt"] or len(seeds) > SEED_LIMIT:
+            raise UserError(f"--seeds: '{self.seeds}': at most {SEED_LIMIT} seeds, each from 0 to {SEEDS['lt'] - 1}")
         return seeds
 
     def rate(self) -> float:

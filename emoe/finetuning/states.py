@@ -9,11 +9,15 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from emoe.conversion.resuming import require_same_settings
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import write_text
 
 STATE = "trainer_state.json"
+
+SOURCES = "digests.json"
+"""Beside the states: digests of the model and the text that they were made from."""
 
 
 def states(training: Path) -> list[Path]:
@@ -89,11 +93,10 @@ def same_settings(settings: dict[str, Any], training: Path, *, resume: bool, wha
         settings: all that the result depends on.
         what: the kind of run, for the message: "recovery".
     """
-    text = json.dumps(settings)
     kept = training / "settings.json"
     if not resume or not states(training):
         shutil.rmtree(training, ignore_errors=True)
         training.mkdir(parents=True)
-        write_text(kept, text)
-    elif kept.read_text(encoding="utf-8") != text:
-        raise UserError(f"--resume: the unfinished {what} had other settings; use the same ones or --overwrite")
+        write_text(kept, json.dumps(settings))
+    else:
+        require_same_settings(settings, kept, what)

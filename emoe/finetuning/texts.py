@@ -14,7 +14,7 @@ import transformers
 from torch.nn import functional as F
 
 from emoe.errors import UserError
-from emoe.families import FAMILIES
+from emoe.families import most_positions
 from emoe.tasks.metrics import compute, perplexity
 from emoe.tasks.spec import Example, Task
 
@@ -113,12 +113,8 @@ class Instructions(Classification):
 
 def usable_length(facts: Any, max_length: int) -> tuple[int, list[str]]:
     """Tokens of an example that a model of this config has positions for, and what to tell the user about it."""
-    longest = getattr(facts, "max_position_embeddings", None)
-    if longest is None:
-        return max_length, []
-    family = (getattr(facts, "emoe_source", None) or {}).get("family", facts.model_type)
-    longest -= FAMILIES[family].position_offset if family in FAMILIES else 0
-    if max_length <= longest:
+    longest = most_positions(facts)
+    if longest is None or max_length <= longest:
         return max_length, []
     return longest, [f"--max-length lowered from {max_length} to the model's {longest}"]
 

@@ -22,6 +22,7 @@ import transformers
 
 import emoe
 from emoe import tasks
+from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
@@ -36,7 +37,7 @@ from emoe.finetuning.trainer import Watch, make_tuner
 from emoe.finetuning.tuning import check_tuning, choose_parameters, freeze, ignored, trainable
 from emoe.report.card import write_history_card
 from emoe.runtime import processor, remove_unheld, scratch_directory, settle_folder, write_text
-from emoe.surgery.history import entry
+from emoe.surgery.history import entry, now
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
 
@@ -57,6 +58,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
     arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
     check_tuning(config, arm, task)
+    now()  # a clock that cannot be read is told before the training, not behind it
     for line in ignored(config, arm):
         say(line)
     group = Group()
@@ -225,11 +227,14 @@ class Run:
             hook.remove()
         if self.frozen:
             self.frozen.check(self.start.model)
+            round_as_stored(self.start.model, self.base)  # before it is scored: what is scored is what is published
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does
         if not self.config.discard_model:
             self._add_to_history(record)
+            if self.frozen:
+                cast_as_stored(self.start.model, self.base)
             tuner.save_model(str(self.folder / "model"))
         if self.group.first:
             write_predictions(self.folder / "predictions", predictions)

@@ -63,13 +63,10 @@ def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> No
     Args:
         folder: holds config.json and the verb's report already; gets the card.
         source: the checkpoint that it was made from.
-        report: the verb's; the last step of a dense model, whose config.json has no history.
+        report: the verb's; has the provenance of a stock model, whose config.json has none.
     """
     config = read_json(folder / "config.json")
-    provenance = config.get("emoe_provenance")
-    if not provenance:
-        before = read_json(source / "config.json").get("emoe_provenance") or {}
-        provenance = before | {"history": [*before.get("history", []), report]}
+    provenance = config.get("emoe_provenance") or report["provenance"]
     licence = licence_of(source, provenance)
     text = _render(
         "history_card.md.jinja",

@@ -14,10 +14,11 @@ from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
-from emoe.conversion.workspace import PRETRAINED
+from emoe.conversion.workspace import PRETRAINED, is_our_stock_model
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.report.records import Conversion, Pretraining, checked
+from emoe.surgery.history import provenance_of
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
@@ -51,6 +52,18 @@ def _describe_moduleformer(folder: Path) -> dict[str, Any]:
     }
 
 
+def _describe_stock(folder: Path) -> dict[str, Any]:
+    """The facts of a dense model that a training or pruning of ours has written."""
+    return {
+        "folder": str(folder),
+        "model_type": str(read_json(folder / "config.json", "inspect").get("model_type")),
+        "stock": True,
+        "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
+        "provenance": provenance_of(folder, "inspect"),
+        "pretraining": _pretraining(folder / PRETRAINED),
+    }
+
+
 def _pretraining(path: Path) -> dict[str, Any] | None:
     """What `emoe pretrain` wrote beside its model, as far as it is shown; None if that is not what lies there."""
     if not path.is_file():
@@ -62,19 +75,21 @@ def _pretraining(path: Path) -> dict[str, Any] | None:
 
 
 def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """Config, provenance, partition, gate tables and report of a converted checkpoint, as plain types.
+    """Config, provenance, partition, gate tables and report of a checkpoint that we have written, as plain types.
 
     Args:
         folder: the checkpoint.
         verify: read every weight file and compare its digest with what was written.
 
     Raises:
-        UserError: not a converted checkpoint, or a damaged one.
+        UserError: not a checkpoint of ours, or a damaged one.
     """
     from safetensors import safe_open
 
     if not folder.is_dir():
         raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
+    if is_our_stock_model(folder, "inspect"):
+        return _describe_stock(folder) | {"files_verified": check_digests(folder, "inspect") if verify else None}
     if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
         return _describe_moduleformer(folder)
     config = read_converted(folder, "inspect")

@@ -25,6 +25,7 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition, order_of
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.conversion.quality import Load
+from emoe.conversion.workspace import is_our_stock_model
 from emoe.errors import UserError
 from emoe.modeling.auto import emoe_config_class
 from emoe.modeling.ffn_emoe import SparseFFN, make_sparse
@@ -130,6 +131,8 @@ def unwatchable(folder: Path) -> str | None:
     """What kind of model it is that `observe` cannot take: only layers with the E equal experts of a conversion."""
     if read_json(folder / "config.json", "report").get("model_type") == "moduleformer":
         return "a ModuleFormer"
+    if is_our_stock_model(folder, "report"):
+        return "a dense model"
     config = read_converted(folder, "report")
     changed = config.get("emoe_groups") or config.get("emoe_copies")
     return "a model with experts taken, added or copied" if changed else None

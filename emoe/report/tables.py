@@ -63,8 +63,8 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
     """What `emoe inspect` shows; `brief` leaves the report out."""
     console = terminal()
     provenance = found["provenance"]
-    if found["model_type"] == "moduleformer":
-        console.print(_moduleformer_table(found))
+    if found["model_type"] == "moduleformer" or found.get("stock"):
+        console.print(_short_table(found))
         return
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
@@ -93,8 +93,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         rows["experts by layer"] = groups_line(found["groups"])
     for number, step in enumerate(provenance.get("history", []), 1):
         rows[f"history {number}"] = history_line(step)
-    if found["files_verified"] is not None:
-        rows["weight files"] = f"{found['files_verified']} are as they were written (SHA256SUMS)"
+    rows |= _verified(found)
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
@@ -102,20 +101,33 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         print_report(Conversion.model_validate(found["report"]).model_dump())
 
 
-def _moduleformer_table(found: dict[str, Any]) -> Table:
-    """Modules by layer and history of a ModuleFormer."""
+def _verified(found: dict[str, Any]) -> dict[str, str]:
+    number = found.get("files_verified")
+    return {} if number is None else {"weight files": f"{number} are as they were written (SHA256SUMS)"}
+
+
+def _short_table(found: dict[str, Any]) -> Table:
+    """Facts and history of a ModuleFormer or of a dense model."""
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    for name, value in moduleformer_facts(found).items():
+    for name, value in (short_facts(found) | _verified(found)).items():
         facts.add_row(name, value)
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
     return facts
 
 
-def moduleformer_facts(found: dict[str, Any]) -> dict[str, str]:
-    """What there is to say of a ModuleFormer, by name."""
+def short_facts(found: dict[str, Any]) -> dict[str, str]:
+    """What there is to say of a ModuleFormer or of a dense model, by name."""
+    if found.get("stock"):
+        source = found["provenance"].get("source")
+        return {
+            "model type": f"{found['model_type']}, a dense model",
+            **({"source": str(source)} if source else {}),
+            "weights": format_bytes(found["bytes"]),
+            **_pretraining_facts(found.get("pretraining")),
+        }
     experts = {
         f"{kind} experts": f"{groups_line(part['groups'])}; {part['a token']} a token"
         for kind, part in found["modules"].items()

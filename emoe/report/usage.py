@@ -119,7 +119,7 @@ def print_usage(report: dict[str, Any]) -> None:
     for heading in ("domain", "tokens", "perplexity"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for name, row in report["domains"].items():
-        table.add_row(name, str(row["tokens"]), f"{row['perplexity']:.4g}")
+        table.add_row(name, str(row["tokens"]), "–" if row["perplexity"] is None else f"{row['perplexity']:.4g}")
     console.print(table)
     for kind, found in report["divergence"].items() if len(names) > 1 else ():
         table = Table(title=f"KL(row ‖ column) of {kind} modules, nats, mean over layers")
@@ -135,3 +135,5 @@ def print_usage(report: dict[str, Any]) -> None:
         tokens = " ".join(repr(example["token"]) for example in row["examples"][:6])
         table.add_row(f"{row['set']} {row['expert']}", row["domain"], f"{row['specialisation']:.3f}", tokens)
     console.print(table)
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False)

@@ -17,11 +17,11 @@ from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
 from emoe.surgery.converted import Converted
-from emoe.surgery.history import entry
+from emoe.surgery.history import entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, Seen
 from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import TIE, normalised
-from emoe.surgery.usage import load_model, read_blocks, text_of
+from emoe.surgery.usage import fit_length, load_model, read_blocks, text_of
 
 
 def layers_kept(total: int, keep: float, method: str) -> list[int]:
@@ -110,13 +110,17 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
 
     facts = config.model_dump(include={"method", "keep", "text", "tokens", "seed"})
     raw[reader.spec.width_key(raw)] = number
+    step = entry("prune", anatomy.folder, settings=facts, kept=number)
+    report = {"verb": "prune", "model": config.model, "settings": facts, "neurons": number}
+    report["notes"] = ["a dense model", *fit_length(anatomy.folder, config.sequence_length)[1]]
+    report["provenance"] = with_entry(provenance_of(anatomy.folder), step)
     return rewrite(
         anatomy.folder,
         config.output,
         edit,
         raw,
         lambda target: None,
-        {"verb": "prune", "model": config.model, "settings": facts, "neurons": number, "notes": ["a dense model"]},
+        report,
         overwrite=config.overwrite,
         progress=progress,
     )

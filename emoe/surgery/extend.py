@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.limits import LARGEST
 from emoe.config import ExtendConfig
-from emoe.errors import UserError
+from emoe.errors import UserError, shortened
 from emoe.surgery.gates import fit_gates
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
+from emoe.surgery.usage import fit_length
 
 
 def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
@@ -33,6 +35,9 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     wanted = {"ffn": config.experts, "attention": config.attention}
     if not any(wanted.values()):
         raise UserError("--experts: nothing to add; give --experts or --attention, at least 1")
+    for flag, number in (("--experts", config.experts), ("--attention", config.attention)):
+        if number > LARGEST["num_experts"]:
+            raise UserError(f"{flag}: {shortened(number)} is more than any model has; at most {LARGEST['num_experts']}")
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     sets = anatomy.sets()
@@ -59,7 +64,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             "added": added,
             "seed": config.seed,
             "modules": {"before": sum(s.count for s in sets), "after": sum(map(sum, groups.values()))},
-            "notes": _notes(fitted),
+            "notes": _notes(fitted) + (fit_length(folder, config.sequence_length)[1] if fitted else []),
             "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
         overwrite=config.overwrite,

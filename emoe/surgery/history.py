@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.checkpoint.converted import Changed, checked
 from emoe.checkpoint.reader import shard_map
+from emoe.conversion.workspace import PRUNED, TUNED
+from emoe.errors import UserError, shortened
+from emoe.plainfiles import read_json
 from emoe.runtime import sha256_file
 
 
@@ -21,14 +25,49 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
-    """One entry of a history. ``SOURCE_DATE_EPOCH`` (reproducible-builds.org) sets the clock."""
+def provenance_of(folder: Path, flag: str = "--model") -> dict[str, Any]:
+    """Where a checkpoint comes from and what was done to it: of config.json, or of the report beside a stock one.
+
+    Raises:
+        UserError: a damaged one.
+    """
+    path = folder / "config.json"
+    found = read_json(path, flag).get("emoe_provenance")
+    for name in (TUNED, PRUNED):
+        if not found and (folder / name).is_file():
+            path = folder / name
+            found = read_json(path, flag).get("provenance")
+    checked(Changed, found or {}, f"{flag}: {path}", "write it again")
+    return found or {}
+
+
+def with_entry(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    """A provenance with one entry more in its history."""
+    return {**provenance, "history": [*provenance.get("history", []), step]}
+
+
+def now() -> str:
+    """The time to the second, in UTC; ``SOURCE_DATE_EPOCH`` (reproducible-builds.org) sets the clock.
+
+    Raises:
+        UserError: that is no number of seconds.
+    """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    try:
+        time = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise UserError(
+            f"SOURCE_DATE_EPOCH: {shortened(epoch)} is no time in seconds since 1970; set another or unset it"
+        ) from None
+    return time.isoformat(timespec="seconds")
+
+
+def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
+    """One entry of a history."""
     return {
         "verb": verb,
         "from_digest": digest_of(folder),
-        "when": now.isoformat(timespec="seconds"),
+        "when": now(),
         "emoe": emoe.__version__,
         **facts,
     }

@@ -10,11 +10,11 @@ import torch
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery import baselines
-from emoe.surgery.history import entry
+from emoe.surgery.history import entry, now
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 from emoe.surgery.selection import select
-from emoe.surgery.usage import count_use, load_model, read_blocks, text_of
+from emoe.surgery.usage import count_use, fit_length, load_model, read_blocks, text_of
 
 
 def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     _check(config)
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
+    now()  # a clock that cannot be read is told before counting
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: counting takes its time
     if config.method.startswith("layers"):
         return baselines.drop_layers(anatomy, config, progress)
@@ -37,6 +38,8 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
     rebuilt = anatomy.rebuilt(groups)
     notes = _budget(anatomy, config, rebuilt, groups)
+    if _counts(config):
+        notes += fit_length(folder, config.sequence_length)[1]
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
@@ -73,6 +76,11 @@ def _check(config: PruneConfig) -> None:
         raise UserError("--text: missing; name the text (or --task) on which use is counted")
     if not counts and config.threshold is not None:
         raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
+
+
+def _counts(config: PruneConfig) -> bool:
+    """Whether modules go by their use on text."""
+    return not config.remove and config.method == "use" and config.keep != 1.0
 
 
 def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, list[int]]:

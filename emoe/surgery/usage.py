@@ -19,6 +19,7 @@ from torch import nn
 from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.config import PruneConfig
 from emoe.errors import UserError
+from emoe.families import most_positions, spec_of
 from emoe.surgery.modules import Anatomy, Seen
 
 Progress = Callable[[str, int, int], None]
@@ -33,12 +34,42 @@ def load_model(folder: Path, *, head: bool, flag: str = "--model") -> nn.Module:
     """
     auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
-        return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+        model, info = auto.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except ValueError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{flag}: {folder} is no causal language model ({first_line})") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{flag}: {folder} has no usable weights ({' '.join(str(error).split())[:160]})") from None
+    if head and is_encoder(model.config):
+        raise UserError(f"{flag}: {folder} is an encoder, which predicts no next token; give a causal language model")
+    if head and info["missing_keys"]:  # a tied head is not missing; any other would be drawn at random
+        missing = min(info["missing_keys"])
+        raise UserError(f"{flag}: {folder} has no {missing}; give a causal language model, with its head")
+    return model.eval()
+
+
+def is_encoder(facts: Any) -> bool:
+    """Whether a model of this config sees what stands behind a token; transformers gives such a one a causal head."""
+    spec = spec_of(facts)
+    return spec is not None and spec.encoder and not getattr(facts, "is_decoder", False)
+
+
+def fit_length(folder: Path, length: int) -> tuple[int, list[str]]:
+    """``--sequence-length`` that the model has positions for, and what to tell the user about it.
+
+    Raises:
+        UserError: the folder holds no model that transformers knows.
+    """
+    try:
+        facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {folder} is not the folder of a model ({str(error).splitlines()[0]})") from None
+    longest = most_positions(facts)
+    if longest is None or length <= longest:
+        return length, []
+    return longest, [f"--sequence-length lowered from {length} to the model's {longest}"]
 
 
 def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, seed: int, flag: str) -> torch.Tensor:
@@ -47,9 +78,7 @@ def read_blocks(folder: Path, sources: list[str], *, length: int, tokens: int, s
     Raises:
         UserError: too little text.
     """
-    facts = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    longest = getattr(facts, "max_position_embeddings", None)
-    length = min(length, longest or length)
+    length, _ = fit_length(folder, length)
     tokenizer = read_tokenizer(folder)
     found = load_blocks(
         sources, tokenizer, length=length, calibration_tokens=tokens, held_out_tokens=0, seed=seed, flag=flag

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
 import torch
 import transformers
+from support.tiny import tiny_checkpoint
 
+import emoe
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
 from emoe.cli.main import main
 
@@ -105,6 +108,35 @@ def test_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
     assert main([*again, "--resume", "--seed", "1", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("changed", ["--model", "--domains words", "seed"])
+def test_other_sources_are_not_gone_on_with(changed, flags, converted_llama, domains, tmp_path, monkeypatch, capsys):
+    """The names stay, what they name does not: sums of both would be mixed."""
+    from emoe.analysis import analyze
+
+    model, text = tmp_path / "model", tmp_path / "words.txt"
+    shutil.copytree(converted_llama, model)
+    shutil.copyfile(domains[0].partition("=")[2], text)
+    flags = [*flags, "--model", str(model), "--domains", f"words={text}"]
+    flags = [flag for flag in flags if flag != domains[0]]
+    monkeypatch.setattr(analyze._Analysis, "report", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(flags)
+    monkeypatch.undo()
+    if changed == "--model":
+        weights = next(model.glob("*.safetensors"))
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif changed == "--domains words":
+        text.write_text("we keep apart what never meets " * 600)
+    else:
+        flags += ["--seed", "1"]
+    capsys.readouterr()
+    assert main([*flags, "--resume"]) == 2
+    said = "(seed: 0, now 1); use the same ones" if changed == "seed" else f"what {changed} names has changed since"
+    assert said in capsys.readouterr().err
+    assert main([*flags, "--overwrite"]) == 0
+
+
 def test_divergences():
     p_CE = distributions(torch.tensor([[8, 0, 0, 8], [8, 0, 0, 8], [0, 8, 8, 0]]))
     kl, js = kullback_leibler(p_CE), jensen_shannon(p_CE)
@@ -117,9 +149,23 @@ def test_divergences():
     assert information_E.sum() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
 
 
+def test_an_encoder_has_no_losses(flags, settings, tmp_path):
+    """It sees what it would have to predict."""
+    dense = tiny_checkpoint(tmp_path / "dense", "bert")
+    emoe.convert(str(dense), output=tmp_path / "bert", **settings)
+    assert main([*[flag for flag in flags if flag != "--quiet"], "--model", str(tmp_path / "bert")]) == 0
+    report = report_of(tmp_path / "report")
+    assert {row["loss"] for row in report["domains"].values()} == {None}
+    assert report["knock_out"] == []
+    assert report["notes"] == ["an encoder predicts no next token: no losses and no knock-outs"]
+    assert report["notes"][0] in (tmp_path / "report" / "index.html").read_text()
+    assert sum(report["sets"][0]["frequency"]["words"]) > 1
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
+        (["--output", __file__], f"--output: {__file__} is a file; choose another name"),
         (["--domains", "words"], "'words' is not NAME=TEXT"),
         (["--domains", "letters=builtin"], "the name 'letters' is given twice"),
         (["--top-k", "9"], "--top-k: top_k=9 must lie between 1 and num_experts=8"),

@@ -16,7 +16,7 @@ MODULEFORMER = {
 }
 
 
-def moduleformer(folder: Path, gate_type: str) -> Path:
+def moduleformer(folder: Path, gate_type: str, dtype: torch.dtype = torch.float32) -> Path:
     """A random ModuleFormer with a tokenizer, saved; weights are large enough for experts to matter."""
     torch.manual_seed(0)
     model = emoe.ModuleFormerForCausalLM(emoe.ModuleFormerConfig(gate_type=gate_type, **MODULEFORMER))
@@ -24,6 +24,6 @@ def moduleformer(folder: Path, gate_type: str) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder

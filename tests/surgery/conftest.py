@@ -5,13 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.modules import moduleformer
+from support.tiny import tiny_model, tiny_tokenizer
+
+import emoe
 
 
 @pytest.fixture(scope="session")
 def tiny_moduleformer(tmp_path_factory) -> Path:
     """A ModuleFormer with linear gates."""
     return moduleformer(tmp_path_factory.mktemp("moduleformer") / "model", "linear")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_moduleformer(tmp_path_factory) -> Path:
+    """The same, stored in 16 bits."""
+    return moduleformer(tmp_path_factory.mktemp("bfloat16") / "model", "linear", torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def bfloat16_llama(settings, tmp_path_factory) -> Path:
+    """A tiny Llama stored in 16 bits, converted: its gates' tables are fp32."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder / "dense")
+    tiny_tokenizer(folder / "dense")
+    emoe.convert(str(folder / "dense"), output=folder / "moe", **settings)
+    return folder / "moe"
 
 
 @pytest.fixture

@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from support.tiny import tiny_checkpoint
 
+import emoe.calibration.text
 import emoe.surgery.baselines
 import emoe.surgery.prune
+import emoe.surgery.usage
 from emoe.cli.main import main
 
 
@@ -46,6 +50,30 @@ def refused(capsys, tmp_path):
 )
 def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
+
+
+@pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover", "analyze"])
+@pytest.mark.parametrize("seed", [2**32, 10**20])
+def test_seeds_that_no_generator_takes(verb, seed, refused, converted_llama):
+    assert f"--seed: must be below 4294967296, got {seed}" in refused(verb, converted_llama, "--seed", seed)
+
+
+@pytest.mark.parametrize("flag", ["--experts", "--attention"])
+def test_more_experts_than_any_model_has(flag, refused, tiny_moduleformer):
+    line = refused("extend", tiny_moduleformer, flag, 10**12)
+    assert f"{flag}: 1000000000000 is more than any model has; at most 1048576" in line
+
+
+@pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover"])
+@pytest.mark.parametrize("epoch", ["yesterday", "9" * 30])
+def test_a_clock_that_cannot_be_read(verb, epoch, refused, converted_llama, text, monkeypatch):
+    """Told before anything is counted or trained."""
+    for module in (emoe.surgery.prune, emoe.surgery.usage):
+        monkeypatch.setattr(module, "read_blocks", None)
+    monkeypatch.setattr(emoe.calibration.text, "read_blocks", None)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    flags = {"prune": [*text, "--keep", 0.5], "extend": ["--experts", 1]}.get(verb, text[:2])
+    assert f"SOURCE_DATE_EPOCH: '{epoch}' is no time in seconds" in refused(verb, converted_llama, *flags)
 
 
 @pytest.mark.parametrize("method", ["use", "magnitude"])
@@ -93,6 +121,52 @@ def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, co
     assert "--text: missing" in refused("prune", tiny_moduleformer, "--keep", 0.5)
     flags = ("--keep", 0.5, "--count", "energy", *text)
     assert "attention experts have no energy" in refused("prune", tiny_moduleformer, *flags)
+
+
+@pytest.fixture(scope="module")
+def headless(tiny_llama, converted_llama, tmp_path_factory) -> dict[str, Path]:
+    """Models whose causal head transformers would draw at random, or that see what they are to predict."""
+    folder = tmp_path_factory.mktemp("headless")
+    for name, source in (("dense classifier", tiny_llama), ("classifier", converted_llama)):
+        shutil.copytree(source, folder / name)
+        (folder / name / "SHA256SUMS").unlink(missing_ok=True)
+        for path in (folder / name).glob("model*.safetensors"):
+            tensors = load_file(path)
+            tensors.pop("lm_head.weight", None)
+            save_file(tensors, path, metadata={"format": "pt"})
+        index = folder / name / "model.safetensors.index.json"
+        if index.is_file():
+            known = json.loads(index.read_text())
+            known["weight_map"].pop("lm_head.weight")
+            index.write_text(json.dumps(known))
+    for family in ("bert", "roberta"):
+        tiny_checkpoint(folder / family, family)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "complaint"),
+    [
+        ("tune", "dense classifier", "has no lm_head.weight; give a causal language model"),
+        ("tune", "classifier", "has no lm_head.weight; give a causal language model"),
+        ("analyze", "classifier", "has no lm_head.weight; give a causal language model"),
+        ("tune", "bert", "is an encoder, which predicts no next token"),
+        ("tune", "roberta", "is an encoder, which predicts no next token"),
+    ],
+)
+def test_a_model_without_a_language_head(verb, name, complaint, headless, text_file, tmp_path, capsys):
+    flags = ["--model", headless[name], "--output", tmp_path / "out", "--sequence-length", 64]
+    flags += ["--domains", f"a={text_file}"] if verb == "analyze" else ["--text", text_file, "--steps", 1]
+    assert main([verb, *map(str, flags), "--quiet"]) == 2
+    assert f"--model: {headless[name]} {complaint}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_not_missing(text_file, tmp_path):
+    tiny_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    flags = ["--model", tmp_path / "tied", "--output", tmp_path / "out", "--text", text_file, "--steps", 1]
+    flags += ["--sequence-length", 64, "--tokens-per-step", 64, "--held-out-tokens", 64, "--quiet"]
+    assert main(["tune", *map(str, flags)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,12 @@ def test_a_task_is_counted_on(converted_llama, run, tmp_path):
     assert json.loads((by_task / "emoe_prune.json").read_text())["modules"] == {"before": 32, "after": 16}
 
 
-@pytest.mark.parametrize("train", ["new-modules", "router"])
-def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp_path):
-    big = run("extend", converted_llama, "big", "--experts", 2)
+@pytest.mark.parametrize(
+    ("train", "model"),
+    [("new-modules", "converted_llama"), ("router", "converted_llama"), ("new-modules", "bfloat16_llama")],
+)
+def test_finetuning_leaves_the_rest_bit_for_bit(train, model, request, run, tmp_path):
+    big = run("extend", request.getfixturevalue(model), "big", "--experts", 2)
     flags = ("--model", big, "--task", write_task(tmp_path / "task"), "--output", tmp_path / "run", "--train", train)
     flags += ("--loss", "concentration=0.01", "--max-steps", 4, "--learning-rate", 1e-2, "--precision", "float32")
     assert main(["finetune", *map(str, flags), "--gate", "discriminant", "--quiet"]) == 0
@@ -65,6 +68,7 @@ def test_finetuning_leaves_the_rest_bit_for_bit(train, converted_llama, run, tmp
     trained = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0" / "model")
     changed = set()
     for name, after in trained.state_dict().items():
+        assert name not in before or after.dtype == before[name].dtype
         if name in before and not torch.equal(after, before[name]):
             changed.add(name.rpartition("layers.")[2].partition(".")[2])
             old = before[name]

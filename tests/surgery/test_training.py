@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from emoe.checkpoint.digests import write_digests
 from emoe.cli.main import main
 from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
@@ -36,8 +38,17 @@ def report_of(folder) -> dict:
     return json.loads((folder / "emoe_tune.json").read_text())
 
 
-def test_old_modules_stay_bit_for_bit(model, run, text_file):
-    """Two tasks in sequence: after each, taking the newest modules out gives the model before."""
+def config_of(folder) -> dict:
+    """config.json without what was done."""
+    config = json.loads((folder / "config.json").read_text())
+    (config.get("emoe_provenance") or {}).pop("history", None)
+    return {key: value for key, value in config.items() if value not in (None, {})}
+
+
+@pytest.mark.parametrize("name", ["converted_llama", "tiny_moduleformer", "bfloat16_llama", "bfloat16_moduleformer"])
+def test_old_modules_stay_bit_for_bit(name, request, run, text_file):
+    """Two tasks in sequence: after each, taking the newest modules out gives the model before, types and all."""
+    model = request.getfixturevalue(name)
     flags = ("--text", text_file, *TRAIN, "--train", "new-modules", "--loss", "router=0.001")
     previous = model
     for number in range(2):
@@ -47,6 +58,8 @@ def test_old_modules_stay_bit_for_bit(model, run, text_file):
         before, after = weights(previous), weights(back)
         assert before.keys() == after.keys()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+        assert config_of(previous) == config_of(back)
         found, start = report_of(trained)["perplexity"]["calibration domain"], weights(extended)
         assert found["after"] < 0.97 * found["before"]
         assert any(not torch.equal(start[name], new) for name, new in weights(trained).items())
@@ -93,6 +106,49 @@ def test_lora_reaches_the_experts_of_a_moduleformer(tiny_moduleformer, text_file
     parted, logs = weights(tmp_path / "parted"), [tmp_path / name / "log.jsonl" for name in ("whole", "parted")]
     assert logs[0].read_text() == logs[1].read_text()
     assert [name for name in after if not torch.equal(after[name], parted[name])] == []
+
+
+@pytest.fixture
+def killed(converted_llama, text_file, tmp_path):
+    """Settings of a training, and its unfinished output: killed at its third step, with the state of its second."""
+    shutil.copytree(converted_llama, tmp_path / "model")
+    shutil.copyfile(text_file, tmp_path / "text.txt")
+    settings = {"model": str(tmp_path / "model"), "text": [str(tmp_path / "text.txt")], "output": str(tmp_path / "out")}
+    settings |= {"steps": 4, "tokens_per_step": 128, "sequence_length": 64, "held_out_tokens": 128}
+    settings |= {"precision": "float32", "checkpoint_steps": 2}
+
+    def stop(stage, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(TuneConfig(**settings), stop)
+    return settings
+
+
+@pytest.mark.parametrize("changed", ["--model", "--text", "learning_rate"])
+def test_other_sources_are_not_gone_on_with(changed, killed, tmp_path):
+    """The names stay, what they name does not: the model would be of both."""
+    if changed == "--model":
+        path = next((tmp_path / "model").glob("model*.safetensors"))
+        save_file({name: 2 * t for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+        write_digests(tmp_path / "model")
+    elif changed == "--text":
+        (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text()[::-1])
+    else:
+        killed["learning_rate"] = 0.5
+    found = (
+        "learning_rate: 0.0001, now 0.5" if changed == "learning_rate" else f"what {changed} names has changed since"
+    )
+    with pytest.raises(UserError) as caught:
+        tune(TuneConfig(**killed, resume=True), lambda *_: None)
+    assert found in str(caught.value)
+    assert list((tmp_path / ".out.emoe-state" / "training").glob("checkpoint-2"))  # what there is, stays
+    tune(TuneConfig(**killed, overwrite=True), lambda *_: None)
+
+
+def test_the_same_sources_are_gone_on_with(killed, tmp_path):
+    assert tune(TuneConfig(**killed, resume=True), lambda *_: None)["steps"] == 4
 
 
 def entropy(folder) -> float:
