@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from support.starved import starve
+from support.gates import starve
 from support.tiny import tiny_checkpoint
 
 import emoe

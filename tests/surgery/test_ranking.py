@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.starved import starve
+from support.gates import gates_of, starve
 from support.tiny import tiny_checkpoint
 
 import emoe
@@ -24,18 +24,6 @@ def blocks_of(folder: Path, text_file: Path) -> torch.Tensor:
 
 def kept_in(folder: Path) -> dict[str, list[int]]:
     return json.loads((folder / "emoe_prune.json").read_text())["kept"]
-
-
-def gates_of(model) -> dict[str, torch.nn.Module]:
-    """By name of the set."""
-    if hasattr(model, "sparse_ffns"):
-        return {f"{layer}.ffn": ffn.router for layer, ffn in model.sparse_ffns().items()}
-    blocks = enumerate(model.transformer.h)
-    return {
-        name: gate
-        for i, block in blocks
-        for name, gate in ((f"{i}.attention", block.attn.q_proj.gate), (f"{i}.ffn", block.mlpf.gate))
-    }
 
 
 def energies(ffn, x_ND: torch.Tensor) -> torch.Tensor:
