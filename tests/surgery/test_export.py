@@ -76,10 +76,8 @@ def test_taking_back_gives_the_source_bit_for_bit(converted_llama, tiny_llama, r
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
-def test_pruned_models_generate_tune_and_are_pruned_again(converted_llama, run, text, scope, capsys):
+def test_pruned_models_tune_and_are_pruned_again(converted_llama, run, text, scope, capsys):
     small = run("prune", converted_llama, "small", *text, "--keep", 0.6, "--scope", scope)
-    model = transformers.AutoModelForCausalLM.from_pretrained(small)
-    assert model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape[1] <= 7
     flags = ("--steps", 3, "--tokens-per-step", 128, "--sequence-length", 64, "--held-out-tokens", 128)
     tuned = run("tune", small, "tuned", *text[:2], *flags)
     again = run("prune", tuned, "again", *text, "--keep", 0.5, "--scope", scope)
