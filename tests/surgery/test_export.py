@@ -90,7 +90,7 @@ def test_pruned_models_tune_and_are_pruned_again(converted_llama, run, text, sco
     assert "1 ffn experts a layer" in shown
 
 
-def test_magnitude_pruning_keeps_the_strongest_neurons(converted_llama, run, text):
+def test_magnitude_pruning_gives_a_stock_model(converted_llama, run, text):
     dense = run("prune", converted_llama, "dense", *text, "--keep", 0.5, "--method", "magnitude")
     model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     assert type(model).__name__ == "LlamaForCausalLM"

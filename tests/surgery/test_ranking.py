@@ -134,3 +134,14 @@ def test_magnitude_takes_the_weakest_neurons_out(family, settings, run, text, te
         tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
         found = transformers.AutoModelForCausalLM.from_pretrained(small).eval()(tokens).logits
         torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_random_pruning_depends_on_the_seed_alone(converted_llama, run):
+    flags = ("--method", "random", "--keep", 0.5, "--scope", "layer")
+    kept = [
+        kept_in(run("prune", converted_llama, f"seed {number}", *flags, "--seed", seed))
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert kept[0] == kept[1] != kept[2]
+    assert {len(modules) for found in kept for modules in found.values()} == {4}
+    assert len({tuple(modules) for modules in kept[0].values()}) > 1  # layers are drawn apart
