@@ -15,8 +15,7 @@ ADDED = {
     ("tiny_moduleformer", "new-modules"): (3 * 2 * (2 * 32 * 24 + 32), 3 * 3),
     ("tiny_moduleformer", "new-experts"): (3 * 2 * 2 * 32 * 24, 3 * 2),
 }
-"""Weights of two new experts in each layer, and tensors that they lie in: matrices, and a gate row, of a converted model
-with its bias."""
+"""Weights of two new experts in each layer, and tensors that they lie in: matrices and a gate row (and its bias)."""
 
 
 @pytest.fixture(params=["converted_llama", "tiny_moduleformer"])
