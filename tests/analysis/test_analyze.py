@@ -84,26 +84,33 @@ def test_the_page_is_one_file_and_escaped(flags, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
-def test_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
-    assert main(flags) == 0
-    undisturbed = report_of(tmp_path / "report")
+@pytest.mark.parametrize("cut", [12, 19])  # in the second domain; at the first module that is knocked out
+def test_resumed_equals_undisturbed(cut, flags, tmp_path, monkeypatch):
+    """What was counted before the cut is neither counted again nor left out."""
     from emoe.analysis import analyze
 
-    nats, count = analyze._Analysis._nats, [0]
+    nats, calls = analyze._Analysis._nats, []
 
-    def crash(self, part_BT):
-        count[0] += 1
-        if count[0] == 12:
+    def counted(self, part_BT):
+        calls.append(part_BT)
+        if len(calls) == power_cut:
             raise RuntimeError("power cut")
         return nats(self, part_BT)
 
-    monkeypatch.setattr(analyze._Analysis, "_nats", crash)
+    monkeypatch.setattr(analyze._Analysis, "_nats", counted)
+    power_cut = None
+    assert main(flags) == 0
+    undisturbed, every = report_of(tmp_path / "report"), len(calls)
     again = [flag if flag != str(tmp_path / "report") else str(tmp_path / "again") for flag in flags]
+    calls.clear()
+    power_cut = cut
     with pytest.raises(RuntimeError, match="power cut"):
         main([*again, "--checkpoint-seconds", "0"])
-    monkeypatch.undo()
     assert not (tmp_path / "again").exists()
+    calls.clear()
+    power_cut = None
     assert main([*again, "--resume", "--checkpoint-seconds", "0"]) == 0
+    assert len(calls) == every - (cut - 1)
     assert report_of(tmp_path / "again") == undisturbed
     assert main([*again, "--resume", "--seed", "1", "--overwrite"]) == 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.faults import with_tokenizer_of_its_own
+from support.hostile_checkpoints import with_tokenizer_of_its_own
 from support.routing import FIXED, KEY
 from support.tiny import VOCAB, tiny_checkpoint
 from tokenizers import Tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.faults import make_inputs
+from support.bench import make_inputs
 from support.nursery import Nursery
 
 

@@ -76,7 +76,7 @@ def test_what_killed_exports_leave_is_removed_by_the_next(nursery, inputs, tmp_p
 
 def test_what_a_kill_behind_the_last_rename_leaves_is_removed(nursery, inputs, tmp_path):
     """The output is finished then, and its state, with a recovery's training states in it, is of no use."""
-    from support.faults import convert
+    from support.bench import convert
 
     output, state = tmp_path / "out", tmp_path / ".out.emoe-state"
     assert nursery.run(*convert(inputs["dense"], inputs, output)).status == 0
@@ -89,8 +89,8 @@ def test_what_a_kill_behind_the_last_rename_leaves_is_removed(nursery, inputs, t
 
 
 def test_a_full_disk_loses_no_earlier_output(nursery, inputs, tmp_path):
+    from support.bench import convert
     from support.drill import contents
-    from support.faults import convert
 
     output = tmp_path / "out"
     assert nursery.run(*convert(inputs["dense"], inputs, output)).status == 0

@@ -65,7 +65,9 @@ def test_continual_learning(kind, run, tiny_llama, texts, tmp_path):
         if name.endswith("two"):  # the plot's origin is where the training says that it began
             found = {d: report["perplexity"][d]["before"] for d in result["base"]}
             assert found == pytest.approx(result["base"], rel=1e-4)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*") if p.is_file() and p.suffix != ".json"}
     assert run("continual_learning", *flags, "--seeds", 0)["rows"] == result["rows"]
+    assert all(p.stat().st_mtime_ns == when for p, when in written.items())  # nothing was trained again
     with pytest.raises(SystemExit, match=r"other settings \(steps: 2, now 3\)"):
         run("continual_learning", *flags, "--steps", 3)
 
@@ -176,5 +178,6 @@ def test_modularity(run, tiny_llama, texts):
     result = run("modularity", *flags, "--domains", *domains, "--tokens", 512, "--sequence-length", 64)
     assert list(result["models"]) == ["coactivation", "coactivation, refined", "random 0", "random 1"]
     for facts in result["models"].values():
-        assert len(facts["divergence"]["ffn"]["kl"]) == 3
+        kl = facts["divergence"]["ffn"]["kl"]
+        assert [[value > 1e-6 for value in row] for row in kl] == [[i != j for j in range(3)] for i in range(3)]
         assert 0 < facts["information"]["experts"] < facts["information"]["neurons"]

@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
+from emoe.evaluation.compare import compare
+from emoe.evaluation.runs import read_runs
+
+RESAMPLES = 200
 DOMAINS = {"movies": "id-test", "amazon": "ood", "tweets": "ood"}
 
 
@@ -106,3 +110,8 @@ def write_predictions(path: Path, labels: np.ndarray, said: np.ndarray, shuffle:
         for i in order
     ]
     path.write_text("\n".join(lines) + "\n")
+
+
+def compared(*folders, **options):
+    """What `emoe compare` finds in these run folders."""
+    return compare(read_runs([str(f) for f in folders]), resamples=RESAMPLES, **options)

@@ -76,10 +76,8 @@ def test_taking_back_gives_the_source_bit_for_bit(converted_llama, tiny_llama, r
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
-def test_pruned_models_generate_tune_and_are_pruned_again(converted_llama, run, text, scope, capsys):
+def test_pruned_models_tune_and_are_pruned_again(converted_llama, run, text, scope, capsys):
     small = run("prune", converted_llama, "small", *text, "--keep", 0.6, "--scope", scope)
-    model = transformers.AutoModelForCausalLM.from_pretrained(small)
-    assert model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape[1] <= 7
     flags = ("--steps", 3, "--tokens-per-step", 128, "--sequence-length", 64, "--held-out-tokens", 128)
     tuned = run("tune", small, "tuned", *text[:2], *flags)
     again = run("prune", tuned, "again", *text, "--keep", 0.5, "--scope", scope)
@@ -92,7 +90,7 @@ def test_pruned_models_generate_tune_and_are_pruned_again(converted_llama, run, 
     assert "1 ffn experts a layer" in shown
 
 
-def test_magnitude_pruning_keeps_the_strongest_neurons(converted_llama, run, text):
+def test_magnitude_pruning_gives_a_stock_model(converted_llama, run, text):
     dense = run("prune", converted_llama, "dense", *text, "--keep", 0.5, "--method", "magnitude")
     model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     assert type(model).__name__ == "LlamaForCausalLM"

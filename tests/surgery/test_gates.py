@@ -90,7 +90,9 @@ def test_gates_open_on_the_new_text_alone(model, texts, flags, run):
         assert new[name] == pytest.approx(told["new"], abs=0.15)  # other passages
         assert old[name] == pytest.approx(told["old"], abs=0.1)
     assert sum(new.values()) > 2 * sum(old.values())
-    assert report["notes"][0].startswith("gates open on")
+    shares = [100 * sum(told[kind] for told in report["gates"].values()) / len(new) for kind in ("new", "old")]
+    said = "gates open on {:.0f}% of the new text's tokens and {:.0f}% of the old text's (mean)".format(*shares)
+    assert report["notes"] == [said]
     back = run("prune", big, "back", "--remove", "last")
     assert torch.equal(logits(back), logits(model))
 
@@ -103,6 +105,10 @@ def test_new_experts_learn_and_their_gates_stay(model, texts, flags, run):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert not [name for name in changed if "router" in name or "gate." in name]
+    back = run("prune", tuned, "back", "--remove", "last")
+    whole, left = (transformers.AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (model, back))
+    assert whole.keys() == left.keys()
+    assert [name for name in whole if not torch.equal(whole[name], left[name])] == []
 
 
 @pytest.mark.parametrize(

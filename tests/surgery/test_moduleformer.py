@@ -6,10 +6,14 @@ import json
 
 import pytest
 import torch
+from support.gates import gates_of
 from support.modules import moduleformer
 from support.tiny import tiny_tokenizer
 
 import emoe
+
+GATE_ROWS = {"mlp": "gate.w_gate.3.weight", "linear": "gate.w_gate.0.weight", "gmm": "gate.expert_centroids"}
+"""Kind of gate → its tensor with a row an expert."""
 
 
 @pytest.fixture(scope="module", params=["mlp", "linear", "gmm"])
@@ -76,14 +80,30 @@ def test_a_pruned_model_is_a_smaller_one(model_folder, run, scope, text_file, tm
     run("prune", model_folder, "small", *text, "--keep", 0.5, "--scope", scope)
     small, whole = load(tmp_path / "small"), load(model_folder)
     kept = json.loads((tmp_path / "small" / "emoe_prune.json").read_text())["kept"]
-    assert sum(map(len, kept.values())) == 21
-    per_expert = 2 * 32 * 16 + 2 * 32 * 24
-    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
-    assert count(whole) - count(small) > 9 * per_expert
-    out = small.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=5, do_sample=False)
-    assert out.shape[1] <= 8
-    block, layer = whole.transformer.h[1], small.transformer.h[1]
-    assert torch.equal(block.mlpf.experts.weight[kept["1.ffn"]], layer.mlpf.experts.weight)
+    assert [sum(len(k) for n, k in kept.items() if n.endswith(kind)) for kind in ("attention", "ffn")] == [9, 12]
+    expected, gate_rows = whole.state_dict(), GATE_ROWS[config_of(model_folder)["gate_type"]]
+    for layer in range(3):
+        for kind, module in (("attention", "attn.q_proj"), ("ffn", "mlpf")):
+            start = f"transformer.h.{layer}.{module}."
+            rows = [f"{start}{name}" for name in ("experts.weight", "output_experts.weight", gate_rows)]
+            expected |= {name: expected[name][kept[f"{layer}.{kind}"]] for name in rows}
+    found = small.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_pruned_model_is_the_model_without_those_experts(model_folder, run, text_file, tmp_path):
+    """The whole model, whose gates are told to give nothing to what was pruned: their softmax is over what is left."""
+    text = ("--text", text_file, "--tokens", 2048, "--sequence-length", 64)
+    run("prune", model_folder, "small", *text, "--keep", 0.6)
+    kept = json.loads((tmp_path / "small" / "emoe_prune.json").read_text())["kept"]
+    model = load(model_folder)
+    for name, gate in gates_of(model).items():
+        gone = torch.tensor([e for e in range(gate.num_experts) if e not in kept[name]], dtype=torch.int64)
+        gate.logits = lambda x, old=gate.logits, gone=gone: old(x).index_fill(1, gone, -torch.inf)
+    tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "small"), model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_pruning_what_is_never_used_changes_no_logit(model_folder, run, text_file, tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.labelled import write_task
+from support.labelled import sentences, write_task
 
 import emoe
 from emoe.cli.main import main
+from emoe.config import PruneConfig
+from emoe.surgery.usage import text_of
 
 
 @pytest.fixture
@@ -44,15 +46,38 @@ def test_a_trained_gate_is_extended_pruned_and_taken_back(cosine, run, text):
     torch.testing.assert_close(logits(big), logits(cosine), rtol=0, atol=1e-5)
     back = run("prune", big, "back", "--remove", "last")
     assert torch.equal(logits(back), logits(cosine))
+
+
+def test_a_trained_gate_without_some_experts(cosine, run, text):
+    """Pruned, or never to be chosen: the same, weights of those that are chosen included."""
     small = run("prune", cosine, "small", *text, "--keep", 0.5, "--scope", "layer")
-    assert torch.isfinite(logits(small)).all()
+    kept = json.loads((small / "emoe_prune.json").read_text())["kept"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(cosine).eval()
+    for layer, ffn in model.sparse_ffns().items():
+        gone = torch.tensor([e for e in range(8) if e not in kept[f"{layer}.ffn"]])
+        logits_of = ffn.router.logits
+        ffn.router.logits = lambda x, f, old=logits_of, gone=gone: old(x, f).index_fill(1, gone, -torch.inf)
+    tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(small), model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_a_task_is_counted_on(converted_llama, run, tmp_path):
+    """On the texts that it trains on, each once, and on no other."""
     task = write_task(tmp_path / "task", train=400)
-    flags = ("--tokens", 2048, "--sequence-length", 64, "--keep", 0.5, "--scope", "layer")
+    with text_of(PruneConfig(task=str(task))) as (file,):
+        texts = Path(file).read_text(encoding="utf-8")
+    assert not Path(file).exists()
+    train = sentences(400, 1)
+    held_out = {text for text, _ in (*sentences(40, 2), *sentences(24, 3), *sentences(24, 4), *train[:3])}
+    assert sorted(texts.split("\n\n")) == sorted({text for text, _ in train} - held_out)
+    (tmp_path / "texts.txt").write_text(texts, encoding="utf-8")
+    flags = ("--tokens", 2048, "--sequence-length", 64, "--keep", 0.5)
     by_task = run("prune", converted_llama, "by task", "--task", task, *flags)
-    assert json.loads((by_task / "emoe_prune.json").read_text())["modules"] == {"before": 32, "after": 16}
+    by_text = run("prune", converted_llama, "by text", "--text", tmp_path / "texts.txt", *flags)
+    kept = [json.loads((folder / "emoe_prune.json").read_text())["kept"] for folder in (by_task, by_text)]
+    assert kept[0] == kept[1]
+    assert sum(map(len, kept[0].values())) == 16
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""What `emoe compare` says of its figures, and how each format prints them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from support.runs import DOMAINS, compared, truth, write_predictions, write_run
+
+from emoe.cli.main import main
+from emoe.report.comparison import as_csv, as_json, as_latex, as_markdown, latex_escape, statements
+from emoe.report.comparison_html import as_html
+
+
+def test_one_seed_is_compared_honestly(tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, effect=2.0 * arm, seeds=[0])
+    found = compared(tmp_path / "arm0", tmp_path / "arm1")
+    assert found.smallest_p == 1.0
+    assert found.rows[1].scores["movies"].std is None
+    assert not found.rows[1].differences["movies"].significant
+    said = " ".join(statements(found))
+    assert "nothing in this table can be significant" in said
+    assert "Intervals (95%) and p examples are for new examples alone: one seed tells nothing of other seeds" in said
+    assert "new seeds and new examples together" not in said
+
+
+def test_one_domain_needs_no_holm(found, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, domains={"movies": "id-test"})
+    assert "Holm" not in " ".join(statements(compared(tmp_path / "arm0", tmp_path / "arm1")))
+    assert "Holm adjusts p over the 3 domains" in " ".join(statements(found))
+
+
+def test_the_same_answers_have_no_interval(tmp_path):
+    """Models that say one class to everything; so do many before they have learned anything."""
+    for arm in range(2):
+        folder = write_run(tmp_path / f"arm{arm}", arm)
+        for seed in range(5):
+            labels, _ = truth("tweets", 200)
+            path = folder / f"seed-{seed}" / "predictions" / "as-trained" / "tweets.jsonl"
+            write_predictions(path, labels, np.full(200, arm))
+    found = compared(tmp_path / "arm0", tmp_path / "arm1")
+    text = as_markdown(found)
+    assert "| arm1 | tweets | +0.00 | – |" in text
+    assert "No interval (–): no draw of examples changes the difference" in text
+
+
+def test_friedman_says_what_it_is_about(found):
+    assert "not whether new seeds would" in next(line for line in statements(found) if "Friedman" in line)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "domains", "said"),
+    [
+        (6, 3, "is 0.031, 0.094 after Holm over 3 domains: no single domain can be significant at 0.05"),
+        (6, 3, "that takes 7 seeds."),
+        (7, 3, "is 0.016, 0.047 after Holm over 3 domains."),
+        (6, 1, "is 0.031."),  # the one p is its own
+        (5, 3, "6 seeds are the least, 7 after Holm over 3 domains, 8 to 10"),
+        (5, 1, "6 seeds are the least, 8 to 10"),
+    ],
+)
+def test_the_floor_counts_the_domains(seeds, domains, said, tmp_path):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, seeds=range(seeds), domains=dict(list(DOMAINS.items())[:domains]))
+    assert said in " ".join(statements(compared(tmp_path / "arm0", tmp_path / "arm1")))
+
+
+@pytest.mark.parametrize("seeds", [5, 6])
+def test_too_few_seeds_are_named(tmp_path, seeds):
+    for arm in range(2):
+        write_run(tmp_path / f"arm{arm}", arm, effect=2.0 * arm, seeds=range(seeds))
+    text = " ".join(statements(compared(tmp_path / "arm0", tmp_path / "arm1")))
+    assert ("nothing in this table can be significant" in text) == (seeds < 6)
+    assert {5: "0.062", 6: "0.031"}[seeds] in text
+
+
+def test_csv_carries_every_figure(found):
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert len(rows) == len(found.rows) * len(found.columns)
+    kept = {(row["run"], row["domain"]): row for row in rows}
+    for row in json.loads(as_json(found))["rows"]:
+        for domain, scores in row["scores"].items():
+            line = kept[row["name"], domain]
+            assert [float(line[f"seed_{seed}"]) for seed in found.seeds] == scores["by_seed"]
+            assert float(line["mean"]) == scores["mean"]
+            for key, value in (row["differences"].get(domain) or {}).items():
+                assert (float(line[key]) if line[key] else None) == value
+            assert float(line["seconds"]) == row["cost"]["seconds"]
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_html_escapes_names_and_fetches_nothing(tmp_path):
+    evil = '<script>alert("1")<&$x$_'
+    write_run(tmp_path / "vanilla", 0)
+    write_run(tmp_path / evil, 1, domains=DOMAINS)
+    text = as_html(compared(tmp_path / "vanilla", tmp_path / evil))
+    page = Page(text)
+    assert "script" not in page.tags
+    assert evil in page.text
+    assert page.tags.count("svg") == 2
+    links = [value for key, value in page.attributes if key in ("src", "href", "xlink:href") and value[0] != "#"]
+    assert links == []
+    assert "url(http" not in text
+
+
+def test_html_is_the_same_each_time(found):
+    assert as_html(found) == as_html(found)
+
+
+def test_latex_is_balanced_and_escaped(found):
+    text = as_latex(found)
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 3
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert all(line.count("&") == text.split(r"\begin{tabular}{")[1].split("}")[0].count("r") for line in body[:4])
+    assert latex_escape(r"a_b&50%\{x}") == r"a\_b\&50\%\textbackslash{}\{x\}"
+    assert not set("±−–") & set(text)
+
+
+def test_markdown_escapes_names(tmp_path):
+    write_run(tmp_path / "vanilla", 0)
+    write_run(tmp_path / "a|b*", 1)
+    text = as_markdown(compared(tmp_path / "vanilla", tmp_path / "a|b*"))
+    assert r"| a\|b\* |" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
+
+
+def test_the_command(runs, tmp_path, capsys):
+    folders = [str(runs / "vanilla"), str(runs / "better")]
+    assert main(["compare", *folders, "--resamples", "200", "--per-seed"]) == 0
+    shown = capsys.readouterr().out
+    assert "OOD mean" in shown
+    assert "8 seeds in pairs" in shown
+    assert "every seed" in shown
+    for suffix in ("md", "csv", "json", "html", "tex"):
+        target = tmp_path / f"table.{suffix}"
+        assert main(["compare", *folders, "--resamples", "200", "--output", str(target), "--quiet"]) == 0
+        assert target.read_text()
+    capsys.readouterr()
+    assert main(["compare", *folders, "--resamples", "200", "--format", "csv", "--quiet"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "table.csv").read_text()

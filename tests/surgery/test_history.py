@@ -1,0 +1,54 @@
+"""What a checkpoint says that it was made from is what was there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from emoe.surgery.history import digest_of
+
+
+def by_hand(folder: Path) -> str:
+    """sha256 over the names and sha256 of config.json and the weight files."""
+    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def history_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "config.json").read_text())["emoe_provenance"]["history"]
+
+
+def flip(file: Path) -> None:
+    """The lowest bit of the last byte: of a weight."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("model", ["converted_llama", "tiny_moduleformer"])
+def test_a_byte_of_any_weight_file_changes_the_digest(model, request, tmp_path):
+    folder = Path(shutil.copytree(request.getfixturevalue(model), tmp_path / "model"))
+    digest, weights = digest_of(folder), sorted(folder.glob("model*.safetensors"))
+    assert digest == by_hand(folder)
+    assert weights
+    for file in weights:
+        flip(file)
+        assert digest_of(folder) != digest
+        flip(file)
+        assert digest_of(folder) == digest
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config + " ")
+    assert digest_of(folder) != digest
+
+
+def test_each_step_names_what_it_began_with(converted_llama, run, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    big = run("extend", converted_llama, "big", "--experts", 1)
+    flip(sorted(big.glob("model*.safetensors"))[-1])
+    back = run("prune", big, "back", "--remove", "last")
+    assert [step["from_digest"] for step in history_of(back)] == [by_hand(converted_llama), by_hand(big)]
+    assert [step["when"] for step in history_of(back)] == ["1970-01-02T00:00:00+00:00"] * 2
