@@ -175,8 +175,8 @@ class Converted:
             hook.remove()
 
     def learn(self, model: nn.Module) -> None:
-        """See `Anatomy.learn`; an average-key gate follows the neurons, which do learn."""
-        if self.config["emoe_gate"] != "average-key":
+        """See `Anatomy.learn`; an average-key gate follows the neurons, which do learn, and a cosine gate trains."""
+        if self.config["emoe_gate"] not in ("average-key", "cosine"):
             for ffn in model.sparse_ffns().values():
                 ffn.router.learn()
 

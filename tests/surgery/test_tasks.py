@@ -15,24 +15,6 @@ import emoe
 from emoe.cli.main import main
 
 
-@pytest.fixture
-def cosine(tiny_llama, settings, tmp_path) -> Path:
-    """A converted model with cosine gates, which conversion does not make: drawn at random."""
-    folder = tmp_path / "cosine"
-    emoe.convert(str(tiny_llama), output=folder, **settings | {"gate": "average-key", "split": "weights"})
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.emoe_gate = "cosine"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
-    for ffn in model.sparse_ffns().values():
-        ffn.router.cosine.centroids.weight.data.normal_()
-    model.save_pretrained(tmp_path / "saved")
-    for file in folder.iterdir():
-        if not (tmp_path / "saved" / file.name).exists() and "safetensors" not in file.name:
-            shutil.copyfile(file, tmp_path / "saved" / file.name)
-    return tmp_path / "saved"
-
-
 def logits(folder) -> torch.Tensor:
     tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
