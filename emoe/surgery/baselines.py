@@ -16,6 +16,7 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
+from emoe.surgery.budget import settle_budget
 from emoe.surgery.converted import Converted
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, Seen
@@ -33,11 +34,18 @@ def layers_kept(total: int, keep: float, method: str) -> list[int]:
 
 
 def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
-    """Whole layers go; the rest are numbered anew."""
+    """Whole layers go; the rest are numbered anew.
+
+    Raises:
+        UserError: layers that cannot be numbered anew, none with modules left, or a K that is more than they have.
+    """
     start, total = anatomy.layers()
     kept = layers_kept(total, config.keep, config.method)
     places = {old: new for new, old in enumerate(kept)}
     rebuilt = anatomy.with_layers(kept)
+    left = {f"{places[s.layer]}.{s.kind}": s.groups for s in anatomy.sets() if s.layer in places}
+    notes = settle_budget(anatomy, rebuilt, left, config.top_k)
+    tables = anatomy.budget_tables()
     pattern = re.compile(rf"{re.escape(start)}(\d+)\.(.*)")
 
     def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -45,6 +53,8 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
         if not found:
             return name, tensor
         layer = int(found[1])
+        if name in tables:
+            tensor = tensor[: rebuilt["num_experts"]]
         return (f"{start}{places[layer]}.{found[2]}", tensor) if layer in places else None
 
     def companions(target: Path) -> None:
@@ -55,10 +65,10 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
             partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}
             partition.save(target / PARTITION)
 
-    facts = config.model_dump(include={"method", "keep"})
+    facts = config.model_dump(include={"method", "keep", "top_k"}, exclude_none=True)
     history = [*anatomy.history, entry("prune", anatomy.folder, settings=facts, kept=kept)]
-    report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": []}
-    report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": _modules_in(anatomy, places)}
+    report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": notes}
+    report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": sum(map(sum, left.values()))}
     final = anatomy.with_history(rebuilt, history)
     return rewrite(
         anatomy.folder,
@@ -70,10 +80,6 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
         overwrite=config.overwrite,
         progress=progress,
     )
-
-
-def _modules_in(anatomy: Anatomy, layers: dict[int, int]) -> int:
-    return sum(found.count for found in anatomy.sets() if found.layer in layers)
 
 
 def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
@@ -88,6 +94,8 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
         raise UserError("--method: magnitude needs a model with all layers converted: a dense one has a single width")
     if config.threshold is not None:
         raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
+    if config.top_k is not None:
+        raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
     score = _magnitudes(anatomy, config, progress)
     widths = {len(score_F) for score_F in score.values()}
     number = max(1, round(config.keep * min(widths)))

@@ -23,15 +23,12 @@ from emoe.families.neurons import neuron_axis
 from emoe.gating.energies import ExpertEnergies
 from emoe.modeling.ffn_emoe import SparseFFN
 from emoe.modeling.modeling_emoe import code_files
+from emoe.surgery.layers import renumbered
 from emoe.surgery.modules import ModuleSet, Seen, Slot
 
 GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron", "cosine.centroids.weight": "random"}
 """Tables of a router with a row an expert → what an added expert begins with. A discriminant that hardly depends on
 the token and is 1, above the 0 that an added expert's logit must exceed: every token uses it until it has learnt."""
-
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-"""Names of the number of layers in config.json."""
 
 
 class Converted:
@@ -85,7 +82,7 @@ class Converted:
 
     def rebuilt(self, groups: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """config.json for these groups; without a trace of surgery where they are what conversion gives."""
-        config, ordered = dict(self.config), [list(groups[s.name]) for s in self.sets()]
+        config, ordered = dict(self.config), [list(group) for group in groups.values()]
         most = max(group[0] for group in ordered)
         if config.get("emoe_compensation") and most != config["num_experts"]:
             config["emoe_compensation_of"] = config.get("emoe_compensation_of") or config["num_experts"]
@@ -105,23 +102,14 @@ class Converted:
         """See `Anatomy.with_layers`.
 
         Raises:
-            UserError: a family whose layers cannot be numbered anew, or no converted layer is left.
+            UserError: a model whose layers cannot be numbered anew, or no converted layer is left.
         """
-        raw, places = dict(self.config), {old: new for new, old in enumerate(kept)}
-        if raw.get("attention_types"):
-            raise UserError("--method: attention_types of this family cannot be renumbered; use another method")
-        if not any(layer in places for layer in raw["emoe_layers"]):
+        places = {old: new for new, old in enumerate(kept)}
+        left = {found.name: found.groups for found in self.sets() if found.layer in places}
+        if not left:
             raise UserError("--keep: no converted layer is left; keep more")
-        for key, value in raw.items():
-            if key in LAYER_COUNTS:
-                raw[key] = len(kept)
-            elif isinstance(value, list) and len(value) == self.reader.num_layers and key == "layer_types":
-                raw[key] = [value[layer] for layer in kept]
-        here = [place for place, layer in enumerate(raw["emoe_layers"]) if layer in places]
-        if raw.get("emoe_groups"):
-            raw["emoe_groups"] = [raw["emoe_groups"][place] for place in here]
-        raw["emoe_layers"] = [places[raw["emoe_layers"][place]] for place in here]
-        return raw
+        layers = [places[layer] for layer in self.config["emoe_layers"] if layer in places]
+        return renumbered(self.rebuilt(left), self.reader.config, kept) | {"emoe_layers": layers}
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
         """The modelling files, and the partition: labels of pruned experts become `GONE`; added experts have none."""

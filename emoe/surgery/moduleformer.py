@@ -76,7 +76,6 @@ class ModuleFormer:
                 config[f"{short}_groups"] = ordered
             config[f"n_{short}_experts"] = most
             config[f"k_{short}"] = min(config[f"k_{short}"], most)
-            config["sample_topk"] = min(config.get("sample_topk", 0), config[f"k_{short}"])
         return config
 
     def layers(self) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import torch
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery import baselines
+from emoe.surgery.budget import settle_budget
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
@@ -36,7 +37,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     extensions = {None: None, "last": -1, "added": 1}[config.remove]
     groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
     rebuilt = anatomy.rebuilt(groups)
-    notes = _budget(anatomy, config, rebuilt, groups)
+    notes = settle_budget(anatomy, rebuilt, groups, config.top_k)
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
@@ -114,26 +115,6 @@ def _taken_back(sets: list[ModuleSet], which: str) -> dict[str, list[int]]:
         raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
     first = {found.name: sum(found.groups[: 1 if which == "added" else -1]) for found in sets}
     return {name: list(range(number)) for name, number in first.items()}
-
-
-def _budget(anatomy: Anatomy, config: PruneConfig, rebuilt: dict[str, Any], groups: dict) -> list[str]:
-    """Set K of the result; what there is to say about it."""
-    notes = []
-    for key, kind in anatomy.budgets().items():
-        left = [group[0] for name, group in groups.items() if name.endswith(kind)]
-        before = anatomy.config[key]
-        if config.top_k is not None:
-            if config.top_k > max(left):
-                raise UserError(f"--top-k: {config.top_k} is more than the {max(left)} experts that remain")
-            rebuilt[key] = config.top_k
-        elif rebuilt[key] < before:
-            notes.append(f"{key} clipped from {before} to {rebuilt[key]}: no layer has more {kind} experts left")
-        short = [
-            name.split(".")[0] for name, group in groups.items() if name.endswith(kind) and group[0] < rebuilt[key]
-        ]
-        if short:
-            notes.append(f"{key} {rebuilt[key]} is clipped to what is left in layers {', '.join(short)}")
-    return notes
 
 
 def _editor(anatomy: Anatomy, kept: dict[str, list[int]], rebuilt: dict[str, Any]):

@@ -18,6 +18,8 @@ from emoe.checkpoint.writer import ShardWriter
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
+from emoe.modeling.auto import emoe_config_class, stock_config_class
+from emoe.modeling.configuration_moduleformer import ModuleFormerConfig
 from emoe.runtime import require_space, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -71,11 +73,12 @@ def rewrite(
         ``report`` with the sizes before and after; it lies in the output as ``emoe_{report["verb"]}.json``.
 
     Raises:
-        UserError: no output named, or something in its way.
+        UserError: no output named, something in its way, or a config.json that would not load.
     """
     from emoe.report.card import write_history_card
 
     workspace = workspace_of(source, output, overwrite=overwrite)
+    _check_config(config)
     before = sizes_of(source)
     with workspace.open(Group()):
         try:
@@ -98,6 +101,19 @@ def rewrite(
             workspace.abandon()
             raise
     return report
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise `UserError` for a config.json that transformers would refuse to load."""
+    kind = config["model_type"]
+    try:
+        if kind == "moduleformer":
+            ModuleFormerConfig.from_dict(config)
+        else:
+            (emoe_config_class(kind[5:]) if kind.startswith("emoe_") else stock_config_class(kind)).from_dict(config)
+    except Exception as error:  # transformers raises many kinds for a bad config.json
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--output: the result would not load ({problem}); ask for something else") from None
 
 
 def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -> dict[str, str]:

@@ -1,13 +1,15 @@
-"""A tiny ModuleFormer."""
+"""A tiny ModuleFormer, and a converted model that leaves experts alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny import tiny_tokenizer
 
 import emoe
+from emoe.checkpoint.digests import write_digests
 
 MODULEFORMER = {
     **{"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 2, "att_hidden": 16, "ffd_hidden": 24},
@@ -27,3 +29,14 @@ def moduleformer(folder: Path, gate_type: str) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder
+
+
+def starve(folder: Path, experts: list[int], layers: list[int]) -> None:
+    """Make a discriminant gate never choose these experts in these layers, whatever the token."""
+    for path in folder.glob("model*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("router.bias") and any(f".{layer}." in name for layer in layers):
+                tensors[name][experts] = -1e4
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_digests(folder)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from support.modules import starve
 from support.tiny import tiny_checkpoint
 
 import emoe
@@ -58,18 +59,6 @@ def same_checkpoint(one, other) -> None:
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert facts(one) == facts(other)
-
-
-def starve(folder, experts: list[int], layers: list[int]) -> None:
-    """Make a discriminant gate never choose these experts in these layers, whatever the token."""
-    from safetensors.torch import load_file, save_file
-
-    for path in folder.glob("model*.safetensors"):
-        tensors = load_file(path)
-        for name in tensors:
-            if name.endswith("router.bias") and any(f".{layer}." in name for layer in layers):
-                tensors[name][experts] = -1e4
-        save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
