@@ -22,7 +22,7 @@ from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, Seen
 from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import TIE, normalised
-from emoe.surgery.usage import load_model, read_blocks, text_of
+from emoe.surgery.usage import check_finite, load_model, read_blocks, text_of
 
 
 def layers_kept(total: int, keep: float, method: str) -> list[int]:
@@ -33,8 +33,14 @@ def layers_kept(total: int, keep: float, method: str) -> list[int]:
     return torch.linspace(0, total - 1, number).round().int().tolist() if number > 1 else [0]
 
 
-def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
+def drop_layers(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], progress: Progress) -> dict[str, Any]:
     """Whole layers go; the rest are numbered anew.
+
+    Args:
+        anatomy: of the checkpoint.
+        config: settings.
+        digests: hex sha256 of its weight files by name, as far as they are known.
+        progress: called with (stage, done, total).
 
     Raises:
         UserError: layers that cannot be numbered anew, none with modules left, or a K that is more than they have.
@@ -66,7 +72,7 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
             partition.save(target / PARTITION)
 
     facts = config.model_dump(include={"method", "keep", "top_k"}, exclude_none=True)
-    history = [*anatomy.history, entry("prune", anatomy.folder, settings=facts, kept=kept)]
+    history = [*anatomy.history, entry("prune", anatomy.folder, digests, settings=facts, kept=kept)]
     report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": notes}
     report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": sum(map(sum, left.values()))}
     final = anatomy.with_history(rebuilt, history)
@@ -141,6 +147,7 @@ def _magnitudes(anatomy: Converted, config: PruneConfig, progress: Progress) -> 
     sums: dict[str, torch.Tensor] = {}
 
     def see(name: str, seen: Seen) -> None:
+        check_finite(name, seen.hidden_NF)
         sums[name] = sums.get(name, 0) + seen.hidden_NF.abs().sum(0).double()
 
     with anatomy.watch(model, see, energies=True):

@@ -30,6 +30,17 @@ GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron"
 """Tables of a router with a row an expert → what an added expert begins with. A discriminant that hardly depends on
 the token and is 1, above the 0 that an added expert's logit must exceed: every token uses it until it has learnt."""
 
+BUDGET_TABLES = ("bounds", "threshold")
+"""Tables of a router with a row for each budget K, where layers or tokens get their own."""
+
+GATE_TABLES = {
+    "average-key": (),
+    "representative": ("neuron", "scale"),
+    "discriminant": ("weight", "bias"),
+    "cosine": ("cosine.projection.weight", "cosine.centroids.weight"),
+}
+"""Kind of gate → the tables that its router must have."""
+
 
 class Converted:
     """Implements `emoe.surgery.modules.Anatomy`."""
@@ -42,6 +53,23 @@ class Converted:
         self.partition = Partition.load(folder / PARTITION)
         labels_F = next(iter(self.partition.labels.values()))
         self.size = len(labels_F) // self.partition.num_experts
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        """Raise `UserError` where the gate that config.json speaks of lacks a table."""
+        gate = self.config["emoe_gate"]
+        if gate not in GATE_TABLES:
+            raise UserError(f"--model: {self.folder}: unknown emoe_gate '{gate}'; known: {', '.join(GATE_TABLES)}")
+        varies = self.config.get("emoe_routing") in ("threshold", "energy-share")
+        varies = varies or self.config.get("emoe_allocation", "uniform") != "uniform"
+        tables = (*GATE_TABLES[gate], *(BUDGET_TABLES if varies else ()))
+        needed = [self.router_prefix(layer) + table for layer in self.config["emoe_layers"] for table in tables]
+        missing = [name for name in needed if name not in self.reader.shards]
+        if missing:
+            raise UserError(
+                f"--model: {self.folder} lacks tensor {missing[0]}, which the {gate} gate of its config.json needs; "
+                "convert the model again"
+            )
 
     def sets(self) -> list[ModuleSet]:
         """One for each converted layer."""
@@ -74,7 +102,7 @@ class Converted:
     def budget_tables(self) -> set[str]:
         """Tensors with a row for each budget K rather than for each expert."""
         prefixes = [self.router_prefix(layer) for layer in self.config["emoe_layers"]]
-        return {f"{prefix}{table}" for prefix in prefixes for table in ("bounds", "threshold")}
+        return {f"{prefix}{table}" for prefix in prefixes for table in BUDGET_TABLES}
 
     def budgets(self) -> dict[str, str]:
         """See `Anatomy.budgets`."""
@@ -164,7 +192,7 @@ class Converted:
 
     def learn(self, model: nn.Module) -> None:
         """See `Anatomy.learn`; an average-key gate follows the neurons, which do learn, and a cosine gate trains."""
-        if self.config["emoe_gate"] not in ("average-key", "cosine"):
+        if model.config.emoe_gate not in ("average-key", "cosine"):  # fine-tuning may have put in another than ours
             for ffn in model.sparse_ffns().values():
                 ffn.router.learn()
 

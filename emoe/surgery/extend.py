@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.digests import check_digests
 from emoe.config import ExtendConfig
 from emoe.errors import UserError
 from emoe.surgery.gates import fit_gates
@@ -26,7 +27,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
 
     Raises:
         UserError: nothing to add, a kind of module that the model does not have, one text without the other, too little
-            of it, a gate that cannot be fitted, an output in the way.
+            of it, a gate that cannot be fitted, damaged weights, an output in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
@@ -42,11 +43,12 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
         missing = "--old-text" if config.text else "--text"
         raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
+    digests = check_digests(folder)
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     groups = {found.name: (*found.groups, wanted[found.kind]) for found in sets}
     added = {kind: number for kind, number in wanted.items() if number}
     facts = {"text": config.text, "old_text": config.old_text, "old_share": config.old_share} if fitted else {}
-    history = [*anatomy.history, entry("extend", folder, added=added, seed=config.seed, **facts)]
+    history = [*anatomy.history, entry("extend", folder, digests, added=added, seed=config.seed, **facts)]
     return rewrite(
         folder,
         config.output,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.digests import check_digests
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery import baselines
@@ -22,14 +23,15 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with fewer modules than ``config.model``. Returns the report that also lies there.
 
     Raises:
-        UserError: nothing to do, nothing left, too little text, an output in the way.
+        UserError: nothing to do, nothing left, too little text, damaged weights, an output in the way.
     """
     _check(config)
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: counting takes its time
+    digests = check_digests(folder)
     if config.method.startswith("layers"):
-        return baselines.drop_layers(anatomy, config, progress)
+        return baselines.drop_layers(anatomy, config, digests, progress)
     if config.method == "magnitude":
         return baselines.prune_neurons(anatomy, config, progress)
     sets = anatomy.sets()
@@ -41,7 +43,8 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
-    history = [*anatomy.history, entry("prune", folder, settings=facts, kept={n: len(k) for n, k in kept.items()})]
+    numbers = {name: len(modules) for name, modules in kept.items()}
+    history = [*anatomy.history, entry("prune", folder, digests, settings=facts, kept=numbers)]
     return rewrite(
         folder,
         config.output,

@@ -73,7 +73,8 @@ def rewrite(
         ``report`` with the sizes before and after; it lies in the output as ``emoe_{report["verb"]}.json``.
 
     Raises:
-        UserError: no output named, something in its way, or a config.json that would not load.
+        UserError: no output named, something in its way, weights that are no numbers, or a config.json that would not
+            load.
     """
     from emoe.report.card import write_history_card
 
@@ -90,7 +91,9 @@ def rewrite(
                 "parameters": {"before": before.parameters, "after": after.parameters},
                 "bytes": {"before": before.bytes, "after": after.bytes},
             }
-            write_text(workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2) + "\n")
+            write_text(
+                workspace.folder / f"emoe_{report['verb']}.json", json.dumps(report, indent=2, allow_nan=False) + "\n"
+            )
             write_history_card(workspace.folder, source, report)
             write_digests(workspace.folder, digests)
             workspace.publish()
@@ -124,14 +127,29 @@ def _write_weights(source: Path, target: Path, edit: Edit, progress: Progress) -
     for number, path in enumerate(files):
         progress("writing", number, len(files))
         with safe_open(path, framework="pt") as file:
-            edited = (edit(name, file.get_tensor(name)) for name in sorted(file.keys()) if shards.get(name) == path)
+            edited = (
+                edit(name, _sound(name, file.get_tensor(name)))
+                for name in sorted(file.keys())
+                if shards.get(name) == path
+            )
             writer.write(number, dict(item for item in edited if item is not None))
     writer.finish()
     progress("done", len(files), len(files))
     return writer.digests
 
 
+def _sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; `UserError` if it holds NaN or infinity. A router's thresholds may be infinite."""
+    if tensor.is_floating_point():
+        broken = tensor.isnan() if ".router." in name else ~tensor.isfinite()
+        if broken.any():
+            raise UserError(
+                f"--model: tensor {name} holds NaN or infinite values, this checkpoint is broken; make it again"
+            )
+    return tensor
+
+
 def _write_files(source: Path, target: Path, config: dict[str, Any], companions: Callable[[Path], None]) -> None:
     copy_companions(source, target)
     companions(target)
-    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
