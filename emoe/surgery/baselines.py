@@ -13,6 +13,7 @@ import torch
 
 from emoe.checkpoint.companions import source_config
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.reader import shard_map
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
@@ -76,6 +77,8 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], 
     report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": notes}
     report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": sum(map(sum, left.values()))}
     final = anatomy.with_history(rebuilt, history)
+    found = {name: pattern.fullmatch(name) for name in shard_map(anatomy.folder)}
+    gone = {name: 0.0 for name, match in found.items() if match and int(match[1]) not in places}
     return rewrite(
         anatomy.folder,
         config.output,
@@ -83,13 +86,14 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], 
         final,
         companions,
         report,
+        scale=gone,
         overwrite=config.overwrite,
         progress=progress,
     )
 
 
 def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
-    """Neurons of least ‖w_down‖·mean|h| go, the same number from each layer; what is left is a stock dense model.
+    """Neurons of least ‖w_down‖·mean|h| go until every layer has the same number; what is left is a stock dense model.
 
     Source: the norm of weights times activations as in Wanda (Sun et al. 2023, arXiv 2306.11695), summed over a neuron.
     """
@@ -102,9 +106,8 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
         raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
     if config.top_k is not None:
         raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
+    number = _width([found.count * found.size for found in anatomy.sets()], config.keep)
     score = _magnitudes(anatomy, config, progress)
-    widths = {len(score_F) for score_F in score.values()}
-    number = max(1, round(config.keep * min(widths)))
     kept = {
         layer: (normalised(score_F, "max") / TIE).round().argsort(descending=True, stable=True)[:number].sort().values
         for layer, score_F in score.items()
@@ -134,6 +137,21 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
         overwrite=config.overwrite,
         progress=progress,
     )
+
+
+def _width(widths: list[int], keep: float) -> int:
+    """Neurons that each layer of the dense model has: a fraction of the layers' mean width.
+
+    Raises:
+        UserError: a layer has fewer.
+    """
+    number, least = max(1, round(keep * sum(widths) / len(widths))), min(widths)
+    if number > least:
+        raise UserError(
+            f"--keep: {keep} of all neurons is {number} a layer, but a layer has only {least} left and a dense model "
+            "has one width; keep fewer, or use `emoe export --to dense --pad`"
+        )
+    return number
 
 
 @torch.no_grad()

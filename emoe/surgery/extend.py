@@ -21,6 +21,9 @@ from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 
+FITTING = {"text", "old_text", "old_share", "tokens", "sequence_length"}
+"""Settings that fitted gates come from."""
+
 
 def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with more modules than ``config.model``. Returns the report that also lies there.
@@ -47,7 +50,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     groups = {found.name: (*found.groups, wanted[found.kind]) for found in sets}
     added = {kind: number for kind, number in wanted.items() if number}
-    facts = {"text": config.text, "old_text": config.old_text, "old_share": config.old_share} if fitted else {}
+    facts = config.model_dump(include=FITTING) if fitted else {}
     history = [*anatomy.history, entry("extend", folder, digests, added=added, seed=config.seed, **facts)]
     return rewrite(
         folder,
@@ -64,6 +67,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             "notes": _notes(fitted),
             "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
+        scale={slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots},
         overwrite=config.overwrite,
         progress=progress,
     )

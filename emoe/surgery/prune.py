@@ -35,11 +35,11 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     if config.method == "magnitude":
         return baselines.prune_neurons(anatomy, config, progress)
     sets = anatomy.sets()
-    kept = _taken_back(sets, config.remove) if config.remove else _selected(anatomy, config, progress)
+    kept, more = (_taken_back(sets, config.remove), 0) if config.remove else _selected(anatomy, config, progress)
     extensions = {None: None, "last": -1, "added": 1}[config.remove]
     groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
     rebuilt = anatomy.rebuilt(groups)
-    notes = settle_budget(anatomy, rebuilt, groups, config.top_k)
+    notes = settle_budget(anatomy, rebuilt, groups, config.top_k) + _beyond(config, sets, more)
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
@@ -59,6 +59,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
             "kept": kept,
             "notes": notes,
         },
+        scale={slot.name: len(kept[found.name]) / found.count for found in sets for slot in found.slots},
         overwrite=config.overwrite,
         progress=progress,
     )
@@ -79,19 +80,29 @@ def _check(config: PruneConfig) -> None:
         raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
 
 
-def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, list[int]]:
-    sets = anatomy.sets()
+def _beyond(config: PruneConfig, sets: list[ModuleSet], more: int) -> list[str]:
+    """That more modules stay than were asked for."""
+    if not more:
+        return []
+    asked = f"--keep {config.keep}" if config.threshold is None else f"--threshold {config.threshold}"
+    pinned = " and those that are always chosen" if any(found.pinned for found in sets) else ""
+    return [f"{more} more stay than {asked} alone keeps: --floor {config.floor} of each layer{pinned}"]
+
+
+def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> tuple[dict[str, list[int]], int]:
+    """As `select`."""
+    sets, by = anatomy.sets(), config.normalise
     if config.method == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        use = {found.name: torch.rand(found.count, generator=generator) for found in sets}
+        use, by = {found.name: torch.rand(found.count, generator=generator) for found in sets}, None
     elif config.keep == 1.0:
-        return {found.name: list(range(found.count)) for found in sets}
+        return {found.name: list(range(found.count)) for found in sets}, 0
     else:
         use = _counted(anatomy, config, progress)
     return select(
         sets,
         use,
-        by=config.normalise,
+        by=by,
         keep=config.keep,
         threshold=config.threshold,
         scope=config.scope,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
-from emoe.checkpoint.reader import shard_map
+from emoe.checkpoint.reader import shard_map, stored_bytes
 from emoe.checkpoint.writer import ShardWriter
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
@@ -49,6 +49,16 @@ def sizes_of(folder: Path) -> Sizes:
     return Sizes(count, sum(path.stat().st_size for path in set(shards.values())))
 
 
+def bytes_after(source: Path, scale: dict[str, float]) -> int:
+    """Bytes of the weight files of ``source`` when tensors are ``scale`` times as large, by name."""
+    shards = shard_map(source)
+    total = sum(path.stat().st_size for path in set(shards.values()))
+    for path in set(shards.values()):
+        with safe_open(path, framework="pt") as file:
+            total += sum((scale[n] - 1) * stored_bytes(file.get_slice(n), n) for n in file.keys() if n in scale)  # noqa: SIM118
+    return round(total)
+
+
 def workspace_of(source: Path, output: str, *, overwrite: bool) -> Workspace:
     """Where ``output`` is written; `UserError` if none is named."""
     if not output:
@@ -64,10 +74,22 @@ def rewrite(
     companions: Callable[[Path], None],
     report: dict[str, Any],
     *,
+    scale: dict[str, float] | None = None,
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write ``output`` from ``source``: every tensor edited, this config.json, further files by ``companions(folder)``.
+
+    Args:
+        source: the checkpoint.
+        output: folder to write.
+        edit: what becomes of each tensor.
+        config: config.json.
+        companions: writes further files.
+        report: what was done; its "verb" names its file.
+        scale: size of a tensor in the output over that in the source, by name; 1 where it is not named.
+        overwrite: whether an output of ours may be replaced.
+        progress: called with (stage, done, total).
 
     Returns:
         ``report`` with the sizes before and after; it lies in the output as ``emoe_{report["verb"]}.json``.
@@ -83,7 +105,7 @@ def rewrite(
     before = sizes_of(source)
     with workspace.open(Group()):
         try:
-            require_space(workspace.output.parent, before.bytes, "--output")
+            require_space(workspace.output.parent, bytes_after(source, scale or {}), "--output")
             digests = _write_weights(source, workspace.folder, edit, progress)
             _write_files(source, workspace.folder, config, companions)
             after = sizes_of(workspace.folder)

@@ -91,6 +91,9 @@ def test_gates_open_on_the_new_text_alone(model, texts, flags, run):
         assert old[name] == pytest.approx(told["old"], abs=0.1)
     assert sum(new.values()) > 2 * sum(old.values())
     assert report["notes"][0].startswith("gates open on")
+    step = json.loads((big / "config.json").read_text())["emoe_provenance"]["history"][-1]
+    repeats = {"added": {"ffn": 2}, "seed": 0, "old_share": 0.1, "tokens": 2048, "sequence_length": 64}
+    assert step | repeats | {"text": [str(texts["new"])], "old_text": [str(texts["old"])]} == step
     back = run("prune", big, "back", "--remove", "last")
     assert torch.equal(logits(back), logits(model))
 

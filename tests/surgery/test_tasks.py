@@ -77,6 +77,14 @@ def test_gates_without_a_choice_do_not_train(converted_llama, tmp_path, capsys):
     assert "--mi-weight: every token uses every expert" in capsys.readouterr().err
 
 
+def test_gates_that_finetuning_puts_in_train_alone(converted_llama, tmp_path):
+    """The model's own gates are tables, those of this arm train already."""
+    flags = ["finetune", "--model", converted_llama, "--task", write_task(tmp_path / "task"), "--method", "emoe-learn"]
+    flags += ["--output", tmp_path / "run", "--train", "router", "--max-steps", 2, "--precision", "float32", "--quiet"]
+    assert main([*map(str, flags)]) == 0
+    assert json.loads((tmp_path / "run" / "seed-0" / "run.json").read_text())["gate"] == "cosine"
+
+
 def test_copies_are_refused(converted_llama, tmp_path, capsys):
     folder = Path(shutil.copytree(converted_llama, tmp_path / "copies"))
     config = json.loads((folder / "config.json").read_text())

@@ -153,7 +153,7 @@ def test_losses_are_checked(given, complaint):
     assert complaint in str(caught.value)
 
 
-def test_bad_input(converted_llama, tiny_llama, text_file, tmp_path, capsys):
+def test_bad_input(converted_llama, tiny_moduleformer, tiny_llama, text_file, tmp_path, capsys):
     def refused(model, *flags) -> str:
         arguments = ["tune", "--model", model, "--output", tmp_path / "out", "--text", text_file, *TRAIN, *flags]
         assert main([str(a) for a in arguments]) == 2
@@ -164,4 +164,7 @@ def test_bad_input(converted_llama, tiny_llama, text_file, tmp_path, capsys):
     assert "--train: " in refused(converted_llama, "--train", "expert")
     everything = "every token uses every expert of this model, its gates choose nothing; give --top-k"
     assert f"--train: {everything}" in refused(converted_llama, "--train", "router", "--top-k", 8)
+    for model in (converted_llama, tiny_moduleformer):
+        line = refused(model, "--train", "lora", "--loss", "router=1")
+        assert "--loss: router acts on the gates' own rows, which get no gradient with --train lora" in line
     assert f"--loss: {everything}" in refused(converted_llama, "--loss", "concentration=1", "--top-k", 8)
