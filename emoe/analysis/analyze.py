@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from emoe.analysis.collect import DomainUse
 from emoe.analysis.findings import describe_domains, findings
 from emoe.calibration.text import read_tokenizer
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
 from emoe.conversion.resuming import require_same_settings, require_same_sources
@@ -31,7 +32,7 @@ from emoe.errors import Finished, UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, fit_length, is_encoder, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, check_finite, fit_length, is_encoder, load_model, read_blocks, set_budget
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -43,12 +44,14 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
     """Measure, and write ``config.output``. Returns the report that also lies there as usage.json.
 
     Raises:
-        UserError: domains that are not named or too short, a model without experts, an output in the way.
+        UserError: domains that are not named or too short, a model without experts or with damaged weights, an output
+            in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
     folder, domains = Path(config.model), domain_sources(config.domains)
     anatomy = anatomy_of(folder)
+    check_digests(folder)
     state = _State(config)
     run = _Analysis(config, anatomy, domains, state, progress)
     for name in domains:
@@ -125,7 +128,7 @@ class _State:
         page = self.folder / "page"
         shutil.rmtree(page, ignore_errors=True)
         with atomic_directory(page) as folder:
-            write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+            write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
             write(report, folder)
         if self.output.exists():
             os.rename(self.output, self.folder / "replaced")
@@ -177,6 +180,7 @@ class _Analysis:
                 self.progress(name, before + use.blocks, self.total)
                 if self.predicts:
                     use.nats += self._nats(part_BT)
+                    check_finite(f"the loss on {name}", torch.tensor(use.nats))
                     use.scored += part_BT[:, 1:].numel()
                 else:
                     self.model(part_BT)
@@ -237,7 +241,7 @@ class _Analysis:
                 out = nullcontext() if row is None else self.anatomy.without(self.model, row["set"], row["expert"])
                 with out:
                     known[key] = {name: self._mean_loss(blocks_BT) for name, blocks_BT in few.items()}
-                write_text(kept, json.dumps(known))
+                write_text(kept, json.dumps(known, allow_nan=False))
             if row is not None:
                 change = {name: loss - known["none"][name] for name, loss in known[key].items()}
                 found.append({"set": row["set"], "expert": row["expert"], "domain": row["domain"], "change": change})

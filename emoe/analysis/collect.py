@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from emoe.surgery.modules import ModuleSet, Seen
-from emoe.surgery.usage import Use
+from emoe.surgery.usage import Use, check_finite
 
 
 @dataclass
@@ -58,8 +58,9 @@ class DomainUse:
         self.examples = {found.name: Examples.of(found.count, self.most_examples) for found in self.sets}
 
     def add(self, name: str, seen: Seen) -> None:
-        """What a set did with a batch; batches come in the text's order."""
+        """What a set did with a batch; batches come in the text's order. `UserError` for what is no number."""
         use = self.use[name]
+        check_finite(name, seen.logits_NE, seen.energy_NE)
         if self.most_examples:
             score_NE = seen.logits_NE.softmax(-1)
             if seen.energy_NE is not None:

@@ -21,16 +21,17 @@ def write_digests(folder: Path, known: dict[str, str] | None = None) -> None:
     write_text(folder / NAME, "".join(f"{known.get(f.name) or sha256_file(f)}  {f.name}\n" for f in files))
 
 
-def check_digests(folder: Path, flag: str = "--model") -> int:
-    """Read all weight files and compare; how many were. 0 for a folder without the record.
+def check_digests(folder: Path, flag: str = "--model") -> dict[str, str]:
+    """Read all weight files and compare; hex sha256 by file name, nothing for a folder without the record.
 
     Raises:
         UserError: a file that is missing or is another than was written.
     """
     if not (folder / NAME).is_file():
-        return 0
+        return {}
     text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
     entries = [re.fullmatch(r"([0-9a-f]{64})  ([\w.+-]{1,200})", line) for line in text.splitlines()]
+    digests: dict[str, str] = {}
     for entry in entries:
         if entry is None:
             raise UserError(f"{flag}: {folder / NAME} is damaged; convert the model again, or delete it")
@@ -42,4 +43,5 @@ def check_digests(folder: Path, flag: str = "--model") -> int:
                 f"{flag}: {folder / name} is not what was written (digest {found[:12]}…, {NAME} says {digest[:12]}…): "
                 f"damaged, swapped, or saved over; copy or convert the model again, or delete {NAME} if you changed it"
             )
-    return len(entries)
+        digests[name] = found
+    return digests

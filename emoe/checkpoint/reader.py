@@ -71,6 +71,21 @@ def _tensor_names(path: Path) -> set[str]:
         raise UserError(f"--model: {path} is truncated or damaged ({error}); fetch the checkpoint again") from None
 
 
+def stored_bytes(piece: Any, name: str) -> int:
+    """Size in bytes of the tensor that a safetensors slice stands for; its name is for the message.
+
+    Raises:
+        UserError: a type that only quantised checkpoints have.
+    """
+    item = _ITEM_BYTES.get(piece.get_dtype())
+    if item is None:
+        raise UserError(
+            f"--model: tensor {name} is of type {piece.get_dtype()}, which is a quantised checkpoint's; give the "
+            "unquantised one"
+        )
+    return math.prod(piece.get_shape()) * item
+
+
 class CheckpointReader:
     """A dense checkpoint folder of a known family.
 
@@ -204,14 +219,7 @@ class CheckpointReader:
     def nbytes(self, name: str) -> int:
         """Size of a tensor in bytes, from its shard's header alone."""
         with safe_open(self.shards[name], framework="pt") as file:
-            piece = file.get_slice(name)
-            item = _ITEM_BYTES.get(piece.get_dtype())
-        if item is None:
-            raise UserError(
-                f"--model: tensor {name} is of type {piece.get_dtype()}, which is a quantised checkpoint's; give the "
-                "unquantised one"
-            )
-        return math.prod(piece.get_shape()) * item
+            return stored_bytes(file.get_slice(name), name)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -87,7 +87,7 @@ def _tune(
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
     trained = trained_entries(model, frozen)
-    losses = RouterLosses(model, anatomy, factors, _what(config)) if factors else None
+    losses = RouterLosses(model, anatomy, factors, config.train) if factors else None
     trainer = _Tuner(
         model=model,
         args=arguments(config, training),
@@ -124,10 +124,6 @@ def _tune(
     _write(model, anatomy, folder, target, report)
     progress("done", config.steps, config.steps)
     return report
-
-
-def _what(config: TuneConfig) -> str:
-    return "all" if config.train == "lora" else config.train
 
 
 def _anatomy(folder: Path, config: TuneConfig) -> Anatomy | None:

@@ -19,6 +19,7 @@ import transformers
 from transformers import TrainingArguments
 
 import emoe
+from emoe.checkpoint.digests import write_digests
 from emoe.config import PretrainConfig
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
@@ -265,4 +266,5 @@ def _write(model: Any, tokenizer: Any, target: Path, report: dict[str, Any]) -> 
     tokenizer.save_pretrained(target)
     write_text(target / PRETRAINED, json.dumps(report, indent=2) + "\n")
     write_pretraining_card(report, target)
+    write_digests(target)
     settle_folder(target)

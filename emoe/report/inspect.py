@@ -34,8 +34,8 @@ def _count_parameters(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _describe_moduleformer(folder: Path) -> dict[str, Any]:
-    """The facts of a ModuleFormer: sizes, modules by layer, history."""
+def _describe_moduleformer(folder: Path, verify: bool) -> dict[str, Any]:
+    """The facts of a ModuleFormer: sizes, modules by layer, history; `verify` as for `describe`."""
     config, parts = read_moduleformer(folder, "inspect"), {}
     for kind, short in (("attention", "att"), ("ffn", "mlp")):
         groups = config.get(f"{short}_groups") or [[config[f"n_{short}_experts"]]] * config["n_layer"]
@@ -49,6 +49,7 @@ def _describe_moduleformer(folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
         "provenance": config.get("emoe_provenance") or {},
         "pretraining": _pretraining(folder / PRETRAINED),
+        "files_verified": len(check_digests(folder, "inspect")) if verify else None,
     }
 
 
@@ -91,7 +92,7 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
     if is_our_stock_model(folder, "inspect"):
         return _describe_stock(folder) | {"files_verified": check_digests(folder, "inspect") if verify else None}
     if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
-        return _describe_moduleformer(folder)
+        return _describe_moduleformer(folder, verify)
     config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
     try:
@@ -124,6 +125,6 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
         "parameters": parameters,
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
-        "files_verified": check_digests(folder, "inspect") if verify else None,
+        "files_verified": len(check_digests(folder, "inspect")) if verify else None,
         "report": report,
     }

@@ -93,8 +93,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         rows["experts by layer"] = groups_line(found["groups"])
     for number, step in enumerate(provenance.get("history", []), 1):
         rows[f"history {number}"] = history_line(step)
-    rows |= _verified(found)
-    for name, value in rows.items():
+    for name, value in (rows | _verified(found)).items():
         facts.add_row(name, value)
     console.print(facts)
     if found["report"] and not brief:
@@ -115,7 +114,17 @@ def _short_table(found: dict[str, Any]) -> Table:
         facts.add_row(name, value)
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
+    for name, value in _verified(found).items():
+        facts.add_row(name, value)
     return facts
+
+
+def _verified(found: dict[str, Any]) -> dict[str, str]:
+    """What comparing the weight files with their digests gave, if that was asked for."""
+    number = found["files_verified"]
+    if number is None:
+        return {}
+    return {"weight files": f"{number} are as they were written (SHA256SUMS)" if number else "no SHA256SUMS to compare"}
 
 
 def short_facts(found: dict[str, Any]) -> dict[str, str]:

@@ -13,15 +13,17 @@ import torch
 
 from emoe.checkpoint.companions import source_config
 from emoe.checkpoint.partition import NAME as PARTITION
+from emoe.checkpoint.reader import shard_map
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
+from emoe.surgery.budget import settle_budget
 from emoe.surgery.converted import Converted
 from emoe.surgery.history import entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, Seen
 from emoe.surgery.rewrite import Progress, rewrite
 from emoe.surgery.selection import TIE, normalised
-from emoe.surgery.usage import fit_length, load_model, read_blocks, text_of
+from emoe.surgery.usage import check_finite, fit_length, load_model, read_blocks, text_of
 
 
 def layers_kept(total: int, keep: float, method: str) -> list[int]:
@@ -32,12 +34,25 @@ def layers_kept(total: int, keep: float, method: str) -> list[int]:
     return torch.linspace(0, total - 1, number).round().int().tolist() if number > 1 else [0]
 
 
-def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
-    """Whole layers go; the rest are numbered anew."""
+def drop_layers(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], progress: Progress) -> dict[str, Any]:
+    """Whole layers go; the rest are numbered anew.
+
+    Args:
+        anatomy: of the checkpoint.
+        config: settings.
+        digests: hex sha256 of its weight files by name, as far as they are known.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UserError: layers that cannot be numbered anew, none with modules left, or a K that is more than they have.
+    """
     start, total = anatomy.layers()
     kept = layers_kept(total, config.keep, config.method)
     places = {old: new for new, old in enumerate(kept)}
     rebuilt = anatomy.with_layers(kept)
+    left = {f"{places[s.layer]}.{s.kind}": s.groups for s in anatomy.sets() if s.layer in places}
+    notes = settle_budget(anatomy, rebuilt, left, config.top_k)
+    tables = anatomy.budget_tables()
     pattern = re.compile(rf"{re.escape(start)}(\d+)\.(.*)")
 
     def edit(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -45,6 +60,8 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
         if not found:
             return name, tensor
         layer = int(found[1])
+        if name in tables:
+            tensor = tensor[: rebuilt["num_experts"]]
         return (f"{start}{places[layer]}.{found[2]}", tensor) if layer in places else None
 
     def companions(target: Path) -> None:
@@ -55,11 +72,13 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
             partition.digests = {places[i]: digest for i, digest in partition.digests.items() if i in places}
             partition.save(target / PARTITION)
 
-    facts = config.model_dump(include={"method", "keep"})
-    history = [*anatomy.history, entry("prune", anatomy.folder, settings=facts, kept=kept)]
-    report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": []}
-    report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": _modules_in(anatomy, places)}
+    facts = config.model_dump(include={"method", "keep", "top_k"}, exclude_none=True)
+    history = [*anatomy.history, entry("prune", anatomy.folder, digests, settings=facts, kept=kept)]
+    report = {"verb": "prune", "model": config.model, "settings": facts, "layers": kept, "notes": notes}
+    report["modules"] = {"before": sum(s.count for s in anatomy.sets()), "after": sum(map(sum, left.values()))}
     final = anatomy.with_history(rebuilt, history)
+    found = {name: pattern.fullmatch(name) for name in shard_map(anatomy.folder)}
+    gone = {name: 0.0 for name, match in found.items() if match and int(match[1]) not in places}
     return rewrite(
         anatomy.folder,
         config.output,
@@ -67,17 +86,14 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> di
         final,
         companions,
         report,
+        scale=gone,
         overwrite=config.overwrite,
         progress=progress,
     )
 
 
-def _modules_in(anatomy: Anatomy, layers: dict[int, int]) -> int:
-    return sum(found.count for found in anatomy.sets() if found.layer in layers)
-
-
 def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
-    """Neurons of least ‖w_down‖·mean|h| go, the same number from each layer; what is left is a stock dense model.
+    """Neurons of least ‖w_down‖·mean|h| go until every layer has the same number; what is left is a stock dense model.
 
     Source: the norm of weights times activations as in Wanda (Sun et al. 2023, arXiv 2306.11695), summed over a neuron.
     """
@@ -88,9 +104,10 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
         raise UserError("--method: magnitude needs a model with all layers converted: a dense one has a single width")
     if config.threshold is not None:
         raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
+    if config.top_k is not None:
+        raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
+    number = _width([found.count * found.size for found in anatomy.sets()], config.keep)
     score = _magnitudes(anatomy, config, progress)
-    widths = {len(score_F) for score_F in score.values()}
-    number = max(1, round(config.keep * min(widths)))
     kept = {
         layer: (normalised(score_F, "max") / TIE).round().argsort(descending=True, stable=True)[:number].sort().values
         for layer, score_F in score.items()
@@ -126,6 +143,21 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
     )
 
 
+def _width(widths: list[int], keep: float) -> int:
+    """Neurons that each layer of the dense model has: a fraction of the layers' mean width.
+
+    Raises:
+        UserError: a layer has fewer.
+    """
+    number, least = max(1, round(keep * sum(widths) / len(widths))), min(widths)
+    if number > least:
+        raise UserError(
+            f"--keep: {keep} of all neurons is {number} a layer, but a layer has only {least} left and a dense model "
+            "has one width; keep fewer, or use `emoe export --to dense --pad`"
+        )
+    return number
+
+
 @torch.no_grad()
 def _magnitudes(anatomy: Converted, config: PruneConfig, progress: Progress) -> dict[int, torch.Tensor]:
     """‖w_down‖·Σ|h| of each neuron in the converted order, (F,) fp64, by layer; all experts on."""
@@ -137,6 +169,7 @@ def _magnitudes(anatomy: Converted, config: PruneConfig, progress: Progress) -> 
     sums: dict[str, torch.Tensor] = {}
 
     def see(name: str, seen: Seen) -> None:
+        check_finite(name, seen.hidden_NF)
         sums[name] = sums.get(name, 0) + seen.hidden_NF.abs().sum(0).double()
 
     with anatomy.watch(model, see, energies=True):

@@ -23,15 +23,23 @@ from emoe.families.neurons import neuron_axis
 from emoe.gating.energies import ExpertEnergies
 from emoe.modeling.ffn_emoe import SparseFFN
 from emoe.modeling.modeling_emoe import code_files
+from emoe.surgery.layers import renumbered
 from emoe.surgery.modules import ModuleSet, Seen, Slot
 
 GATE_ROWS = {"weight": "gate", "bias": "one", "scale": "one", "neuron": "neuron", "cosine.centroids.weight": "random"}
 """Tables of a router with a row an expert → what an added expert begins with. A discriminant that hardly depends on
 the token and is 1, above the 0 that an added expert's logit must exceed: every token uses it until it has learnt."""
 
+BUDGET_TABLES = ("bounds", "threshold")
+"""Tables of a router with a row for each budget K, where layers or tokens get their own."""
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-"""Names of the number of layers in config.json."""
+GATE_TABLES = {
+    "average-key": (),
+    "representative": ("neuron", "scale"),
+    "discriminant": ("weight", "bias"),
+    "cosine": ("cosine.projection.weight", "cosine.centroids.weight"),
+}
+"""Kind of gate → the tables that its router must have."""
 
 
 class Converted:
@@ -45,6 +53,23 @@ class Converted:
         self.partition = Partition.load(folder / PARTITION)
         labels_F = next(iter(self.partition.labels.values()))
         self.size = len(labels_F) // self.partition.num_experts
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        """Raise `UserError` where the gate that config.json speaks of lacks a table."""
+        gate = self.config["emoe_gate"]
+        if gate not in GATE_TABLES:
+            raise UserError(f"--model: {self.folder}: unknown emoe_gate '{gate}'; known: {', '.join(GATE_TABLES)}")
+        varies = self.config.get("emoe_routing") in ("threshold", "energy-share")
+        varies = varies or self.config.get("emoe_allocation", "uniform") != "uniform"
+        tables = (*GATE_TABLES[gate], *(BUDGET_TABLES if varies else ()))
+        needed = [self.router_prefix(layer) + table for layer in self.config["emoe_layers"] for table in tables]
+        missing = [name for name in needed if name not in self.reader.shards]
+        if missing:
+            raise UserError(
+                f"--model: {self.folder} lacks tensor {missing[0]}, which the {gate} gate of its config.json needs; "
+                "convert the model again"
+            )
 
     def sets(self) -> list[ModuleSet]:
         """One for each converted layer."""
@@ -77,7 +102,7 @@ class Converted:
     def budget_tables(self) -> set[str]:
         """Tensors with a row for each budget K rather than for each expert."""
         prefixes = [self.router_prefix(layer) for layer in self.config["emoe_layers"]]
-        return {f"{prefix}{table}" for prefix in prefixes for table in ("bounds", "threshold")}
+        return {f"{prefix}{table}" for prefix in prefixes for table in BUDGET_TABLES}
 
     def budgets(self) -> dict[str, str]:
         """See `Anatomy.budgets`."""
@@ -85,7 +110,7 @@ class Converted:
 
     def rebuilt(self, groups: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """config.json for these groups; without a trace of surgery where they are what conversion gives."""
-        config, ordered = dict(self.config), [list(groups[s.name]) for s in self.sets()]
+        config, ordered = dict(self.config), [list(group) for group in groups.values()]
         most = max(group[0] for group in ordered)
         if config.get("emoe_compensation") and most != config["num_experts"]:
             config["emoe_compensation_of"] = config.get("emoe_compensation_of") or config["num_experts"]
@@ -105,23 +130,14 @@ class Converted:
         """See `Anatomy.with_layers`.
 
         Raises:
-            UserError: a family whose layers cannot be numbered anew, or no converted layer is left.
+            UserError: a model whose layers cannot be numbered anew, or no converted layer is left.
         """
-        raw, places = dict(self.config), {old: new for new, old in enumerate(kept)}
-        if raw.get("attention_types"):
-            raise UserError("--method: attention_types of this family cannot be renumbered; use another method")
-        if not any(layer in places for layer in raw["emoe_layers"]):
+        places = {old: new for new, old in enumerate(kept)}
+        left = {found.name: found.groups for found in self.sets() if found.layer in places}
+        if not left:
             raise UserError("--keep: no converted layer is left; keep more")
-        for key, value in raw.items():
-            if key in LAYER_COUNTS:
-                raw[key] = len(kept)
-            elif isinstance(value, list) and len(value) == self.reader.num_layers and key == "layer_types":
-                raw[key] = [value[layer] for layer in kept]
-        here = [place for place, layer in enumerate(raw["emoe_layers"]) if layer in places]
-        if raw.get("emoe_groups"):
-            raw["emoe_groups"] = [raw["emoe_groups"][place] for place in here]
-        raw["emoe_layers"] = [places[raw["emoe_layers"][place]] for place in here]
-        return raw
+        layers = [places[layer] for layer in self.config["emoe_layers"] if layer in places]
+        return renumbered(self.rebuilt(left), self.reader.config, kept) | {"emoe_layers": layers}
 
     def write_companions(self, target: Path, kept: dict[str, list[int]]) -> None:
         """The modelling files, and the partition: labels of pruned experts become `GONE`; added experts have none."""
@@ -175,8 +191,8 @@ class Converted:
             hook.remove()
 
     def learn(self, model: nn.Module) -> None:
-        """See `Anatomy.learn`; an average-key gate follows the neurons, which do learn."""
-        if self.config["emoe_gate"] != "average-key":
+        """See `Anatomy.learn`; an average-key gate follows the neurons, which do learn, and a cosine gate trains."""
+        if model.config.emoe_gate not in ("average-key", "cosine"):  # fine-tuning may have put in another than ours
             for ffn in model.sparse_ffns().values():
                 ffn.router.learn()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.limits import LARGEST
 from emoe.config import ExtendConfig
 from emoe.errors import UserError, shortened
@@ -22,13 +23,16 @@ from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 from emoe.surgery.usage import fit_length
 
+FITTING = {"text", "old_text", "old_share", "tokens", "sequence_length"}
+"""Settings that fitted gates come from."""
+
 
 def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with more modules than ``config.model``. Returns the report that also lies there.
 
     Raises:
         UserError: nothing to add, a kind of module that the model does not have, one text without the other, too little
-            of it, a gate that cannot be fitted, an output in the way.
+            of it, a gate that cannot be fitted, damaged weights, an output in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
@@ -47,11 +51,12 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
         missing = "--old-text" if config.text else "--text"
         raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
+    digests = check_digests(folder)
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     groups = {found.name: (*found.groups, wanted[found.kind]) for found in sets}
     added = {kind: number for kind, number in wanted.items() if number}
-    facts = {"text": config.text, "old_text": config.old_text, "old_share": config.old_share} if fitted else {}
-    history = [*anatomy.history, entry("extend", folder, added=added, seed=config.seed, **facts)]
+    facts = config.model_dump(include=FITTING) if fitted else {}
+    history = [*anatomy.history, entry("extend", folder, digests, added=added, seed=config.seed, **facts)]
     return rewrite(
         folder,
         config.output,
@@ -67,6 +72,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             "notes": _notes(fitted) + (fit_length(folder, config.sequence_length)[1] if fitted else []),
             "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
+        scale={slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots},
         overwrite=config.overwrite,
         progress=progress,
     )

@@ -10,7 +10,7 @@ from emoe.config import ExtendConfig
 from emoe.errors import UserError
 from emoe.gating.opening import Opening
 from emoe.surgery.modules import Anatomy
-from emoe.surgery.usage import Progress, load_model, no_cache, read_blocks
+from emoe.surgery.usage import Progress, check_finite, load_model, no_cache, read_blocks
 
 BATCH = 8
 """Sequences at once."""
@@ -26,7 +26,7 @@ def fit_gates(
     tokens that were fitted. Nothing but sums and two numbers a token are kept.
 
     Raises:
-        UserError: too little text, or a gate without rows of its own.
+        UserError: too little text, a gate without rows of its own, or one that sees what is no number.
     """
     settings = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed}
     texts = {
@@ -41,7 +41,12 @@ def fit_gates(
     def run(see: Callable[[Opening, torch.Tensor, bool], None], first: int, stage: str) -> None:
         for new, every_BT in texts.items():
             blocks_BT = every_BT[first::2]
-            tell = lambda name, c_NC, new=new: see(found[name], c_NC, new) if name in found else None  # noqa: E731
+
+            def tell(name: str, c_NC: torch.Tensor, new: bool = new) -> None:
+                if name in found:
+                    check_finite(name, c_NC)
+                    see(found[name], c_NC, new)
+
             with anatomy.watch_gate_inputs(model, tell):
                 for done, part_BT in enumerate(blocks_BT.split(BATCH)):
                     progress(stage, done * BATCH, len(blocks_BT))

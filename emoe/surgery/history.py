@@ -17,11 +17,17 @@ from emoe.plainfiles import read_json
 from emoe.runtime import sha256_file
 
 
-def digest_of(folder: Path) -> str:
-    """Hex sha256 over config.json and the weight files of a checkpoint, in order of their names."""
+def digest_of(folder: Path, known: dict[str, str] | None = None) -> str:
+    """Hex sha256 over config.json and the weight files of a checkpoint, in order of their names.
+
+    Args:
+        folder: the checkpoint.
+        known: hex sha256 of weight files by name, which are not read again.
+    """
+    known = known or {}
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(set(shard_map(folder).values()))]:
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+        digest.update(f"{path.name} {known.get(path.name) or sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -62,11 +68,11 @@ def now() -> str:
     return time.isoformat(timespec="seconds")
 
 
-def entry(verb: str, folder: Path, **facts: Any) -> dict[str, Any]:
-    """One entry of a history."""
+def entry(verb: str, folder: Path, known: dict[str, str] | None = None, **facts: Any) -> dict[str, Any]:
+    """One entry of a history; `known` as for `digest_of`."""
     return {
         "verb": verb,
-        "from_digest": digest_of(folder),
+        "from_digest": digest_of(folder, known),
         "when": now(),
         "emoe": emoe.__version__,
         **facts,

@@ -76,7 +76,6 @@ class ModuleFormer:
                 config[f"{short}_groups"] = ordered
             config[f"n_{short}_experts"] = most
             config[f"k_{short}"] = min(config[f"k_{short}"], most)
-            config["sample_topk"] = min(config.get("sample_topk", 0), config[f"k_{short}"])
         return config
 
     def layers(self) -> tuple[str, int]:
@@ -122,11 +121,14 @@ class ModuleFormer:
 
     @contextlib.contextmanager
     def without(self, model: nn.Module, name: str, module: int) -> Iterator[None]:
-        """See `Anatomy.without`."""
+        """See `Anatomy.without`: the next best expert is chosen instead, where there is one."""
 
         def choose_others(gate: nn.Module, arguments: tuple, routing: Routing) -> Routing:
             out_E = torch.arange(gate.num_experts, device=routing.logits_NE.device) == module
-            return gate.route(routing.logits_NE.masked_fill(out_E, -torch.inf))
+            routing = gate.route(routing.logits_NE.masked_fill(out_E, -torch.inf))
+            gone_NK = routing.experts_NK == module  # where there is no next best one; its weight may be 0 / 0
+            experts_NK = routing.experts_NK.masked_fill(gone_NK, -1)
+            return routing._replace(experts_NK=experts_NK, weights_NK=routing.weights_NK.masked_fill(gone_NK, 0))
 
         hook = self._pools(model)[name].gate.register_forward_hook(choose_others)
         try:

@@ -106,7 +106,8 @@ class Anatomy(Protocol):
         """All its sets, layer by layer."""
 
     def rebuilt(self, groups: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        """config.json when the sets, in their order, have these groups; the budget is clipped to what is left."""
+        """config.json when there are these sets, in their order, with these groups; the budget is clipped to what is
+        left."""
 
     def layers(self) -> tuple[str, int]:
         """What stands before a layer's number in the names of its tensors, and the number of layers."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.digests import check_digests
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.surgery import baselines
+from emoe.surgery.budget import settle_budget
 from emoe.surgery.history import entry, now
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
 from emoe.surgery.rewrite import Progress, rewrite, workspace_of
@@ -21,29 +23,31 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with fewer modules than ``config.model``. Returns the report that also lies there.
 
     Raises:
-        UserError: nothing to do, nothing left, too little text, an output in the way.
+        UserError: nothing to do, nothing left, too little text, damaged weights, an output in the way.
     """
     _check(config)
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     now()  # a clock that cannot be read is told before counting
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: counting takes its time
+    digests = check_digests(folder)
     if config.method.startswith("layers"):
-        return baselines.drop_layers(anatomy, config, progress)
+        return baselines.drop_layers(anatomy, config, digests, progress)
     if config.method == "magnitude":
         return baselines.prune_neurons(anatomy, config, progress)
     sets = anatomy.sets()
-    kept = _taken_back(sets, config.remove) if config.remove else _selected(anatomy, config, progress)
+    kept, more = (_taken_back(sets, config.remove), 0) if config.remove else _selected(anatomy, config, progress)
     extensions = {None: None, "last": -1, "added": 1}[config.remove]
     groups = {found.name: found.groups_of(kept[found.name])[:extensions] for found in sets}
     rebuilt = anatomy.rebuilt(groups)
-    notes = _budget(anatomy, config, rebuilt, groups)
+    notes = settle_budget(anatomy, rebuilt, groups, config.top_k) + _beyond(config, sets, more)
     if _counts(config):
         notes += fit_length(folder, config.sequence_length)[1]
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
-    history = [*anatomy.history, entry("prune", folder, settings=facts, kept={n: len(k) for n, k in kept.items()})]
+    numbers = {name: len(modules) for name, modules in kept.items()}
+    history = [*anatomy.history, entry("prune", folder, digests, settings=facts, kept=numbers)]
     return rewrite(
         folder,
         config.output,
@@ -58,6 +62,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
             "kept": kept,
             "notes": notes,
         },
+        scale={slot.name: len(kept[found.name]) / found.count for found in sets for slot in found.slots},
         overwrite=config.overwrite,
         progress=progress,
     )
@@ -83,19 +88,29 @@ def _counts(config: PruneConfig) -> bool:
     return not config.remove and config.method == "use" and config.keep != 1.0
 
 
-def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, list[int]]:
-    sets = anatomy.sets()
+def _beyond(config: PruneConfig, sets: list[ModuleSet], more: int) -> list[str]:
+    """That more modules stay than were asked for."""
+    if not more:
+        return []
+    asked = f"--keep {config.keep}" if config.threshold is None else f"--threshold {config.threshold}"
+    pinned = " and those that are always chosen" if any(found.pinned for found in sets) else ""
+    return [f"{more} more stay than {asked} alone keeps: --floor {config.floor} of each layer{pinned}"]
+
+
+def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> tuple[dict[str, list[int]], int]:
+    """As `select`."""
+    sets, by = anatomy.sets(), config.normalise
     if config.method == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        use = {found.name: torch.rand(found.count, generator=generator) for found in sets}
+        use, by = {found.name: torch.rand(found.count, generator=generator) for found in sets}, None
     elif config.keep == 1.0:
-        return {found.name: list(range(found.count)) for found in sets}
+        return {found.name: list(range(found.count)) for found in sets}, 0
     else:
         use = _counted(anatomy, config, progress)
     return select(
         sets,
         use,
-        by=config.normalise,
+        by=by,
         keep=config.keep,
         threshold=config.threshold,
         scope=config.scope,
@@ -122,26 +137,6 @@ def _taken_back(sets: list[ModuleSet], which: str) -> dict[str, list[int]]:
         raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
     first = {found.name: sum(found.groups[: 1 if which == "added" else -1]) for found in sets}
     return {name: list(range(number)) for name, number in first.items()}
-
-
-def _budget(anatomy: Anatomy, config: PruneConfig, rebuilt: dict[str, Any], groups: dict) -> list[str]:
-    """Set K of the result; what there is to say about it."""
-    notes = []
-    for key, kind in anatomy.budgets().items():
-        left = [group[0] for name, group in groups.items() if name.endswith(kind)]
-        before = anatomy.config[key]
-        if config.top_k is not None:
-            if config.top_k > max(left):
-                raise UserError(f"--top-k: {config.top_k} is more than the {max(left)} experts that remain")
-            rebuilt[key] = config.top_k
-        elif rebuilt[key] < before:
-            notes.append(f"{key} clipped from {before} to {rebuilt[key]}: no layer has more {kind} experts left")
-        short = [
-            name.split(".")[0] for name, group in groups.items() if name.endswith(kind) and group[0] < rebuilt[key]
-        ]
-        if short:
-            notes.append(f"{key} {rebuilt[key]} is clipped to what is left in layers {', '.join(short)}")
-    return notes
 
 
 def _editor(anatomy: Anatomy, kept: dict[str, list[int]], rebuilt: dict[str, Any]):

@@ -30,16 +30,18 @@ def select(
     sets: list[ModuleSet],
     use: dict[str, torch.Tensor],
     *,
-    by: Literal["max", "sum"],
+    by: Literal["max", "sum"] | None,
     keep: float | None,
     threshold: float | None,
     scope: Literal["model", "layer"],
     floor: int,
-) -> dict[str, list[int]]:
-    """Name of a set → its modules that stay, ascending.
+) -> tuple[dict[str, list[int]], int]:
+    """Name of a set → its modules that stay, ascending; and how many of them stay for the floor or as pinned ones only.
 
     Args:
+        sets: all sets.
         use: how much each module was used, (E,), by name of the set.
+        by: what it is divided by; None for numbers that are compared over layers as they are.
         keep: fraction of the modules that stay. Ties go to the module and the layer that come first.
         threshold: instead of `keep`: the normalised use that a module needs to stay.
         scope: whether `keep` is of the whole model or of each layer. Attention and FFN sets are ranked apart, since
@@ -49,7 +51,7 @@ def select(
     Raises:
         UserError: nothing would stay, or a set would be left without modules in its budget.
     """
-    score = {found.name: normalised(use[found.name], by) for found in sets}
+    score = {found.name: normalised(use[found.name], by) if by else use[found.name].double() for found in sets}
     if threshold is not None:
         best = max(score_E.max().item() for score_E in score.values())
         if threshold > best:
@@ -61,7 +63,8 @@ def select(
             alike = [found for found in sets if found.kind == kind]
             for group in [alike] if scope == "model" else [[found] for found in alike]:
                 kept |= _best(group, score, keep)
-    return {found.name: _with_floor(found, kept[found.name], score[found.name], floor) for found in sets}
+    staying = {found.name: _with_floor(found, kept[found.name], score[found.name], floor) for found in sets}
+    return staying, sum(len(staying[found.name]) - int(kept[found.name].sum()) for found in sets)
 
 
 def _best(sets: list[ModuleSet], score: dict[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:

@@ -159,20 +159,25 @@ class RouterLosses:
 
     Args:
         factors: by name, of `LOSSES`.
-        what: as for `train_only`: with new modules the penalty is on their rows, else on the distance of all rows.
+        what: as for `train_only`, or "lora": with new modules the penalty is on their rows, else on the distance of all
+            rows.
 
     Raises:
         UserError: every token uses every expert, or the penalty has no rows to act on.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, factors: dict[str, float], what: Train) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, factors: dict[str, float], what: Train | Literal["lora"]
+    ) -> None:
         check_choice(model, "--loss")
         self.factors = factors
         self._terms: list[torch.Tensor] = []
         self.mask_N: torch.Tensor | None = None
         """1 for tokens that count; None for all."""
-        if what == "new-experts" and "router" in factors:
-            raise UserError("--loss: router holds gate rows back, which --train new-experts leaves alone; drop one")
+        if what in ("new-experts", "lora") and "router" in factors:
+            raise UserError(
+                f"--loss: router acts on the gates' own rows, which get no gradient with --train {what}; drop one"
+            )
         self._penalty = self._router_penalty(model, anatomy, what) if "router" in factors else None
         self._remove = anatomy.watch_logits(model, self._see) if set(factors) - {"router"} else lambda: None
 

@@ -114,6 +114,15 @@ def set_budget(model: nn.Module, top_k: int | None, flag: str = "--top-k") -> No
             raise UserError(f"{flag}: {error}") from None
 
 
+def check_finite(what: str, *found: torch.Tensor | None) -> None:
+    """Raise `UserError` for NaN or infinity, which nothing can be counted by."""
+    if not all(part is None or torch.isfinite(part).all() for part in found):
+        raise UserError(
+            f"--model: {what} gets NaN or infinite numbers, so weights are damaged; look with `emoe inspect --verify` "
+            "and copy or make the model again"
+        )
+
+
 class Use:
     """Sums over tokens of what a set's modules did."""
 
@@ -141,9 +150,18 @@ class Use:
 def count_use(
     anatomy: Anatomy, model: nn.Module, blocks_BT: torch.Tensor, *, kind: Count, batch: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """Use of each module, (E,) fp64, by name of its set."""
+    """Use of each module, (E,) fp64, by name of its set.
+
+    Raises:
+        UserError: gates see what is no number.
+    """
     use = {found.name: Use(found.count) for found in anatomy.sets()}
-    with anatomy.watch(model, lambda name, seen: use[name].add(seen), energies=kind == "energy"):
+
+    def see(name: str, seen: Seen) -> None:
+        check_finite(name, seen.logits_NE, seen.energy_NE)
+        use[name].add(seen)
+
+    with anatomy.watch(model, see, energies=kind == "energy"):
         for done, part_BT in enumerate(blocks_BT.split(batch)):
             progress("counting", done * batch, len(blocks_BT))
             model(part_BT.to(next(model.parameters()).device), **no_cache(model))

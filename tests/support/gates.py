@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from emoe.checkpoint.digests import write_digests
+
 
 def gates_of(model: nn.Module) -> dict[str, nn.Module]:
     """Of a loaded converted model or ModuleFormer, by name of the set."""
@@ -26,3 +28,4 @@ def starve(folder: Path, experts: list[int], layers: list[int]) -> None:
             if name.endswith("router.bias") and any(f".{layer}." in name for layer in layers):
                 tensors[name][experts] = -1e4
         save_file(tensors, path, metadata={"format": "pt"})
+    write_digests(folder)

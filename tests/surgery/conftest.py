@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from support.modules import moduleformer
 from support.tiny import tiny_model, tiny_tokenizer
 
 import emoe
+from emoe.checkpoint.digests import NAME as DIGESTS
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,24 @@ def bfloat16_llama(settings, tmp_path_factory) -> Path:
     tiny_tokenizer(folder / "dense")
     emoe.convert(str(folder / "dense"), output=folder / "moe", **settings)
     return folder / "moe"
+
+
+@pytest.fixture(scope="session")
+def cosine(tiny_llama, settings, tmp_path_factory) -> Path:
+    """A converted model with cosine gates, which conversion does not make: drawn at random."""
+    folder, saved = (tmp_path_factory.mktemp("cosine") / name for name in ("converted", "saved"))
+    emoe.convert(str(tiny_llama), output=folder, **settings | {"gate": "average-key", "split": "weights"})
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.emoe_gate = "cosine"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
+    for ffn in model.sparse_ffns().values():
+        ffn.router.cosine.centroids.weight.data.normal_()
+    model.save_pretrained(saved)
+    for file in folder.iterdir():
+        if not (saved / file.name).exists() and "safetensors" not in file.name and file.name != DIGESTS:
+            shutil.copyfile(file, saved / file.name)
+    return saved
 
 
 @pytest.fixture

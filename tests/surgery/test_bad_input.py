@@ -45,6 +45,7 @@ def refused(capsys, tmp_path):
         (["--remove", "last"], "--remove: nothing was ever added to this model"),
         (["--keep", 0.5, "--method", "layer"], "--method"),
         (["--task", "no-such-task", "--keep", 0.5], "--task: "),
+        (["--keep", 0.5, "--method", "magnitude", "--top-k", 2], "--top-k: --method magnitude writes a dense model"),
         (["--threshold", 0.5, "--method", "random"], "--threshold: --method random counts nothing; give --keep"),
     ],
 )
@@ -97,6 +98,8 @@ def test_a_layer_left_without_experts(refused, converted_llama, text, run):
     assert "is left without ffn experts; give --floor 1" in line
     few = run("prune", converted_llama, "few", *text, "--keep", 0.04)
     assert json.loads((few / "config.json").read_text())["emoe_groups"] == [[1]] * 4
+    notes = json.loads((few / "emoe_prune.json").read_text())["notes"]
+    assert "3 more stay than --keep 0.04 alone keeps: --floor 1 of each layer" in notes
 
 
 def test_k_is_clipped_and_reported(converted_llama, text, run, capsys):

@@ -99,6 +99,19 @@ def test_magnitude_pruning_gives_a_stock_model(converted_llama, run, text):
     torch.testing.assert_close(logits(same), logits(converted_llama, top_k=8), rtol=0, atol=1e-5)
 
 
+def test_magnitude_pruning_of_layers_that_differ(converted_llama, run, text, tmp_path, capsys):
+    """One width for all: a fraction of all neurons, or none that some layer does not have."""
+    uneven = run("prune", converted_llama, "uneven", *text, "--keep", 0.6)
+    groups = json.loads((uneven / "config.json").read_text())["emoe_groups"]
+    assert len({tuple(group) for group in groups}) > 1
+    dense = run("prune", uneven, "dense", *text, "--keep", 0.2, "--method", "magnitude")
+    width = transformers.AutoConfig.from_pretrained(dense).intermediate_size
+    assert width == round(0.2 * sum(6 * group[0] for group in groups) / 4)
+    flags = ["prune", "--model", uneven, "--output", tmp_path / "same", *text, "--keep", 1.0, "--method", "magnitude"]
+    assert main([*map(str, flags)]) == 2
+    assert "a dense model has one width; keep fewer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("method", "kept"), [("layers-uniform", [0, 3]), ("layers-top", [0, 1])])
 def test_dropping_layers(method, kept, converted_llama, run):
     folder = run("prune", converted_llama, "shallow", "--keep", 0.5, "--method", method)

@@ -93,6 +93,9 @@ def test_gates_open_on_the_new_text_alone(model, texts, flags, run):
     shares = [100 * sum(told[kind] for told in report["gates"].values()) / len(new) for kind in ("new", "old")]
     said = "gates open on {:.0f}% of the new text's tokens and {:.0f}% of the old text's (mean)".format(*shares)
     assert report["notes"] == [said]
+    step = json.loads((big / "config.json").read_text())["emoe_provenance"]["history"][-1]
+    repeats = {"added": {"ffn": 2}, "seed": 0, "old_share": 0.1, "tokens": 2048, "sequence_length": 64}
+    assert step | repeats | {"text": [str(texts["new"])], "old_text": [str(texts["old"])]} == step
     back = run("prune", big, "back", "--remove", "last")
     assert torch.equal(logits(back), logits(model))
 

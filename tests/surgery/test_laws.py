@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from support.tiny import tiny_checkpoint
 import emoe
 from emoe.checkpoint.digests import check_digests
 from emoe.cli.main import main
+from emoe.config import PruneConfig
 from emoe.errors import UserError
+from emoe.surgery import rewrite
+from emoe.surgery.modules import ModuleSet
+from emoe.surgery.prune import _selected
 
 FAMILIES = ("llama", "gpt2", "phi3", "opt", "bert")
 """Gated; transposed and biased; fused; written inline; an encoder."""
@@ -150,11 +155,38 @@ def test_a_pruned_model_is_the_model_without_those_experts(converted, text, tmp_
     torch.testing.assert_close(logits(tmp_path / "small"), expected, rtol=0, atol=1e-5)
 
 
+def test_room_is_asked_for_what_is_written(converted_llama, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rewrite, "require_space", lambda folder, needed, flag: asked.append(needed))
+    big = run("extend", converted_llama, "big", "--experts", 8)
+    small = run("prune", big, "small", "--remove", "added")
+    top = run("prune", big, "top", "--method", "layers-top", "--keep", 0.5)
+    folders = (converted_llama, big, small, top)
+    before, *after = (sum(p.stat().st_size for p in f.glob("model*.safetensors")) for f in folders)
+    assert asked == pytest.approx(after, rel=0.02)
+    assert after[0] > 1.3 * before
+
+
+def test_random_modules_are_a_uniform_draw():
+    """Four of all 32: that each layer keeps one of its eight happens in 8^4 of C(32, 4) draws, 11%."""
+    sets = [ModuleSet(layer, "ffn", (8,), (), 6) for layer in range(4)]
+    anatomy = SimpleNamespace(sets=lambda: sets)
+    one_each = 0
+    for seed in range(300):
+        config = PruneConfig(keep=0.125, method="random", floor=0, seed=seed)
+        try:
+            kept, _ = _selected(anatomy, config, None)
+            one_each += all(len(modules) == 1 for modules in kept.values())
+        except UserError:  # a layer is left without any
+            continue
+    assert 0.05 < one_each / 300 < 0.18
+
+
 def test_every_step_records_its_files(converted_llama, run):
     """The next verb, which compares them, takes no other file for its own."""
     big = run("extend", converted_llama, "big", "--experts", 1)
     for folder in (big, run("prune", big, "again", "--remove", "last")):
-        assert check_digests(folder) == len(list(folder.glob("*.safetensors")))
+        assert len(check_digests(folder)) == len(list(folder.glob("*.safetensors")))
     weights = next(big.glob("model*.safetensors"))
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

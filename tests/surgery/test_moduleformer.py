@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from support.modules import moduleformer
 from support.tiny import tiny_tokenizer
 
 import emoe
+from emoe.errors import UserError
+from emoe.surgery.rewrite import rewrite
 
 GATE_ROWS = {"mlp": "gate.w_gate.3.weight", "linear": "gate.w_gate.0.weight", "gmm": "gate.expert_centroids"}
 """Kind of gate → its tensor with a row an expert."""
@@ -125,3 +128,25 @@ def test_pruning_what_is_never_used_changes_no_logit(model_folder, run, text_fil
     assert [kept[f"{layer}.ffn"] for layer in range(3)] == [[0, 2, 3, 5, 6, 7]] * 3
     assert [len(kept[f"{layer}.attention"]) for layer in range(3)] == [6] * 3
     torch.testing.assert_close(logits(tmp_path / "small"), logits(tmp_path / "model"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampled"), [(("--top-k", 1), 1), (("--top-k", 2), 2), (("--method", "layers-top"), 2)]
+)
+def test_no_more_experts_are_drawn_than_are_used(flags, sampled, tiny_moduleformer, run, text, tmp_path):
+    drawn = shutil.copytree(tiny_moduleformer, tmp_path / "drawn")
+    config = json.loads((drawn / "config.json").read_text())
+    (drawn / "config.json").write_text(json.dumps(config | {"sample_topk": 2}))
+    small = run("prune", drawn, "small", *text, "--keep", 0.5, *flags)
+    assert load(small).config.sample_topk == sampled
+    notes = json.loads((small / "emoe_prune.json").read_text())["notes"]
+    assert any("sample_topk clipped from 2 to 1" in note for note in notes) == (sampled == 1)
+
+
+def test_a_config_that_would_not_load_is_not_written(tiny_moduleformer, tmp_path):
+    config = json.loads((tiny_moduleformer / "config.json").read_text()) | {"k_att": 99}
+    edit = lambda name, tensor: (name, tensor)  # noqa: E731
+    settings = {"overwrite": False, "progress": lambda *_: None}
+    with pytest.raises(UserError, match=r"would not load \(k_att=99 must lie between"):
+        rewrite(tiny_moduleformer, str(tmp_path / "x"), edit, config, lambda _: None, {"verb": "prune"}, **settings)
+    assert list(tmp_path.iterdir()) == []

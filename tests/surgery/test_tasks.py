@@ -17,24 +17,6 @@ from emoe.config import PruneConfig
 from emoe.surgery.usage import text_of
 
 
-@pytest.fixture
-def cosine(tiny_llama, settings, tmp_path) -> Path:
-    """A converted model with cosine gates, which conversion does not make: drawn at random."""
-    folder = tmp_path / "cosine"
-    emoe.convert(str(tiny_llama), output=folder, **settings | {"gate": "average-key", "split": "weights"})
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.emoe_gate = "cosine"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
-    for ffn in model.sparse_ffns().values():
-        ffn.router.cosine.centroids.weight.data.normal_()
-    model.save_pretrained(tmp_path / "saved")
-    for file in folder.iterdir():
-        if not (tmp_path / "saved" / file.name).exists() and "safetensors" not in file.name:
-            shutil.copyfile(file, tmp_path / "saved" / file.name)
-    return tmp_path / "saved"
-
-
 def logits(folder) -> torch.Tensor:
     tokens = torch.randint(5, 96, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -122,6 +104,14 @@ def test_gates_without_a_choice_do_not_train(converted_llama, tmp_path, capsys):
     assert "--train: every token uses every expert" in capsys.readouterr().err
     assert main([*map(str, flags), "--overwrite", "--method", "emoe-learn", "--mi-weight", "0.1"]) == 2
     assert "--mi-weight: every token uses every expert" in capsys.readouterr().err
+
+
+def test_gates_that_finetuning_puts_in_train_alone(converted_llama, tmp_path):
+    """The model's own gates are tables, those of this arm train already."""
+    flags = ["finetune", "--model", converted_llama, "--task", write_task(tmp_path / "task"), "--method", "emoe-learn"]
+    flags += ["--output", tmp_path / "run", "--train", "router", "--max-steps", 2, "--precision", "float32", "--quiet"]
+    assert main([*map(str, flags)]) == 0
+    assert json.loads((tmp_path / "run" / "seed-0" / "run.json").read_text())["gate"] == "cosine"
 
 
 def test_copies_are_refused(converted_llama, tmp_path, capsys):
