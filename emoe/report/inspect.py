@@ -90,7 +90,7 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
     if is_our_stock_model(folder, "inspect"):
-        return _describe_stock(folder) | {"files_verified": check_digests(folder, "inspect") if verify else None}
+        return _describe_stock(folder) | {"files_verified": len(check_digests(folder, "inspect")) if verify else None}
     if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
         return _describe_moduleformer(folder, verify)
     config = read_converted(folder, "inspect")

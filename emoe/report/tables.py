@@ -100,17 +100,12 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         print_report(Conversion.model_validate(found["report"]).model_dump())
 
 
-def _verified(found: dict[str, Any]) -> dict[str, str]:
-    number = found.get("files_verified")
-    return {} if number is None else {"weight files": f"{number} are as they were written (SHA256SUMS)"}
-
-
 def _short_table(found: dict[str, Any]) -> Table:
     """Facts and history of a ModuleFormer or of a dense model."""
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    for name, value in (short_facts(found) | _verified(found)).items():
+    for name, value in short_facts(found).items():
         facts.add_row(name, value)
     for number, step in enumerate(found["provenance"].get("history", []), 1):
         facts.add_row(f"history {number}", history_line(step))
@@ -121,7 +116,7 @@ def _short_table(found: dict[str, Any]) -> Table:
 
 def _verified(found: dict[str, Any]) -> dict[str, str]:
     """What comparing the weight files with their digests gave, if that was asked for."""
-    number = found["files_verified"]
+    number = found.get("files_verified")
     if number is None:
         return {}
     return {"weight files": f"{number} are as they were written (SHA256SUMS)" if number else "no SHA256SUMS to compare"}

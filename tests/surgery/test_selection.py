@@ -26,7 +26,8 @@ def chosen(
         layer, kind = name.split(".")
         sets.append(ModuleSet(int(layer), kind, groups.get(name, (len(count),)), (), 4, pinned))
     use = {name: torch.tensor(count, dtype=torch.float64) for name, count in counts.items()}
-    return select(sets, use, **{"by": "max", "keep": None, "threshold": None, "scope": "model", "floor": 1} | settings)
+    common = {"by": "max", "keep": None, "threshold": None, "scope": "model", "floor": 1}
+    return select(sets, use, **common | settings)[0]
 
 
 # Over its maximum: .7 1 .8 .9 .75 .85, and .44 1 .22 .56. Over its sum: .14 .2 .16 .18 .15 .17, and .2 .45 .1 .25.
