@@ -29,6 +29,7 @@ from emoe.finetuning.loop import (
     fit_sequences,
     minutes,
     perplexities,
+    repeated,
     run,
     text_tokens,
     training_into,
@@ -109,7 +110,7 @@ def _tune(
         "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
         "curve": [row for row in trainer.state.log_history if "perplexity" in row],
         "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
-        "notes": notes,
+        "notes": [*notes, *repeated(config, blocks.calibration, steps)],
         "emoe": emoe.__version__,
         "torch": torch.__version__,
     }

@@ -95,6 +95,19 @@ def test_lora_reaches_the_experts_of_a_moduleformer(tiny_moduleformer, text_file
     assert [name for name in after if not torch.equal(after[name], parted[name])] == []
 
 
+def test_text_that_is_read_more_than_once_is_noted(tiny_moduleformer, run, tmp_path):
+    """At most four fifths of a short text train, the rest is held out."""
+    text = tmp_path / "short.txt"
+    text.write_text("it is the first that they ever heard of it. " * 80, encoding="utf-8")
+    steps = ("--tokens-per-step", 128, "--sequence-length", 32, "--held-out-tokens", 64, "--learning-rate", 1e-3)
+    found = {}
+    for number in (1, 40):
+        report = report_of(run("tune", tiny_moduleformer, f"{number}", "--text", text, *steps, "--steps", number))
+        found[number] = report["notes"]
+    size = int(found[40][0].split()[2].replace(",", ""))
+    assert found == {1: [], 40: [f"--text has {size:,} tokens to train on, read {40 * 128 / size:.1f} times"]}
+
+
 def entropy(folder) -> float:
     """Mean over gates of H(m), the entropy of the mean probabilities."""
     anatomy, sums = anatomy_of(folder), {}
