@@ -36,11 +36,12 @@ from emoe.finetuning.loop import (
     write_log,
 )
 from emoe.finetuning.low_rank import merged, with_lora
+from emoe.finetuning.tuning import trainable
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
-from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
+from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only
 from emoe.surgery.usage import load_model, set_budget
 
 
@@ -82,7 +83,7 @@ def _tune(
     anatomy = _anatomy(folder, config)
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
-    trained = trained_entries(model, frozen)
+    trained = trainable(model)
     losses = RouterLosses(model, anatomy, factors, _what(config)) if factors else None
     trainer = _Tuner(
         model=model,
@@ -95,6 +96,7 @@ def _tune(
     if losses:
         losses.close()
     frozen.check(model)
+    frozen.merge()
     if config.train == "lora":
         model = merged(model)
     after = perplexities(model, blocks.held_out)

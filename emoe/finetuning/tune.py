@@ -205,6 +205,7 @@ class Run:
         self.texts = texts_of(data.task, self.tokenizer, length)
         self.model = choose_parameters(config, arm, self.start, seed)
         self.frozen = freeze(config, self.start, base)
+        self.trained = trainable(self.model)
 
     def finish(self) -> dict[str, Any]:
         """Train, score every reading, write; returns the record."""
@@ -225,6 +226,7 @@ class Run:
             hook.remove()
         if self.frozen:
             self.frozen.check(self.start.model)
+            self.frozen.merge()
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, readings)
         self.start.model.config.use_cache = True  # training wants none, generation does
@@ -267,7 +269,7 @@ class Run:
             "seconds": round(watch.elapsed, 2),
             "seconds_per_step": round(watch.seconds / max(1, watch.steps), 4),
             "peak_memory_bytes": watch.peak_bytes,
-            "trainable_parameters": trainable(self.model),
+            "trainable_parameters": self.trained,
             "train_examples": len(self.data.train),
             "data": self.digests,
             "duplicates_removed": self.data.duplicates_removed,
