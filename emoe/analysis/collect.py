@@ -62,10 +62,10 @@ class DomainUse:
         use = self.use[name]
         check_finite(name, seen.logits_NE, seen.energy_NE)
         if self.most_examples:
-            score_NE = seen.logits_NE.softmax(-1)
+            score_NE = seen.weights()
             if seen.energy_NE is not None:
-                score_NE = seen.energy_NE / seen.energy_NE.sum(1, keepdim=True).clamp_min(1e-30)
-            self.examples[name].add(score_NE * seen.mask(), use.tokens)
+                score_NE = seen.mask() * seen.energy_NE / seen.energy_NE.sum(1, keepdim=True).clamp_min(1e-30)
+            self.examples[name].add(score_NE, use.tokens)
         use.add(seen)
         if seen.hidden_NF is not None:
             total_F = seen.hidden_NF.square().sum(0).double().cpu()

@@ -54,6 +54,11 @@ def family(model_type: str) -> FamilySpec:
     """
     if model_type.startswith("emoe_"):
         raise UserError(f"--model: this folder is converted already (model_type '{model_type}'); give its dense source")
+    if model_type == "moduleformer":
+        raise UserError(
+            "--model: a ModuleFormer is born with experts, its FFN cannot be cut into some; train it further on plain "
+            "text with `emoe tune`"
+        )
     if model_type not in FAMILIES:
         hint = nearest(model_type, FAMILIES)
         raise UserError(f"--model: unknown family '{model_type}'{hint}. Known families: {', '.join(FAMILIES)}")

@@ -153,6 +153,13 @@ def text_tokens(config: Any, steps: int) -> int:
     return steps * sequences_per_step(config) * config.sequence_length
 
 
+def repeated(config: Any, blocks_BT: torch.Tensor, steps: int) -> list[str]:
+    """What there is to say when so many steps read a text of so many blocks more than once."""
+    size, read = blocks_BT.numel(), text_tokens(config, steps)
+    times = f"{read / size:.1f}"
+    return [f"--text has {size:,} tokens to train on, read {times} times"] if float(times) > 1 else []
+
+
 def arguments(config: Any, work: Path) -> TrainingArguments:
     """The Trainer's settings. No weight decay: what gets no gradient must stay as it is."""
     per_step = sequences_per_step(config)

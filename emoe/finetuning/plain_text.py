@@ -32,6 +32,7 @@ from emoe.finetuning.loop import (
     fit_sequences,
     minutes,
     perplexities,
+    repeated,
     run,
     text_tokens,
     training_into,
@@ -39,12 +40,13 @@ from emoe.finetuning.loop import (
 )
 from emoe.finetuning.low_rank import merged, with_lora
 from emoe.finetuning.states import SOURCES
+from emoe.finetuning.tuning import trainable
 from emoe.plainfiles import read_json
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
-from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only, trained_entries
+from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only
 from emoe.surgery.usage import load_model, set_budget
 
 
@@ -86,7 +88,7 @@ def _tune(
     anatomy = _anatomy(folder, config)
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
-    trained = trained_entries(model, frozen)
+    trained = trainable(model)
     losses = RouterLosses(model, anatomy, factors, config.train) if factors else None
     trainer = _Tuner(
         model=model,
@@ -99,6 +101,7 @@ def _tune(
     if losses:
         losses.close()
     frozen.check(model)
+    frozen.merge()
     if config.train == "lora":
         model = merged(model)
     round_as_stored(model, folder)
@@ -115,7 +118,7 @@ def _tune(
         "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
         "curve": [row for row in trainer.state.log_history if "perplexity" in row],
         "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
-        "notes": notes,
+        "notes": [*notes, *repeated(config, blocks.calibration, steps)],
         "emoe": emoe.__version__,
         "torch": torch.__version__,
     }

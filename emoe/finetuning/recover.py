@@ -41,6 +41,7 @@ from emoe.finetuning.loop import (
     fit_sequences,
     minutes,
     perplexities,
+    repeated,
     run,
     text_tokens,
     training_into,
@@ -117,7 +118,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
             for k in measured
         ],
         "settings": config.model_dump(exclude={"model", "output", "resume", "overwrite"}),
-        "notes": notes,
+        "notes": [*notes, *repeated(config, blocks.calibration, steps)],
         "emoe": emoe.__version__,
         "torch": torch.__version__,
     }

@@ -207,6 +207,7 @@ class Run:
         self.texts = texts_of(data.task, self.tokenizer, length)
         self.model = choose_parameters(config, arm, self.start, seed)
         self.frozen = freeze(config, self.start, base)
+        self.trained = trainable(self.model)
 
     def finish(self) -> dict[str, Any]:
         """Train, score every reading, write; returns the record."""
@@ -227,6 +228,7 @@ class Run:
             hook.remove()
         if self.frozen:
             self.frozen.check(self.start.model)
+            self.frozen.merge()
             round_as_stored(self.start.model, self.base)  # before it is scored: what is scored is what is published
         readings, predictions = read_all(tuner, self.start, self.arm, self.data, self.progress)
         record = self._record(tuner, watch, readings)
@@ -272,7 +274,7 @@ class Run:
             "seconds": round(watch.elapsed, 2),
             "seconds_per_step": round(watch.seconds / max(1, watch.steps), 4),
             "peak_memory_bytes": watch.peak_bytes,
-            "trainable_parameters": trainable(self.model),
+            "trainable_parameters": self.trained,
             "train_examples": len(self.data.train),
             "data": self.digests,
             "duplicates_removed": self.data.duplicates_removed,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -56,11 +57,15 @@ def _rows(linear) -> torch.Tensor:
 def _untouched(linear) -> bool:
     """A stock linear without hooks, its weight at hand: reading the weight gives what calling it would compute.
 
-    torchao leaves the linear alone and puts a tensor of a class of its own into it.
+    That holds for torch's parametrisations, too. torchao leaves the linear alone and puts a tensor of a class of its
+    own into it.
     """
-    if type(linear) not in (nn.Linear, Conv1D) or type(linear.weight) not in (nn.Parameter, torch.Tensor):
+    if type_before_parametrizations(linear) not in (nn.Linear, Conv1D):
         return False
-    return not (linear._forward_hooks or linear._forward_pre_hooks or linear.weight.is_meta)
+    weight = linear.weight
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class SparseFFN:

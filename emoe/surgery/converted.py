@@ -266,8 +266,12 @@ class _Watcher:
     def _look(self, x: torch.Tensor) -> Seen:
         x_ND, router = x.reshape(-1, x.shape[-1]), self.ffn.router
         logits_NE = router.logits(x_ND, self.ffn)
+        experts_NK, budgeted = router.choose(logits_NE), router.budgeted
+        p_NE = torch.cat([logits_NE[:, :budgeted].softmax(-1), logits_NE[:, budgeted:].sigmoid()], 1)
+        weights_NK = p_NE.gather(1, experts_NK.clamp_min(0))
         h_NF = self.ffn.hidden(x_ND).float() if self.energies else None
-        return Seen(x_ND, router.choose(logits_NE), logits_NE, self.energies(h_NF) if self.energies else None, h_NF)
+        energy_NE = self.energies(h_NF) if self.energies else None
+        return Seen(x_ND, experts_NK, logits_NE, weights_NK, energy_NE, h_NF)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.see(self.name, self._look(x))

@@ -69,7 +69,8 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             "added": added,
             "seed": config.seed,
             "modules": {"before": sum(s.count for s in sets), "after": sum(map(sum, groups.values()))},
-            "notes": _notes(fitted) + (fit_length(folder, config.sequence_length)[1] if fitted else []),
+            "notes": notes_on(fitted, config.old_share)
+            + (fit_length(folder, config.sequence_length)[1] if fitted else []),
             "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
         scale={slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots},
@@ -78,12 +79,19 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     )
 
 
-def _notes(fitted: dict[str, tuple[torch.Tensor, float, float]]) -> list[str]:
-    """How well the fitted gates tell the two texts apart."""
+def notes_on(fitted: dict[str, tuple[torch.Tensor, float, float]], share: float) -> list[str]:
+    """How well the fitted gates tell the two texts apart, and each layer where they do not do what was asked."""
     if not fitted:
         return []
     new, old = (sum(found[place] for found in fitted.values()) / len(fitted) for place in (1, 2))
-    return [f"gates open on {100 * new:.0f}% of the new text's tokens and {100 * old:.0f}% of the old text's (mean)"]
+    notes = [f"gates open on {100 * new:.0f}% of the new text's tokens and {100 * old:.0f}% of the old text's (mean)"]
+    for name, (_, new, old) in fitted.items():
+        found = f"it opens on {100 * new:.1f}% of the new text's tokens and {100 * old:.1f}% of the old text's"
+        if old > share:
+            notes.append(f"{name}: no gate of this kind keeps to --old-share {share:g}; {found}")
+        elif new <= old:
+            notes.append(f"{name}: its gate does not tell the texts apart; {found}")
+    return notes
 
 
 def _editor(

@@ -108,7 +108,7 @@ class ModuleFormer:
             def hook(gate: nn.Module, arguments: tuple, routing: Routing) -> None:
                 x_ND = arguments[0]
                 energy_NE = _energies(pool, x_ND) if energies and isinstance(pool, ExpertFFN) else None
-                see(name, Seen(x_ND, routing.experts_NK, routing.logits_NE, energy_NE, None))
+                see(name, Seen(x_ND, routing.experts_NK, routing.logits_NE, routing.weights_NK, energy_NE, None))
 
             return hook
 

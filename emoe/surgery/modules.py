@@ -83,6 +83,8 @@ class Seen(NamedTuple):
     """Chosen modules; -1 marks an unused slot."""
     logits_NE: torch.Tensor
     """fp32."""
+    weights_NK: torch.Tensor
+    """Of the choices: the softmax over the logits in the budget; of added modules, outside of it, sigmoid(logit)."""
     energy_NE: torch.Tensor | None
     """Squared length of what each module adds, or would add, to the residual stream; None unless asked for."""
     hidden_NF: torch.Tensor | None
@@ -90,9 +92,16 @@ class Seen(NamedTuple):
 
     def mask(self) -> torch.Tensor:
         """1 where a module was chosen, else 0: (N, E) fp32."""
+        return self._spread(torch.ones_like(self.weights_NK))
+
+    def weights(self) -> torch.Tensor:
+        """`weights_NK` where a module was chosen, else 0: (N, E) fp32."""
+        return self._spread(self.weights_NK)
+
+    def _spread(self, value_NK: torch.Tensor) -> torch.Tensor:
         experts = self.logits_NE.shape[1]
-        mask_NE = self.logits_NE.new_zeros(len(self.logits_NE), experts + 1)
-        return mask_NE.scatter_(1, self.experts_NK % (experts + 1), 1.0)[:, :-1]
+        value_NE = self.logits_NE.new_zeros(len(self.logits_NE), experts + 1)
+        return value_NE.scatter_(1, self.experts_NK % (experts + 1), value_NK)[:, :-1]
 
 
 class Anatomy(Protocol):

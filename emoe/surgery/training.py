@@ -6,6 +6,7 @@ For any loop that calls `compute_loss` and an optimizer without weight decay, su
     losses = RouterLosses(model, anatomy, {"concentration": 0.001}, "new-modules")
     …  loss = loss + losses.take()  …
     frozen.check(model)
+    frozen.merge()  # before the model is saved
 
 Source: Shen et al., "ModuleFormer" (2023, arXiv 2306.04640), sec. 3.4 and 3.5: new modules with the old ones frozen, a
 penalty on new rows of the router, fine-tuning that concentrates the load.
@@ -16,16 +17,18 @@ Legend: N tokens, D model width, E modules of a set.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
 
 from emoe.errors import UserError
 from emoe.gating.losses import load_concentration, mutual_information, new_router_penalty
-from emoe.surgery.modules import Anatomy, ModuleSet, Slot
+from emoe.surgery.joined import Part, parts_of
+from emoe.surgery.modules import Anatomy, ModuleSet
 
 Train = Literal["all", "router", "new-modules", "new-experts"]
 
@@ -36,35 +39,8 @@ LOSSES = {
 }
 """Losses on routers beside the task's own."""
 
-
-class Rows(NamedTuple):
-    """Part of a parameter: the rows of some modules along an axis."""
-
-    parameter: nn.Parameter
-    slot: Slot
-    mask: torch.Tensor
-    """1 for their rows, 0 elsewhere; of the parameter's number of axes, so that it multiplies it."""
-
-
-def _parameters(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter of a checkpoint's tensor; a model with a head has a prefix that one without lacks."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    prefix = f"{model.base_model_prefix}."
-    return next((known[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
-
-
-def rows_of(model: nn.Module, found: ModuleSet, modules: range) -> list[Rows]:
-    """Where these modules of a set are trained; buffers are left out."""
-    rows = []
-    for slot in found.slots:
-        parameter = _parameters(model, slot.name)
-        if parameter is not None:
-            index = torch.arange(found.count * slot.rows) // slot.rows
-            mask = ((index >= modules.start) & (index < modules.stop)).repeat(slot.parts)
-            shape = [1] * parameter.ndim
-            shape[slot.axis] = -1
-            rows.append(Rows(parameter, slot, mask.view(shape).to(parameter.device, parameter.dtype)))
-    return rows
+SPLIT = re.compile(r"parametrizations\.(\w+)\.original$")
+"""How torch calls a parameter that parts were split from."""
 
 
 def newest(found: ModuleSet) -> range:
@@ -72,26 +48,34 @@ def newest(found: ModuleSet) -> range:
     return range(found.count - found.groups[-1], found.count) if len(found.groups) > 1 else range(0)
 
 
-def _digest(parameter: nn.Parameter, mask: torch.Tensor | None) -> str:
-    """Hex sha256 of a parameter; where the mask is not 0, of zeros instead."""
-    kept = parameter.detach() if mask is None else parameter.detach().masked_fill(mask.to(parameter.device) != 0, 0)
+def _digest(parameter: torch.Tensor, part: Part | None) -> str:
+    """Hex sha256 of a parameter; where the part lies, of zeros instead."""
+    kept = parameter.detach()
+    if part is not None:
+        kept = kept.index_fill(part.axis, part.index_M.to(kept.device), 0)
     return hashlib.sha256(kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass
 class Frozen:
-    """What must not change, as it was."""
+    """What must not change, as it was; and what trains of partly frozen parameters, until `merge`."""
 
     digests: dict[str, str]
     """sha256 of each parameter, or of its part that does not train, by name."""
-    masks: dict[str, torch.Tensor]
-    """Of partly trained parameters, by name: 1 where they train."""
+    parts: dict[str, Part]
+    """Of partly trained parameters, by name."""
 
     def check(self, model: nn.Module) -> None:
         """Raise `RuntimeError` when anything frozen has changed by a bit."""
-        for name, parameter in model.named_parameters():
-            if name in self.digests and _digest(parameter, self.masks.get(name)) != self.digests[name]:
+        for own_name, parameter in model.named_parameters():
+            name = SPLIT.sub(r"\1", own_name)
+            if name in self.digests and _digest(parameter, self.parts.get(name)) != self.digests[name]:
                 raise RuntimeError(f"{name} was to stay as it is and has changed: is there weight decay?")
+
+    def merge(self) -> None:
+        """Put what has trained back into the parameters that it is a part of: the model has its own names again."""
+        for part in self.parts.values():
+            part.merge()
 
 
 def check_choice(model: nn.Module, flag: str) -> None:
@@ -105,8 +89,8 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
     """Set what trains: everything, the gates, or the modules that the last extension added, with their gate rows
     ("new-modules") or without ("new-experts": gates that were fitted stay where they are).
 
-    Old rows of a tensor that has new ones get no gradient: hooks on the parameter zero it. Adam without weight decay
-    then leaves them as they are, bit for bit, which `Frozen.check` verifies.
+    New rows of a tensor that has old ones are parameters of their own until `Frozen.merge`, so that gradients and
+    optimizer states are no larger than what trains. `Frozen.check` verifies that all else stays, bit for bit.
 
     Args:
         also: parameters that train besides, such as a task's new head.
@@ -124,34 +108,23 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
     model.requires_grad_(False)
     if what in ("new-modules", "new-experts"):
         gates = set(anatomy.gate_parameters(model)) if what == "new-experts" else set()
-        trained = [rows for found in sets for rows in rows_of(model, found, newest(found)) if newest(found)]
-        trained = [rows for rows in trained if rows.parameter not in gates]
+        trained = [part for found in sets for part in parts_of(model, found, newest(found)) if newest(found)]
+        trained = [part for part in trained if part.parameter not in gates]
         if not trained:
             raise UserError("--train: this model has no new modules; add some with `emoe extend` first")
+    elif not anatomy.gate_parameters(model):
+        raise UserError("--train: the gate of this model follows the weights and cannot be trained by itself")
     else:
         for parameter in anatomy.gate_parameters(model):
             parameter.requires_grad_(True)
-    masks = {id(rows.parameter): rows.mask for rows in trained}
-    for rows in trained:
-        rows.parameter.requires_grad_(True)
-        rows.parameter.register_hook(lambda gradient, mask=rows.mask: gradient * mask.to(gradient.device))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("--train: the gate of this model follows the weights and cannot be trained by itself")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts = {names[part.parameter]: part for part in trained}
     for parameter in also:
         parameter.requires_grad_(True)
-    named = {n: (p, masks.get(id(p))) for n, p in model.named_parameters() if not p.requires_grad or id(p) in masks}
-    digests = {name: _digest(parameter, mask) for name, (parameter, mask) in named.items()}
-    return Frozen(digests, {name: mask for name, (_, mask) in named.items() if mask is not None})
-
-
-def trained_entries(model: nn.Module, frozen: Frozen) -> int:
-    """Number of weights that train; of partly trained parameters the new rows only."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            mask = frozen.masks.get(name)
-            count += parameter.numel() if mask is None else int(mask.sum()) * (parameter.numel() // mask.numel())
-    return count
+    digests = {name: _digest(p, parts.get(name)) for p, name in names.items() if not p.requires_grad}
+    for part in trained:
+        part.split()
+    return Frozen(digests, parts)
 
 
 class RouterLosses:
@@ -189,17 +162,16 @@ class RouterLosses:
             self._terms.append(self.factors["mi"] * mutual_information(p_NE, self.mask_N))
 
     def _router_penalty(self, model: nn.Module, anatomy: Anatomy, what: Train) -> Callable[[], torch.Tensor]:
-        rows, anchors = [], []
-        for found in anatomy.sets():
-            modules = newest(found) if what == "new-modules" else range(found.count)
-            for part in rows_of(model, found, modules):
-                if part.parameter in set(anatomy.gate_parameters(model)):
-                    rows.append(part)
-                    old = torch.zeros(()) if what == "new-modules" else part.parameter
-                    anchors.append((old * part.mask).detach().clone())
+        gates = anatomy.gate_parameters(model)
+        if what == "new-modules":
+            rows = [parameter for parameter in gates if parameter.requires_grad]
+        else:
+            whole = (part.parameter for found in anatomy.sets() for part in parts_of(model, found, range(found.count)))
+            rows = [parameter for parameter in whole if parameter in set(gates)]
         if not rows:
             raise UserError("--loss: router needs gates that can be trained; this model's follow the weights")
-        return lambda: new_router_penalty([part.parameter * part.mask for part in rows], anchors)
+        anchors = None if what == "new-modules" else [row.detach().clone() for row in rows]
+        return lambda: new_router_penalty(rows, anchors)
 
     def take(self) -> torch.Tensor | float:
         """The weighted sum since the last call."""

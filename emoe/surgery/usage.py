@@ -132,10 +132,10 @@ class Use:
         self.tokens = 0
 
     def add(self, seen: Seen) -> None:
-        """Count N tokens. Probabilities are the softmax over all modules, of those that were chosen."""
+        """Count N tokens. Probabilities are the weights of the choices."""
         chosen_NE = seen.mask()
         self.hard_E += chosen_NE.sum(0).double().cpu()
-        self.probability_E += (chosen_NE * seen.logits_NE.softmax(-1)).sum(0).double().cpu()
+        self.probability_E += seen.weights().sum(0).double().cpu()
         if seen.energy_NE is not None:
             energy_NE = seen.energy_NE / seen.energy_NE.sum(1, keepdim=True).clamp_min(1e-30)
             self.energy_E += energy_NE.sum(0).double().cpu()

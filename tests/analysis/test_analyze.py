@@ -14,6 +14,7 @@ from support.tiny import tiny_checkpoint
 
 import emoe
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
+from emoe.checkpoint.digests import write_digests
 from emoe.cli.main import main
 
 
@@ -133,6 +134,7 @@ def test_other_sources_are_not_gone_on_with(changed, flags, converted_llama, dom
         weights = next(model.glob("*.safetensors"))
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        write_digests(model)
     elif changed == "--domains words":
         text.write_text("we keep apart what never meets " * 600)
     else:

@@ -135,6 +135,8 @@ def test_unknown_family_and_alias(refused, broken, text_file, tmp_path):
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
     line = refused("convert", "--model", broken, *base)
     assert "unknown family 'lama' (did you mean 'llama'?). Known families: llama, mistral" in line
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "moduleformer"}))
+    assert "text with `emoe tune`" in refused("convert", "--model", broken, *base)
     assert "'smollm2-135m'" in refused("convert", "--model", "smollm-135m", *base)
     assert "--model: missing" in refused("convert", *base)
 

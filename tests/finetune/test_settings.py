@@ -6,6 +6,7 @@ import json
 
 import pytest
 from support.labelled import sentences, write_csv, write_task
+from support.modules import moduleformer
 
 from emoe.cli.main import main
 from emoe.errors import UserError
@@ -50,6 +51,11 @@ def test_bad_input(changes, complaint, arm_settings, tiny_llama, capsys):
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_a_moduleformer_is_told_what_to_do(arm_settings, tmp_path):
+    with pytest.raises(UserError, match=r"a ModuleFormer is born with experts.* plain text with `emoe tune`"):
+        finetune(arm_settings(model=str(moduleformer(tmp_path / "model", "mlp")), output=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.modules import moduleformer
 
 import emoe
 from emoe.cli.main import main
+from emoe.surgery.extend import notes_on
 from emoe.surgery.modules import anatomy_of
 from emoe.surgery.usage import load_model, read_blocks
 
@@ -98,6 +99,39 @@ def test_gates_open_on_the_new_text_alone(model, texts, flags, run):
     assert step | repeats | {"text": [str(texts["new"])], "old_text": [str(texts["old"])]} == step
     back = run("prune", big, "back", "--remove", "last")
     assert torch.equal(logits(back), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "gmm"])
+def test_a_small_share_of_the_old_text_is_kept_to(kind, texts, flags, run, tmp_path):
+    """Gates without an intercept: `--old-share` holds in every layer, or a note names the layer."""
+    big = run("extend", moduleformer(tmp_path / "model", kind), "big", *flags, "--attention", 1, "--old-share", 0.02)
+    report = json.loads((big / "emoe_extend.json").read_text())
+    told = " ".join(report["notes"])
+    for name, gate in report["gates"].items():
+        assert gate["new"] > 3 * gate["old"]
+        assert gate["old"] <= 0.02 or f"{name}: no gate" in told
+
+
+def test_texts_that_cannot_be_told_apart_are_noted(model, texts, flags, run):
+    same = (*flags[:2], "--text", texts["old"], *flags[4:])
+    report = json.loads((run("extend", model, "big", *same) / "emoe_extend.json").read_text())
+    assert all(gate["new"] == gate["old"] for gate in report["gates"].values())
+    assert [note.split(";")[0] for note in report["notes"][1:]] == [
+        f"{name}: its gate does not tell the texts apart" for name in report["gates"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "told"),
+    [
+        (0.5, 0.1, []),
+        (0.4, 0.25, ["2.ffn: no gate of this kind keeps to --old-share 0.1; it opens on 40.0%"]),
+        (0.1, 0.1, ["2.ffn: its gate does not tell the texts apart; it opens on 10.0%"]),
+    ],
+)
+def test_notes_name_the_layers(new, old, told):
+    found = notes_on({"2.ffn": (torch.zeros(3), new, old)}, 0.1)[1:]
+    assert [note.split(" of the new")[0] for note in found] == told
 
 
 def test_new_experts_learn_and_their_gates_stay(model, texts, flags, run):

@@ -84,6 +84,11 @@ def test_finetuning_leaves_the_rest_bit_for_bit(train, model, request, run, tmp_
                 part = (slice(None), slice(kept)) if "down_proj" in name else slice(kept)
                 assert torch.equal(after[part], old[part])
     gates = {"mlp.router.weight", "mlp.router.bias"}
+    record = json.loads((tmp_path / "run" / "seed-0" / "run.json").read_text())
+    parts = [name for name in before if ("_proj" in name and ".mlp." in name) or name.endswith(tuple(gates))]
+    if train == "new-modules":  # 2 experts of 10
+        head = sum(weight.numel() for name, weight in trained.state_dict().items() if name not in before)
+        assert record["trainable_parameters"] == head + sum(before[name].numel() // 5 for name in parts)
     assert gates <= changed if train == "new-modules" else changed == gates
 
 

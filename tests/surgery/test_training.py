@@ -16,6 +16,7 @@ from emoe.config import TuneConfig, loss_factors
 from emoe.errors import UserError
 from emoe.finetuning.low_rank import entries_of_rank_one
 from emoe.finetuning.plain_text import tune
+from emoe.finetuning.tuning import trainable
 from emoe.surgery.modules import anatomy_of
 from emoe.surgery.training import LOSSES, RouterLosses, train_only
 
@@ -89,23 +90,25 @@ def test_lora_reaches_the_experts_of_a_moduleformer(tiny_moduleformer, text_file
     settings = {"model": str(tiny_moduleformer), "text": [str(text_file)], "train": "lora", "lora_rank": 2, "steps": 6}
     settings |= {"tokens_per_step": 128, "sequence_length": 64, "held_out_tokens": 128, "checkpoint_steps": 2}
     settings |= {"precision": "float32", "learning_rate": 1e-2}
-    report = tune(TuneConfig(**settings, output=str(tmp_path / "whole")), lambda *_: None)
+    report = assert_resumes(settings, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_moduleformer)
     assert report["trained"] == 2 * entries_of_rank_one(model)
     before, after = weights(tiny_moduleformer), weights(tmp_path / "whole")
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before if "experts.weight" in name)
 
-    def killed(stage, done, total):
-        if done == 5:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        tune(TuneConfig(**settings, output=str(tmp_path / "parted")), killed)
-    tune(TuneConfig(**settings, output=str(tmp_path / "parted"), resume=True), lambda *_: None)
-    parted, logs = weights(tmp_path / "parted"), [tmp_path / name / "log.jsonl" for name in ("whole", "parted")]
-    assert logs[0].read_text() == logs[1].read_text()
-    assert [name for name in after if not torch.equal(after[name], parted[name])] == []
+def test_text_that_is_read_more_than_once_is_noted(tiny_moduleformer, run, tmp_path):
+    """At most four fifths of a short text train, the rest is held out."""
+    text = tmp_path / "short.txt"
+    text.write_text("it is the first that they ever heard of it. " * 80, encoding="utf-8")
+    steps = ("--tokens-per-step", 128, "--sequence-length", 32, "--held-out-tokens", 64, "--learning-rate", 1e-3)
+    found = {}
+    for number in (1, 40):
+        report = report_of(run("tune", tiny_moduleformer, f"{number}", "--text", text, *steps, "--steps", number))
+        found[number] = report["notes"]
+    size = int(found[40][0].split()[2].replace(",", ""))
+    assert found == {1: [], 40: [f"--text has {size:,} tokens to train on, read {40 * 128 / size:.1f} times"]}
 
 
 @pytest.fixture
@@ -169,7 +172,7 @@ def test_concentration_gathers_the_load(model, run, text_file):
     assert entropy(gathered) < entropy(plain) - 0.1
 
 
-def test_only_new_rows_get_a_gradient(model, run):
+def test_only_new_rows_have_gradients_and_states(model, run):
     folder = run("extend", model, "big", "--experts", 2)
     anatomy, loaded = anatomy_of(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     frozen = train_only(loaded, anatomy, "new-modules")
@@ -178,18 +181,96 @@ def test_only_new_rows_get_a_gradient(model, run):
     tokens = torch.randint(5, 96, (2, 32), generator=torch.Generator().manual_seed(0))
     (loaded(tokens, labels=tokens).loss + losses.take()).backward()
     losses.close()
-    touched = moved = 0
-    for name, parameter in loaded.named_parameters():
-        if parameter.grad is not None:
-            touched += 1
-            assert (parameter.grad * (1 - frozen.masks[name])).abs().max() == 0
-            moved += parameter.grad.abs().max() > 0
-    assert touched >= 9
-    assert moved >= touched // 3  # behind an output matrix of zeros nothing moves in the first step
+    gradients = [parameter.grad for parameter in loaded.parameters() if parameter.grad is not None]
+    shapes = [(*slot_shape[:axis], rows, *slot_shape[axis + 1 :]) for axis, rows, slot_shape in new_rows(frozen)]
+    assert sorted(tuple(gradient.shape) for gradient in gradients) == sorted(shapes)
+    assert sum(gradient.numel() for gradient in gradients) == trainable(loaded)
+    moved = sum(gradient.abs().max() > 0 for gradient in gradients)
+    assert moved >= len(gradients) // 3  # behind an output matrix of zeros nothing moves in the first step
+    frozen.check(loaded)
+    frozen.merge()
+    frozen.check(loaded)
+    assert all("parametrizations" not in name for name in loaded.state_dict())
     with torch.no_grad():
         next(iter(loaded.parameters())).add_(1.0)
     with pytest.raises(RuntimeError, match="was to stay as it is"):
         frozen.check(loaded)
+
+
+def new_rows(frozen) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Axis, number of rows that train, and shape of each tensor that trains in part."""
+    return [(part.axis, len(part.index_M), tuple(part.parameter.shape)) for part in frozen.parts.values()]
+
+
+def masked(model, frozen) -> list[torch.nn.Parameter]:
+    """The same training the long way round: whole tensors, from whose gradients all but the new rows' are taken."""
+    frozen.merge()
+    for part in frozen.parts.values():
+        whole = part.parameter.requires_grad_(True)
+        mask = torch.zeros_like(whole).index_fill_(part.axis, part.index_M, 1.0)
+        whole.register_hook(lambda gradient, mask=mask: gradient * mask)
+    return [part.parameter for part in frozen.parts.values()]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_new_rows_equals_training_masked_tensors(model, run, fused):
+    """Six steps of two forward calls each, with gradients clipped by their norm; up to rounding in fp32."""
+    folder, found = run("extend", model, "big", "--experts", 2), {}
+    tokens = torch.randint(5, 96, (6, 2, 2, 32), generator=torch.Generator().manual_seed(0))
+    for way in ("rows", "masked"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        frozen = train_only(loaded, anatomy_of(folder), "new-modules")
+        trained = masked(loaded, frozen) if way == "masked" else [p for p in loaded.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0, fused=fused)
+        for step_2BT in tokens:
+            sum(loaded(part_BT, labels=part_BT).loss for part_BT in step_2BT).backward()  # both calls before backward
+            torch.nn.utils.clip_grad_norm_(trained, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        frozen.merge()
+        frozen.check(loaded)
+        found[way] = loaded.state_dict()
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert found["rows"].keys() == found["masked"].keys()
+    assert any(not torch.equal(start[name], found["rows"][name]) for name in start if "gate" not in name)
+    for name, after in found["rows"].items():
+        torch.testing.assert_close(after, found["masked"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_split_rows_leave_the_sparse_kernels_in_place(converted_llama, run):
+    """A linear that torch has parametrised is still read by the kernels, whatever its class is called now."""
+    folder = run("extend", converted_llama, "big", "--experts", 2)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    train_only(loaded, anatomy_of(folder), "new-modules")
+    for ffn in loaded.sparse_ffns().values():
+        assert ffn.plain
+        assert ffn.linear("down").weight.data_ptr() == ffn.linear("down").parametrizations.weight.original.data_ptr()
+
+
+def test_training_of_new_modules_goes_on_after_a_kill(model, run, text_file, tmp_path):
+    extended = run("extend", model, "big", "--experts", 2)
+    settings = {"model": str(extended), "text": [str(text_file)], "train": "new-modules", "steps": 6}
+    settings |= {"tokens_per_step": 128, "sequence_length": 64, "held_out_tokens": 128, "checkpoint_steps": 2}
+    settings |= {"precision": "float32", "learning_rate": 1e-2, "loss": ["router=0.001"]}
+    assert_resumes(settings, tmp_path)
+
+
+def assert_resumes(settings: dict, folder) -> dict:
+    """A run that was killed in its fifth step ends as an undisturbed one, whose report this returns."""
+    report = tune(TuneConfig(**settings, output=str(folder / "whole")), lambda *_: None)
+
+    def killed(stage, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(TuneConfig(**settings, output=str(folder / "parted")), killed)
+    tune(TuneConfig(**settings, output=str(folder / "parted"), resume=True), lambda *_: None)
+    whole, parted = weights(folder / "whole"), weights(folder / "parted")
+    logs = [folder / name / "log.jsonl" for name in ("whole", "parted")]
+    assert logs[0].read_text() == logs[1].read_text()
+    assert [name for name in whole if not torch.equal(whole[name], parted[name])] == []
+    return report
 
 
 @pytest.mark.parametrize(
