@@ -227,11 +227,13 @@ def _at_equal_learning(result: dict[str, Any]) -> list[str]:
         rows = [row for row in result["rows"] if row["task"] == task]
         reached = {arm: _least(result, [row for row in rows if row["arm"] == arm]) for arm in RATES}
         levels = [level for level in LEVELS if any(level in found for found in reached.values())]
+        seeds = len({row["seed"] for row in rows})
+        spread = "one seed" if seeds == 1 else f"mean over {seeds} seeds (lowest to highest)"
         heads = [f"{level:g} ({result['base'][task] * math.exp(-level):.1f})" for level in levels]
         lines += [
             f"For {task}: the least that is forgotten, nats a token, on all that was known before it (old domains and "
             f"earlier tasks alike), at a measurement where at least so much has been learnt, whatever the learning "
-            f"rate; mean over {len({row['seed'] for row in rows})} seeds (lowest to highest). A dash: not reached.",
+            f"rate; {spread}. A dash: not reached.",
             "",
             f"| {task} learnt, nats (perplexity) | {' | '.join(heads)} |",
             "|---" + "|---:" * len(levels) + "|",
