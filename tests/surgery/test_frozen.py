@@ -10,8 +10,9 @@ import transformers
 from support.tiny import tiny_checkpoint
 
 import emoe
+from emoe.surgery.joined import Part
 from emoe.surgery.modules import anatomy_of
-from emoe.surgery.training import train_only, trained_entries
+from emoe.surgery.training import SPLIT, train_only
 
 ADDED = {
     ("converted_llama", "new-modules"): (4 * 2 * (3 * 32 * 6 + 33), 4 * 5),
@@ -38,18 +39,23 @@ def extended(request, run):
     return request.param, source, run("extend", source, "big", "--experts", 2)
 
 
+def _old(whole: torch.Tensor, part: Part | None) -> torch.Tensor:
+    """Mask of a tensor's entries that do not train."""
+    mask = torch.ones(whole.shape, dtype=torch.bool)
+    return mask if part is None else mask.index_fill_(part.axis, part.index_M, False)
+
+
 @pytest.mark.parametrize("what", ["new-modules", "new-experts"])
-def test_all_but_what_was_added_is_masked_out(what, extended):
+def test_what_was_added_trains_alone(what, extended):
     """Of a tensor that partly trains, what does not is the tensor before the extension, entry by entry."""
     name, source, folder = extended
     model, before = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (folder, source))
     frozen = train_only(model, anatomy_of(folder), what)
-    entries, tensors = ADDED[name, what]
-    assert trained_entries(model, frozen) == entries
-    assert sum(parameter.requires_grad for parameter in model.parameters()) == len(frozen.masks) == tensors
-    for parameter_name, mask in frozen.masks.items():
-        parameter = model.get_parameter(parameter_name)
-        old = parameter[mask.expand_as(parameter) == 0]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert (sum(rows.numel() for rows in trained), len(trained)) == ADDED[name, what]
+    assert len(frozen.parts) == len(trained)
+    for parameter_name, part in frozen.parts.items():
+        old = part.parameter[_old(part.parameter, part)]
         assert torch.equal(old, before.state_dict()[parameter_name].flatten())
 
 
@@ -58,12 +64,18 @@ def test_every_change_is_seen_but_of_what_trains(extended):
     _, _, folder = extended
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     frozen = train_only(model, anatomy_of(folder), "new-modules")
-    for name, parameter in model.named_parameters():
-        start, mask = parameter.clone(), frozen.masks.get(name, torch.zeros(())).expand_as(parameter)
-        parameter += mask
-        frozen.check(model)
-        for place in (mask == 0).nonzero()[[0, -1]]:
+    for own_name, parameter in model.named_parameters():
+        start, name = parameter.clone(), SPLIT.sub(r"\1", own_name)
+        if parameter.requires_grad:
+            parameter += 1
+            continue
+        for place in _old(parameter, frozen.parts.get(name)).nonzero()[[0, -1]]:
             parameter[tuple(place)] += 1e-3
             with pytest.raises(RuntimeError, match=f"{name} was to stay as it is"):
                 frozen.check(model)
             parameter.copy_(start)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, part in frozen.parts.items():  # joined with rows that are larger by 1
+        grown = part.parameter - whole.state_dict()[name]
+        torch.testing.assert_close(grown, (~_old(grown, part)).float())
+    frozen.check(model)
