@@ -24,7 +24,11 @@ def export(
         int | None, typer.Option("--fix-k", help="Give every token of every layer so many experts.", metavar="K")
     ] = None,
     approximate: Annotated[
-        bool, typer.Option("--approximate", help="Write formats, too, that cannot choose as the model does.")
+        bool,
+        typer.Option(
+            "--approximate",
+            help="Write formats, too, that cannot choose as the model does, and added experts without their gates.",
+        ),
     ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")

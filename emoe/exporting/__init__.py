@@ -59,7 +59,7 @@ def export(
         to: a key of `FORMATS`.
         pad: add neurons of zeros where layers differ in width after pruning.
         fix_k: route every token of every layer to so many experts, where the model itself routes by need.
-        approximate: write formats, too, that cannot choose as the model does.
+        approximate: write formats, too, that cannot choose as the model does, and added experts without their gates.
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         verify_tokens: tokens of text to compare on, at least 2; 0 for no comparison.
         verify_text: where that text comes from, as for ``emoe convert --calibration``; None for the built-in.

@@ -37,10 +37,9 @@ def refusal(source: Source) -> str | None:
 
 def cost(source: Source) -> Cost:
     """The source's own tensors, and zeros."""
-    exact = "bit for bit the source where nothing has been trained since; the gates go"
-    return Cost(
-        source.nbytes(_zeros(source)), exact if source.dtype is None else f"rounded to {source.dtype}; the gates go"
-    )
+    exact = "bit for bit the source where nothing has been trained since" if source.dtype is None else None
+    gates = "added experts are on for every token" if source.extended else "the gates go"
+    return Cost(source.nbytes(_zeros(source)), f"{exact or f'rounded to {source.dtype}'}; {gates}")
 
 
 def _zeros(source: Source) -> int:

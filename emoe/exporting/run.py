@@ -16,6 +16,11 @@ from emoe.runtime import atomic_directory, format_bytes, require_space, write_te
 
 REPORT = "emoe_export.json"
 
+ADDED = (
+    "experts that were added have gates of their own, which it has not; take them out (`emoe prune --remove added`), "
+    "or accept and measure it with --approximate"
+)
+
 
 def run(
     source: Source,
@@ -33,6 +38,8 @@ def run(
     why_not = format.refusal(source)
     if why_not:
         raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
+    if _drops_gates(source, format) and not source.approximate and not verify_tokens:
+        raise UserError(f"--verify-tokens: 0 leaves open whether the {format.name} export is the model: {ADDED}")
     cost = format.cost(source)
     require_space(output, cost.nbytes, "--output")
     say(f"{format.name}: {format_bytes(cost.nbytes)} of weights; {cost.exactness}")
@@ -56,16 +63,20 @@ def run(
     return report
 
 
+def _drops_gates(source: Source, format: Format) -> bool:
+    """Whether added experts, which their gates switch, would be on for every token."""
+    return source.extended and not format.routes
+
+
 def _check(comparisons: list[Comparison], source: Source, format: Format) -> None:
     """Raise `UserError` when a format computes something else than it is said to: something in this model is unlike its
     family. Formats that choose experts are judged on the same choices; these must be as good as the model's own."""
     comparison = comparisons[-1] if format.routes else comparisons[0]
-    added = source.extended and not format.routes  # the gates of added experts go, which changes what is computed
     limit = NARROW_TOLERANCE if source.narrow else format.tolerance
     wrong = None
     if not all(comparison.finite for comparison in comparisons):
         wrong = "numbers that are not finite, in the model's output or in the export's"
-    elif added:
+    elif _drops_gates(source, format) and source.approximate:
         return
     elif comparison.kl is None:
         if comparison.relative > RELATIVE_TOLERANCE and not source.narrow:
@@ -76,6 +87,8 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
         wrong += f"{comparison.max_difference:.2g}"
     elif format.routes and not source.narrow and comparison.margin > format.margin:
         wrong = f"it chose an expert {comparison.margin:.2g} standard deviations behind one it left out"
+    if wrong and _drops_gates(source, format):
+        raise UserError(f"--to: the {format.name} export computes something else than the model ({wrong}): {ADDED}")
     if wrong:
         raise UserError(
             f"--to: the {format.name} export computes something else than the model ({wrong}); nothing was written. "

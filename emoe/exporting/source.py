@@ -64,7 +64,7 @@ class Source:
         pad: where layers differ in width, which no stock config can say, add neurons of zeros to the narrower ones.
         fix_k: route every token of every layer to so many experts, whatever the checkpoint does.
         dtype: element type to write; None for that of each stored tensor.
-        approximate: formats that cannot be lossless may be written.
+        approximate: what cannot be lossless may be written.
     """
 
     folder: Path

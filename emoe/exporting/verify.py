@@ -211,7 +211,8 @@ def _run(model: Any, tokens_1N: torch.Tensor) -> torch.Tensor:
 
 def _what(source: Source, format: Format) -> str:
     if not format.routes:
-        return "the converted model with all experts on"
+        added = ", those that were added as their gates say" if source.extended else ""
+        return f"the converted model with all experts on{added}"
     return f"the converted model, {source.top_k} experts for every token" if source.fix_k else "the converted model"
 
 

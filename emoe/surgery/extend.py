@@ -53,6 +53,8 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
     digests = check_digests(folder)
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
+    if fitted and sum(new for _, new, _ in fitted.values()) <= sum(old for _, _, old in fitted.values()):
+        raise UserError("--old-text: no gate tells it from --text; give texts that differ more")
     groups = {found.name: (*found.groups, wanted[found.kind]) for found in sets}
     added = {kind: number for kind, number in wanted.items() if number}
     facts = config.model_dump(include=FITTING) if fitted else {}

@@ -18,6 +18,9 @@ from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 from emoe.surgery.selection import select
 from emoe.surgery.usage import count_use, fit_length, load_model, read_blocks, text_of
 
+COUNTING = {"text", "task", "count", "normalise", "tokens", "sequence_length", "batch_sequences"}
+"""Settings that have a part only where use is counted."""
+
 
 def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     """Write ``config.output`` with fewer modules than ``config.model``. Returns the report that also lies there.
@@ -46,6 +49,8 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     facts = config.model_dump(exclude={"model", "output", "overwrite"}, exclude_none=True)
     if config.remove:  # nothing is counted: the settings of counting had no part in it
         facts = {key: facts[key] for key in ("remove", "top_k") if key in facts}
+    elif config.method == "random":
+        facts = {key: value for key, value in facts.items() if key not in COUNTING}
     numbers = {name: len(modules) for name, modules in kept.items()}
     history = [*anatomy.history, entry("prune", folder, digests, settings=facts, kept=numbers)]
     return rewrite(
@@ -75,7 +80,11 @@ def _check(config: PruneConfig) -> None:
     if sum(ways) != 1:
         raise UserError("--keep: give exactly one of --keep, --threshold and --remove")
     if config.remove:
+        if config.method != "use":
+            raise UserError("--method: --remove takes back what was added, whatever the method; drop one of them")
         return
+    if config.text and config.task:
+        raise UserError("--task: use is counted on --text or on a task's texts; drop one of them")
     counts = config.method in ("use", "magnitude")
     if counts and not (config.text or config.task):
         raise UserError("--text: missing; name the text (or --task) on which use is counted")

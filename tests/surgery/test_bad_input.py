@@ -44,13 +44,18 @@ def refused(capsys, tmp_path):
         (["--keep", 0.25, "--scope", "layer", "--top-k", 3], "--top-k: 3 is more than the 2 experts that remain"),
         (["--remove", "last"], "--remove: nothing was ever added to this model"),
         (["--keep", 0.5, "--method", "layer"], "--method"),
-        (["--task", "no-such-task", "--keep", 0.5], "--task: "),
+        (["--remove", "last", "--method", "layers-top"], "--method: --remove takes back what was added"),
+        (["--task", "spam", "--keep", 0.5], "--task: use is counted on --text or on a task's texts"),
         (["--keep", 0.5, "--method", "magnitude", "--top-k", 2], "--top-k: --method magnitude writes a dense model"),
         (["--threshold", 0.5, "--method", "random"], "--threshold: --method random counts nothing; give --keep"),
     ],
 )
 def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
+
+
+def test_an_unknown_task(refused, converted_llama):
+    assert "--task: " in refused("prune", converted_llama, "--task", "no-such-task", "--keep", 0.5)
 
 
 @pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover", "analyze"])

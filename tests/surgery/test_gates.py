@@ -112,13 +112,12 @@ def test_a_small_share_of_the_old_text_is_kept_to(kind, texts, flags, run, tmp_p
         assert gate["old"] <= 0.02 or f"{name}: no gate" in told
 
 
-def test_texts_that_cannot_be_told_apart_are_noted(model, texts, flags, run):
-    same = (*flags[:2], "--text", texts["old"], *flags[4:])
-    report = json.loads((run("extend", model, "big", *same) / "emoe_extend.json").read_text())
-    assert all(gate["new"] == gate["old"] for gate in report["gates"].values())
-    assert [note.split(";")[0] for note in report["notes"][1:]] == [
-        f"{name}: its gate does not tell the texts apart" for name in report["gates"]
-    ]
+def test_texts_that_are_alike_are_refused(model, texts, flags, tmp_path, capsys):
+    """Gates that open on neither would give experts that nothing ever trains."""
+    same = map(str, (*flags[:2], "--text", texts["old"], *flags[4:]))
+    assert main(["extend", "--model", str(model), "--output", str(tmp_path / "out"), *same]) == 2
+    assert "--old-text: no gate tells it from --text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,3 +171,22 @@ def test_a_gate_that_follows_its_neurons_is_not_fitted(tiny_llama, settings, fla
     assert main(given) == 2
     assert "--text: the average-key gate of this model follows its neurons" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_dense_export_does_not_drop_gates_in_silence(converted_llama, texts, flags, run, tmp_path, capsys):
+    """Added experts that have learnt something are on for every token there: another model."""
+    big = run("extend", converted_llama, "big", *flags)
+    training = ("--steps", 10, "--tokens-per-step", 256, "--sequence-length", 64, "--held-out-tokens", 128)
+    learnt = run(
+        "tune", big, "learnt", "--text", texts["new"], "--train", "new-experts", "--learning-rate", 0.1, *training
+    )
+    export = ["export", "--model", str(learnt), "--output", str(tmp_path / "dense")]
+    read = ["--verify-text", str(texts["old"]), "--verify-tokens", "256"]
+    for given in (read, ["--verify-tokens", "0"]):
+        assert main([*export, *given]) == 2
+        assert "`emoe prune --remove added`" in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "dense").exists()
+    assert main([*export, *read, "--approximate"]) == 0
+    report = json.loads((tmp_path / "dense" / "emoe_export.json").read_text())
+    assert report["comparisons"][0]["kl"] > 1e-6
+    assert report["exactness"].endswith("added experts are on for every token")
