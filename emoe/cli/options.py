@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -19,19 +19,27 @@ _FIRST = ("model", "experts", "output", "preset", "top_k", "layers", "split", "g
 def _flag(name: str, settings: type[Settings]) -> inspect.Parameter:
     field = settings.model_fields[name]
     kind: Any = field.annotation
+    choices = _choices(kind)
     if kind in (int | None, float | None):
         kind = int if kind == (int | None) else float
     elif kind not in (int, float, bool, list[str], list[float]):
         kind = str
-    metavar = {bool: None, int: "N", float: "X", list[float]: "X,X"}.get(kind, "TEXT")
+    metavar = {bool: None, int: "N", float: "X", list[float]: "X,X"}.get(kind, "|".join(choices) or "TEXT")
     if kind == list[float]:  # with commas or as several flags; `merge_settings` takes them apart
         kind = list[str]
     default = "" if field.default in (None, "", False, []) else f" [default: {_shown(field.default)}]"
-    # A bool has no --no- form: files may turn it on, a flag on top of that can only do the same.
-    option = typer.Option(flag_of(name), help=(field.description or "") + default, show_default=False, metavar=metavar)
+    # Only what is on by default has a --no- form: of the rest, files may turn it on, and a flag can only do the same.
+    names = f"{flag_of(name)}/--no-{flag_of(name)[2:]}" if field.default is True else flag_of(name)
+    option = typer.Option(names, help=(field.description or "") + default, show_default=False, metavar=metavar)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _choices(kind: Any) -> list[str]:
+    """The values of a Literal, or of one that may be None."""
+    values = [value for part in (kind, *get_args(kind)) if get_origin(part) is Literal for value in get_args(part)]
+    return [str(value) for value in values]
 
 
 def _shown(default: Any) -> str:

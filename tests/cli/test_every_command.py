@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from support.runs import write_run
 
 from emoe.cli.main import app, main
 from emoe.cli.progress import progress_bar
+from emoe.config import AnalyzeConfig, ConvertConfig, PruneConfig, TuneConfig, flag_of
 
 COMMANDS = typer.main.get_command(app).commands
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,6 +39,24 @@ def test_every_command_and_option_says_what_it_is(name):
     for parameter in command.params:
         if parameter.param_type_name == "option":
             assert parameter.help, f"{name} {parameter.opts}"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("prune", PruneConfig), ("tune", TuneConfig), ("convert", ConvertConfig), ("analyze", AnalyzeConfig)],
+)
+def test_values_to_choose_from_are_named(name, settings, capsys):
+    """And what is on by default can be switched off."""
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    fields = settings.model_fields.items()
+    parts = [(flag_of(key), part) for key, field in fields for part in (field.annotation, *get_args(field.annotation))]
+    literals = {flag: get_args(part) for flag, part in parts if get_origin(part) is Literal}
+    assert literals or name == "analyze"
+    for flag, values in literals.items():
+        assert f"{flag} {'|'.join(map(str, values))}" in shown
+    for key, field in fields:
+        assert (f"--no-{flag_of(key)[2:]}" in shown) == (field.default is True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
