@@ -5,6 +5,7 @@ A block that cannot run here is preceded by ``<!-- not run: REASON -->``.
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 import shutil
@@ -64,8 +65,12 @@ def place(tmp_path_factory, text_file):
     """A folder in which the pages' commands find what they speak of."""
     folder = tmp_path_factory.mktemp("docs")
     tiny_checkpoint(folder / "my-llama", "llama", intermediate_size=128)
-    for name in ("text.txt", "code.txt", "german.txt"):
+    for name in ("text.txt", "code.txt"):
         shutil.copy(text_file, folder / name)
+    words = random.Random(0).choices(
+        ["zuerst", "wurde", "gesagt", "dass", "niemand", "etwas", "davon", "wisse"], k=4000
+    )
+    (folder / "german.txt").write_text(" ".join(words), encoding="utf-8")
     main(
         ["convert", "--model", str(folder / "my-llama"), "--output", str(folder / "out"), "--quiet", *short("convert")]
     )

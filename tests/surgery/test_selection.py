@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -127,16 +125,12 @@ def test_what_is_counted():
     p_NE = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.15, 0.05, 0.8]])
     chosen_NK = torch.tensor([[0, 2], [-1, 1], [0, -1]])
     energy_NE = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.0, 2.0], [1.0, 2.0, 5.0]])
+    weights_NK = p_NE.gather(1, chosen_NK.clamp_min(0))
     use = Use(3)
     for part in (slice(0, 2), slice(2, 3)):  # sums go on over calls
-        use.add(Seen(torch.zeros(3, 4)[part], chosen_NK[part], p_NE.log()[part], energy_NE[part], None))
+        seen = (torch.zeros(3, 4), chosen_NK, p_NE.log(), weights_NK, energy_NE)
+        use.add(Seen(*(found[part] for found in seen), None))
     assert use.tokens == 3
     assert use.of("hard").tolist() == [2, 1, 1]
     assert use.of("probability").tolist() == pytest.approx([0.65, 0.6, 0.2])
     assert use.of("energy").tolist() == pytest.approx([0.75 + 0.125, 0.25 + 0.25, 1 + 0.625])
-
-
-def test_logits_of_any_size_give_the_same_probabilities():
-    use = Use(2)
-    use.add(Seen(torch.zeros(1, 4), torch.tensor([[1]]), torch.tensor([[100.0, 100.0 + math.log(3)]]), None, None))
-    assert use.of("probability").tolist() == pytest.approx([0, 0.75])
