@@ -34,18 +34,24 @@ def stored_types(folder: Path) -> dict[str, torch.dtype]:
     return found
 
 
+def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """How a tensor may be called in a model or a checkpoint of it, of which one has a head and the other may not."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
 def _to_change(model: nn.Module, folder: Path) -> list[tuple[torch.Tensor, torch.dtype]]:
     """The tensors of a model that are to be stored in another type than they have, with that type; tied ones once.
 
     What the checkpoint does not have, such as a new head, gets the type of all that it has, if that is one. New routers
     stay as they are: their tables are fp32 in a model of 16 bits.
     """
-    known, prefix = stored_types(folder), f"{model.base_model_prefix}."
+    known = stored_types(folder)
     types = {dtype for name, dtype in known.items() if ".router." not in name}
     common = types.pop() if len(types) == 1 else None
     found: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        spelt = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
+        spelt = next((n for n in spellings(model, name) if n in known), None)
         dtype = known[spelt] if spelt else common
         if dtype and tensor.is_floating_point() and (spelt or (id(tensor) not in found and ".router." not in name)):
             found[id(tensor)] = (tensor, dtype)

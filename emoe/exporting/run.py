@@ -90,7 +90,8 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     if wrong and _drops_gates(source, format):
         raise UserError(f"--to: the {format.name} export computes something else than the model ({wrong}): {ADDED}")
     if wrong:
+        instead = ", or --to dense" if format.routes else ""
         raise UserError(
             f"--to: the {format.name} export computes something else than the model ({wrong}); nothing was written. "
-            "Try --dtype float32, or --to dense"
+            f"Try --dtype float32{instead}"
         )

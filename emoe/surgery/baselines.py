@@ -92,7 +92,7 @@ def drop_layers(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], 
     )
 
 
-def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, Any]:
+def prune_neurons(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str], progress: Progress) -> dict[str, Any]:
     """Neurons of least ‖w_down‖·mean|h| go until every layer has the same number; what is left is a stock dense model.
 
     Source: the norm of weights times activations as in Wanda (Sun et al. 2023, arXiv 2306.11695), summed over a neuron.
@@ -127,7 +127,7 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> 
 
     facts = config.model_dump(include={"method", "keep", "text", "tokens", "seed"})
     raw[reader.spec.width_key(raw)] = number
-    step = entry("prune", anatomy.folder, settings=facts, kept=number)
+    step = entry("prune", anatomy.folder, digests, settings=facts, kept=number)
     report = {"verb": "prune", "model": config.model, "settings": facts, "neurons": number}
     report["notes"] = ["a dense model", *fit_length(anatomy.folder, config.sequence_length)[1]]
     report["provenance"] = with_entry(provenance_of(anatomy.folder), step)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from emoe.checkpoint.stored import spellings
 from emoe.surgery.modules import ModuleSet, Slot
 
 
@@ -52,8 +53,7 @@ def parts_of(model: nn.Module, found: ModuleSet, modules: range) -> list[Part]:
 def _name_of(model: nn.Module, name: str) -> str | None:
     """The parameter of a checkpoint's tensor; a model with a head has a prefix that one without lacks."""
     known = dict(model.named_parameters(remove_duplicate=False))
-    prefix = f"{model.base_model_prefix}."
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
+    return next((n for n in spellings(model, name) if n in known), None)
 
 
 class _Joined(nn.Module):

@@ -37,7 +37,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     if config.method.startswith("layers"):
         return baselines.drop_layers(anatomy, config, digests, progress)
     if config.method == "magnitude":
-        return baselines.prune_neurons(anatomy, config, progress)
+        return baselines.prune_neurons(anatomy, config, digests, progress)
     sets = anatomy.sets()
     kept, more = (_taken_back(sets, config.remove), 0) if config.remove else _selected(anatomy, config, progress)
     extensions = {None: None, "last": -1, "added": 1}[config.remove]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from support.bench import ARCHITECTURE as NEW
 
 from emoe.cli.main import main
 from emoe.config import PretrainConfig
@@ -21,18 +22,7 @@ from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domai
 from emoe.pretraining.tokenizer import train_tokenizer
 from emoe.pretraining.train import new_model_config, pretrain
 
-ARCHITECTURE = {
-    "model_type": "moduleformer",
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "att_hidden": 8,
-    "ffd_hidden": 16,
-    "gating_size": 8,
-    "n_att_experts": 4,
-    "n_mlp_experts": 4,
-    "aux_loss_weight": 0.02,
-}
+ARCHITECTURE = NEW | {"aux_loss_weight": 0.02}
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 CONFIGS = Path(__file__).parents[2] / "configs"

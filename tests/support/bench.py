@@ -23,7 +23,6 @@ from emoe.pretraining.text import PIECE
 MEMORY = 3 << 29
 SHORT = ["--experts", "8", "--calibration-tokens", "2048", "--held-out-tokens", "0", "--sequence-length", "64"]
 
-
 ARCHITECTURE = {
     "model_type": "moduleformer",
     "n_embd": 16,
