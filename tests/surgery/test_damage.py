@@ -73,9 +73,11 @@ def test_a_flipped_byte(copy, refused, text_file, capsys):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_what_is_no_number(layer, copy, refused, text_file, capsys):
+def test_what_is_no_number(layer, copy, refused, text_file, tmp_path, capsys):
     """Behind the last layers no gate looks: the loss or the weights tell."""
     spoil(copy, layer)
+    backwards = tmp_path / "backwards.txt"
+    backwards.write_text(text_file.read_text()[::-1])
     complaints = ("gets NaN or infinite numbers", "holds NaN or infinite values")
     for verb, *flags in (
         ("prune", "--text", text_file, "--keep", 0.5),
@@ -83,7 +85,7 @@ def test_what_is_no_number(layer, copy, refused, text_file, capsys):
         ("prune", "--method", "random", "--keep", 0.5),
         ("analyze", "--domains", f"a={text_file}"),
         ("extend", "--experts", 1),
-        ("extend", "--experts", 1, "--text", text_file, "--old-text", text_file),
+        ("extend", "--experts", 1, "--text", text_file, "--old-text", backwards),
     ):
         line = refused(verb, *flags)
         assert any(complaint in line for complaint in complaints), line
