@@ -1,10 +1,10 @@
 """A small model for Python code out of a general one: fine-tune, prune to 75, 50 and 25% of its modules, compare.
 
 Orders: f-p (fine-tune, then prune), with and without load concentration; p-f (prune, then fine-tune with the same
-tokens). Modules are ranked within each layer, or those of all layers together, with either normalisation. Baselines, in
-both orders: random modules, magnitude pruning of neurons, layers dropped evenly or from the top. Measured: perplexity
-on held-out code and English, the mean log-likelihood of HumanEval's canonical solutions after their prompts (a
-likelihood, not pass@1), and the share of the modules at the start that a token uses.
+tokens). Modules are ranked within each layer, by probability, choices or energy, or those of all layers together, with
+either normalisation. Baselines, in both orders: random modules, magnitude pruning of neurons, layers dropped evenly or
+from the top. Measured: perplexity on held-out code and English, the mean log-likelihood of HumanEval's canonical
+solutions after their prompts (a likelihood, not pass@1), and the share of the modules at the start that a token uses.
 
 A converted model routes top-k, K in every layer. K falls with what is kept, so that a token still uses K / E of what is
 there; layers are dropped with K as it is. Magnitude pruning leaves a dense model, whose tokens use all that is left: it
@@ -59,10 +59,13 @@ DOMAINS = {"code": "corpus:python", "english": "corpus:essays"}
 BASELINES = ("random", "magnitude", "layers-uniform", "layers-top")
 RANKINGS = {
     "layer": {"scope": "layer"},
+    "layer-hard": {"scope": "layer", "count": "hard"},
+    "layer-energy": {"scope": "layer", "count": "energy"},
     "max": {"scope": "model", "normalise": "max"},
     "sum": {"scope": "model", "normalise": "sum"},
 }
-"""Settings of `emoe prune` for each ranking; within a layer, normalised counts rank as the counts do."""
+"""Settings of `emoe prune` for each ranking; within a layer, normalised counts rank as the counts do. Energies are
+counted of converted models alone."""
 
 
 def main() -> None:
@@ -71,7 +74,14 @@ def main() -> None:
     parser.add_argument("--split", type=int, default=64, help="experts that a dense model is cut into")
     parser.add_argument("--top-k", type=int, default=32, help="experts a token of it uses")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--rankings", nargs="+", default=list(RANKINGS), choices=list(RANKINGS))
+    parser.add_argument("--rankings", nargs="+", default=["layer", "max", "sum"], choices=list(RANKINGS))
+    parser.add_argument(
+        "--trained-rankings",
+        nargs="*",
+        default=["layer", "max", "sum"],
+        choices=list(RANKINGS),
+        help="those of them in order p-f, too",
+    )
     parser.add_argument("--concentration", type=float, default=0.01, help="factor of the load-concentration loss")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
@@ -110,7 +120,11 @@ class Experiment:
         self.a = arguments
         self.stages = Stages(
             arguments.work,
-            settings_of(arguments, [arguments.model], "keep", "rankings", "baselines", "trained_baselines"),
+            settings_of(
+                arguments,
+                [arguments.model],
+                *("keep", "rankings", "trained_rankings", "baselines", "trained_baselines"),
+            ),
         )
         routing = {"top_k": arguments.top_k, "routing": "top-k", "allocation": "uniform"}
         self.base = self.stages.converted(arguments.model, experts=arguments.split, **routing)
@@ -165,8 +179,9 @@ class Experiment:
                 for arm, model in arms.items():
                     done = self.pruned(f"{arm} {by} {keep}", model, keep, **settings)
                     found.append(self.row(f"{arm}, {by}", keep, done))
-                first = self.pruned(f"p {by} {keep}", self.base, keep, **settings)
-                found.append(self.row(f"p-f, {by}", keep, self.tuned(f"p-f {by} {keep}", first)))
+                if by in self.a.trained_rankings:
+                    first = self.pruned(f"p {by} {keep}", self.base, keep, **settings)
+                    found.append(self.row(f"p-f, {by}", keep, self.tuned(f"p-f {by} {keep}", first)))
             for method in self.a.baselines:
                 if method == "magnitude":
                     continue
@@ -238,8 +253,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"solutions: mean log-likelihood of {result['settings']['problems']} HumanEval solutions, nats a token. "
         "Active: share of the modules at the start that a token of held-out code uses, measured.",
         "",
-        "Rankings: of each layer's modules, or of those of all layers, their counts normalised by max or by sum. In a "
-        "converted model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
+        "Rankings: of each layer's modules (by the probability of their choices; hard: by choices; energy: by the "
+        "energy of their output), or of those of all layers, their counts normalised by max or by sum. In a converted "
+        "model K falls with what is kept. Magnitude pruning leaves a dense model, all of which every "
         "token uses: compare it at as many parameters in one row and at as much work, by the column active, in "
         "another; it is fine-tuned with all experts on. Dropping layers keeps K in those that are left. A "
         "ModuleFormer keeps its K, so that pruning saves parameters alone.",
