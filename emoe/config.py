@@ -20,6 +20,10 @@ DEFAULT_PRESET = "fast"
 WHY_DEFAULT_PRESET = "no --preset was given; it converts every layer with the best training-free gate"
 
 
+CORPUS_NAMES = ("fiction", "brown", "essays", "computing", "definitions", "python", "german", "quotes", "french")
+"""Built-in corpora, those of `emoe.assets.corpora`, which printing a command's help need not import."""
+
+
 def setting(default: Any, text: str, **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
@@ -91,7 +95,9 @@ class ConvertConfig(Settings):
     assignment: Literal["fast", "exact"] = setting("fast", "Balanced assignment in clustering: fast or exact (slow).")
 
     calibration: list[str] = setting(
-        ["builtin"], "Text: a file, a folder, a dataset 'name[:config[:split]]' or 'builtin'; several mix equally."
+        ["builtin"],
+        "Text: a file, a folder, a dataset 'name[:config[:split]]', 'builtin', 'builtin-code' or corpus:NAME, which "
+        f"is one of {', '.join(CORPUS_NAMES)}; several mix equally.",
     )
     calibration_tokens: int = setting(8192, "Tokens to calibrate on.", ge=1)
     held_out_tokens: int = setting(
@@ -139,7 +145,9 @@ class RecoverConfig(Settings):
     model: str = setting("", "Folder of a converted checkpoint.")
     output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
     teacher: str | None = setting(None, "Dense teacher: a folder or alias; default: the model itself, all experts on.")
-    text: list[str] = setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    text: list[str] = setting(
+        ["builtin"], "Plain text to train on, such as corpus:essays; as for `emoe convert --calibration`."
+    )
     budgets: list[float] = setting(
         [], "Shares of experts to train for, one drawn for each step; default: the model's own."
     )
@@ -155,7 +163,7 @@ class RecoverConfig(Settings):
     batch_sequences: int = setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
     learning_rate: float = setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
     held_out_tokens: int = setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
-    held_out: list[str] = setting([], "Text of other domains to measure on as well.")
+    held_out: list[str] = setting([], "Text of other domains to measure on as well; as for --text.")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
     )
@@ -170,7 +178,9 @@ class TuneConfig(Settings):
 
     model: str = setting("", "Folder of a causal language model, with experts or without.")
     output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
-    text: list[str] = setting(["builtin"], "Plain text to train on; as for `emoe convert --calibration`.")
+    text: list[str] = setting(
+        ["builtin"], "Plain text to train on, such as corpus:essays; as for `emoe convert --calibration`."
+    )
     train: Literal["all", "router", "new-modules", "new-experts", "lora"] = setting(
         "all",
         "What is trained: every weight, the gates, what the last `emoe extend` added (all else stays bit for bit), the "
@@ -190,7 +200,7 @@ class TuneConfig(Settings):
     batch_sequences: int = setting(4, "Sequences a forward call; the rest of a step accumulates.", ge=1)
     learning_rate: float = setting(1e-4, "Peak of AdamW's learning rate; a cosine follows 5% of warm-up.", gt=0)
     held_out_tokens: int = setting(4096, "Tokens of the same text kept apart to measure quality.", ge=1)
-    held_out: list[str] = setting([], "Text of other domains to measure on as well.")
+    held_out: list[str] = setting([], "Text of other domains to measure on as well; as for --text.")
     evaluate_steps: int | None = setting(None, "Optimizer steps between two measurements on the way.", ge=1)
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Matrix products in training; auto: bfloat16 where this processor multiplies that faster."
@@ -206,7 +216,9 @@ class PretrainConfig(Settings):
 
     output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
     corpus: list[str] = setting(
-        [], "Text of one domain: a built-in corpus, or name=path for a file, a folder or a dataset; give several."
+        [],
+        f"Text of one domain: a built-in corpus ({', '.join(CORPUS_NAMES)}), or name=path for a file, a folder or a "
+        "dataset; give several.",
     )
     mix: Literal["equal", "size"] = setting("equal", "How often domains are drawn: equally, or by their size.")
     corpus_tokens: int | None = setting(None, "Most tokens read of each domain; default: all.", ge=1)
@@ -239,7 +251,9 @@ class AnalyzeConfig(Settings):
 
     model: str = setting("", "Folder of a checkpoint with experts.")
     output: str = setting("", "Folder for tables, plots and page; must not exist unless --overwrite or --resume.")
-    domains: list[str] = setting([], "Text by name, NAME=TEXT; TEXT as for `emoe convert --calibration`.")
+    domains: list[str] = setting(
+        [], "Text by name, NAME=TEXT, such as code=corpus:python; TEXT as for `emoe convert --calibration`."
+    )
     tokens: int = setting(16384, "Tokens of each domain.", ge=1)
     sequence_length: int = setting(512, "Tokens a block of text.", ge=8)
     batch_sequences: int = setting(4, "Sequences a forward call.", ge=1)
@@ -263,7 +277,9 @@ class PruneConfig(Settings):
 
     model: str = setting("", "Folder of a checkpoint with experts.")
     output: str = setting("", "Folder to write; must not exist unless --overwrite is given.")
-    text: list[str] = setting([], "Text of the task, on which use is counted; as for `emoe convert --calibration`.")
+    text: list[str] = setting(
+        [], "Text of the task, on which use is counted, such as corpus:python; as for `emoe convert --calibration`."
+    )
     task: str | None = setting(None, "Labelled task whose training text is counted on, instead of --text.")
     keep: float | None = setting(None, "Fraction that stays.", gt=0, le=1)
     threshold: float | None = setting(None, "Instead of --keep: normalised use that a module needs to stay.", ge=0)
@@ -296,8 +312,12 @@ class ExtendConfig(Settings):
     output: str = setting("", "Folder to write; must not exist unless --overwrite is given.")
     experts: int = setting(0, "FFN experts to add to each layer, of the size of the others.", ge=0)
     attention: int = setting(0, "Attention experts to add to each layer (ModuleFormer).", ge=0)
-    text: list[str] = setting([], "Text that the new modules are for: their gates open on it. [default: random gates]")
-    old_text: list[str] = setting([], "Text on which they are to stay shut; with --text.")
+    text: list[str] = setting(
+        [],
+        "Text that the new modules are for, such as corpus:german: their gates open on it; as for `emoe convert "
+        "--calibration`. [default: random gates]",
+    )
+    old_text: list[str] = setting([], "Text on which they are to stay shut, such as corpus:essays; with --text.")
     old_share: float = setting(0.1, "Share of the old text's tokens that may use them at first.", gt=0, lt=1)
     tokens: int = setting(8192, "Tokens of each of the two: half for directions, half for thresholds.", ge=64)
     sequence_length: int = setting(256, "Tokens in one block of text.", ge=8)

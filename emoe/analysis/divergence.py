@@ -19,9 +19,9 @@ def distributions(counts_CE: torch.Tensor) -> torch.Tensor:
 
 
 def kullback_leibler(p_CE: torch.Tensor) -> torch.Tensor:
-    """KL(row ‖ column) in nats, (C, C)."""
+    """KL(row ‖ column) in nats, (C, C); at least 0, whatever rounding says."""
     log_CE = p_CE.clamp_min(1e-300).log()
-    return (p_CE * log_CE).sum(1)[:, None] - p_CE @ log_CE.T
+    return ((p_CE * log_CE).sum(1)[:, None] - p_CE @ log_CE.T).clamp_min(0)
 
 
 def jensen_shannon(p_CE: torch.Tensor) -> torch.Tensor:
@@ -40,5 +40,5 @@ def specialisation(p_CE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     use_E = p_CE.mean(0)
     given_CE = p_CE / (len(p_CE) * use_E.clamp_min(1e-300))
-    told_E = (given_CE * (given_CE * len(p_CE)).clamp_min(1e-300).log()).sum(0)
+    told_E = (given_CE * (given_CE * len(p_CE)).clamp_min(1e-300).log()).sum(0).clamp_min(0)
     return told_E, use_E * told_E

@@ -37,7 +37,10 @@ def export(
         int, typer.Option("--verify-tokens", help="Tokens to compare both models on; 0 for no comparison.", metavar="N")
     ] = VERIFY_TOKENS,
     verify_text: Annotated[
-        str | None, typer.Option("--verify-text", help="Text to compare on; as for `emoe convert --calibration`.")
+        str | None,
+        typer.Option(
+            "--verify-text", help="Text to compare on, such as corpus:essays; as for `emoe convert --calibration`."
+        ),
     ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", help="Also upload the result to this repository.", metavar="ORG/NAME")

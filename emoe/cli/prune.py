@@ -11,5 +11,8 @@ from emoe.config import PruneConfig
 
 @with_settings(settings=PruneConfig)
 def prune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
-    """Take modules out of a model: those that a text does not use."""
+    """Take modules out of a model: those that a text does not use.
+
+    What that cost is the difference of the perplexities that `emoe analyze` prints of both models.
+    """
     perform(PruneConfig, flags, config, json_output, quiet, "emoe.surgery.prune:prune", "print_surgery")

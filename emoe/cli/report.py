@@ -18,7 +18,11 @@ def report(
     html: Annotated[Path, typer.Option("--html", help="File to write; replaced if it exists.")],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="Text to watch the experts on, once for each. [default: builtin, builtin-code]"),
+        typer.Option(
+            "--text",
+            help="Text to watch the experts on, such as corpus:essays, once for each; as for `emoe convert "
+            "--calibration`. [default: builtin, builtin-code]",
+        ),
     ] = None,
     tokens: Annotated[
         int | None,

@@ -17,16 +17,19 @@ from torch import nn
 from emoe.checkpoint.writer import save_tensors
 from emoe.gating import losses
 from emoe.modeling.routing_emoe import Router, Routing
+from emoe.surgery.training import module_shares
 
 PROBE = "probe.safetensors"
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[list[Routing]]:
-    """Yields a list that fills with the routing of each converted layer, in order."""
-    found: list[Routing] = []
+def watched(model: nn.Module) -> Iterator[list[tuple[Router, Routing]]]:
+    """Yields a list that fills with the router of each converted layer and its routing, in order."""
+    found: list[tuple[Router, Routing]] = []
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_hook(lambda _, __, routing: found.append(routing)) for router in routers]
+    hooks = [
+        router.register_forward_hook(lambda router, _, routing: found.append((router, routing))) for router in routers
+    ]
     try:
         yield found
     finally:
@@ -34,17 +37,19 @@ def watched(model: nn.Module) -> Iterator[list[Routing]]:
             hook.remove()
 
 
-def auxiliary_loss(weights: dict[str, float], routings: list[Routing], mask_BT: torch.Tensor) -> torch.Tensor:
+def auxiliary_loss(
+    weights: dict[str, float], routings: list[tuple[Router, Routing]], mask_BT: torch.Tensor
+) -> torch.Tensor:
     """Weighted sum of losses on gates, mean over layers; padding is left out, several processes count as one batch."""
     mask_N = mask_BT.flatten().bool()
-    terms = [weight * _loss(name, r, mask_N) for r in routings for name, weight in weights.items()]
+    terms = [weight * _loss(name, *found, mask_N) for found in routings for name, weight in weights.items()]
     return torch.stack(terms).sum() / len(routings)
 
 
-def _loss(name: str, routing: Routing, mask_N: torch.Tensor) -> torch.Tensor:
+def _loss(name: str, router: Router, routing: Routing, mask_N: torch.Tensor) -> torch.Tensor:
     if name == "z":
         return losses.z_loss(routing.logits_NE, mask_N)
-    p_NE = routing.logits_NE.softmax(-1)
+    p_NE = module_shares(routing.logits_NE, router.budgeted)
     if name == "switch":
         return losses.switch(p_NE, routing.experts_NK, mask_N)
     return {"mi": losses.mutual_information, "concentration": losses.load_concentration}[name](p_NE, mask_N)
@@ -70,7 +75,7 @@ class Probe:
             model(**inputs)
         model.train(training)
         real_N = inputs["attention_mask"].flatten().bool()
-        chosen = [_chosen(routing)[real_N] for routing in routings]
+        chosen = [_chosen(routing)[real_N] for _, routing in routings]
         found = {}
         for number, (layer, chosen_NE) in enumerate(zip(layers, chosen, strict=False)):
             load_E = chosen_NE.float().mean(0)

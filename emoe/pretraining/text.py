@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 
 from emoe.assets.corpora import CORPORA, corpus_files, read_corpus
 from emoe.calibration.text import read_source
@@ -169,6 +171,15 @@ def load_domain(
             f"--corpus: {domain.name} has not one sequence of {length} tokens "
             f"{'held out' if held_out else 'to train on'}; give more text or a lower --sequence-length"
         ) from None
+
+
+def digest_of_sequences(part: datasets.Dataset, held_out: torch.Tensor) -> str:
+    """Hex sha256 over the token ids that a domain is trained on, and over those that it is measured on."""
+    digest = hashlib.sha256()
+    for rows in part.with_format("numpy").iter(batch_size=1024):
+        digest.update(np.asarray(rows["input_ids"], dtype=np.int64).tobytes())
+    digest.update(held_out.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -21,16 +21,17 @@ from transformers import TrainingArguments
 import emoe
 from emoe.checkpoint.digests import write_digests
 from emoe.config import PretrainConfig
+from emoe.conversion.resuming import require_same_sources
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
 from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.loop import Watch, check_perplexities, minutes, no_room_told, write_log
-from emoe.finetuning.states import same_settings, states, train_from
+from emoe.finetuning.states import SOURCES, same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
 from emoe.pretraining.evaluate import evaluate
-from emoe.pretraining.text import Domain, load_domain, mixed, parse_domains
+from emoe.pretraining.text import Domain, digest_of_sequences, load_domain, mixed, parse_domains
 from emoe.pretraining.tokenizer import load_tokenizer
 from emoe.report.card import write_pretraining_card
 from emoe.runtime import settle_folder, write_text
@@ -85,6 +86,7 @@ def _pretrain(
     common = {"length": config.sequence_length, "share": config.held_out_share}
     parts = [load_domain(d, tokenizer, held_out=False, most=config.corpus_tokens, **common) for d in domains]
     tokens = {d.name: held_out_tokens(d, tokenizer, config, config.sequence_length) for d in domains}
+    group.first_then_all(lambda: require_same_sources(_digests(parts, tokens), training / SOURCES, "training"))
     architecture = dict(config.architecture)
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         architecture.setdefault(field, getattr(tokenizer, field))
@@ -127,6 +129,12 @@ def _pretrain(
     group.first_then_all(lambda: _write(model, tokenizer, target, report))
     progress("done", steps, config.steps)
     return report
+
+
+def _digests(parts: list[Any], held_out: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Of what is read, by flag and domain."""
+    read = zip(parts, held_out.items(), strict=True)
+    return {f"--corpus {name}": digest_of_sequences(part, ids) for part, (name, ids) in read}
 
 
 def _repeated(domains: list[Domain], parts: list[Any], tokens: int, config: PretrainConfig) -> list[str]:

@@ -10,7 +10,8 @@ import yaml
 
 from emoe.checkpoint.companions import licence_of
 from emoe.plainfiles import read_json
-from emoe.report.tables import groups_line, history_line
+from emoe.report.history import history_line
+from emoe.report.tables import groups_line
 from emoe.runtime import write_text
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from emoe.plainfiles import read_json
+from emoe.report.history import history_line
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
 from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, Recovery, checked
 from emoe.report.svg import Line, chart
-from emoe.report.tables import groups_line, history_line, short_facts
+from emoe.report.tables import groups_line, short_facts
 
 
 def conversion(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from emoe.report.history import history_line
 from emoe.report.records import Conversion
 from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
@@ -157,23 +158,6 @@ def _pretraining_facts(report: dict[str, Any] | None) -> dict[str, str]:
 def groups_line(groups: list[list[int]]) -> str:
     """Modules of each layer after surgery: those in the budget, then what each extension added."""
     return ", ".join(" + ".join(map(str, group)) for group in groups)
-
-
-def history_line(step: dict[str, Any]) -> str:
-    """One entry of a checkpoint's history: what, when, from what."""
-    said = [str(step.get("verb"))]
-    if step.get("added"):
-        said.append(", ".join(f"{number} {kind} experts a layer" for kind, number in step["added"].items()))
-    if step.get("settings"):
-        told = ("task", "method", "tuning", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
-        said.append(
-            ", ".join(f"{key} {step['settings'][key]}" for key in told if step["settings"].get(key) not in (None, []))
-        )
-    if step.get("steps"):
-        said.append(f"{step['steps']} steps")
-    if step.get("when"):
-        said.append(f"{step['when']}, from {str(step.get('from_digest'))[:16]}")
-    return "; ".join(part for part in said if part)
 
 
 def print_surgery(report: dict[str, Any]) -> None:

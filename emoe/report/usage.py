@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from emoe.config import flag_of
 from emoe.report.terminal import terminal
 from emoe.runtime import atomic_write, write_text
+
+HOW = (
+    "A module's domain is the one that gives it the largest share of its choices, over all of the domain's tokens; its "
+    "tokens are the single ones, of whatever domain, in which it has the largest share of the layer's energy (or of "
+    "the weights, where no energy was measured)."
+)
+"""Why the two may disagree."""
 
 
 def write_usage(report: dict[str, Any], folder: Path) -> None:
@@ -36,8 +44,31 @@ def write_usage(report: dict[str, Any], folder: Path) -> None:
         autoescape=True,
         trim_blocks=True,
     )
-    page = environment.get_template("usage.html.jinja").render(report={"neurons": None, **report}, plots=embedded)
+    page = environment.get_template("usage.html.jinja").render(
+        report={"neurons": None, **report},
+        plots=embedded,
+        how=HOW,
+        settings=shown_settings(report["settings"]),
+        signed=signed,
+    )
     write_text(folder / "index.html", page)
+
+
+def shown_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Flag → value as prose; without those that were left to the model."""
+    return {flag_of(key): _shown(value) for key, value in settings.items() if value is not None}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def signed(change: float) -> str:
+    """``+0.00012``; what rounds to 0 has no sign."""
+    rounded = round(change, 5)
+    return f"{rounded:+.5f}" if rounded else "0.00000"
 
 
 def frequencies(report: dict[str, Any]) -> str:
@@ -70,7 +101,7 @@ def _save(figure, path: Path) -> None:
 def heat_map(axes, values: list[list[float]], names: list[str], title: str) -> None:
     """A square table of domains as colours, with its numbers."""
     values_CC = np.array(values)
-    highest = max(1e-9, values_CC.max())  # domains that use modules alike differ by rounding, which may be negative
+    highest = max(1e-9, values_CC.max())  # domains that use modules alike leave no range of colours
     axes.imshow(values_CC, cmap="Blues", vmin=0, vmax=highest)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -135,5 +166,6 @@ def print_usage(report: dict[str, Any]) -> None:
         tokens = " ".join(repr(example["token"]) for example in row["examples"][:6])
         table.add_row(f"{row['set']} {row['expert']}", row["domain"], f"{row['specialisation']:.3f}", tokens)
     console.print(table)
+    console.print(HOW, highlight=False)
     for note in report["notes"]:
         console.print(f"note: {note}", highlight=False)

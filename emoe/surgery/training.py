@@ -127,8 +127,28 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
     return Frozen(digests, parts)
 
 
+def module_shares(logits_NE: torch.Tensor, budgeted: int) -> torch.Tensor:
+    """What a token gives of itself to each module, (N, E), each row a distribution: its weights over their sum.
+
+    Those are, as in `Seen.weights_NK`, the softmax over the modules in the budget and sigmoid(logit) of added ones. One
+    softmax over all would change when the logits in the budget are raised by one number, which the model does not.
+
+    Args:
+        logits_NE: gate logits.
+        budgeted: modules in the budget K, the first ones.
+    """
+    p_NE = logits_NE[:, :budgeted].softmax(-1)
+    if budgeted == logits_NE.shape[1]:
+        return p_NE
+    weights_NE = torch.cat([p_NE, logits_NE[:, budgeted:].sigmoid()], 1)
+    return weights_NE / weights_NE.sum(1, keepdim=True)
+
+
 class RouterLosses:
     """Gathers losses on all routers while the model runs in training; `take` gives their weighted sum.
+
+    Concentration and mutual information are those of `module_shares`, old modules among them whether they train or not:
+    with new modules alone in training, the gradient is that of the new ones' part in the whole layer's load.
 
     Args:
         factors: by name, of `LOSSES`.
@@ -144,6 +164,7 @@ class RouterLosses:
     ) -> None:
         check_choice(model, "--loss")
         self.factors = factors
+        self._budgeted = {found.name: found.groups[0] for found in anatomy.sets()}
         self._terms: list[torch.Tensor] = []
         self.mask_N: torch.Tensor | None = None
         """1 for tokens that count; None for all."""
@@ -155,7 +176,7 @@ class RouterLosses:
         self._remove = anatomy.watch_logits(model, self._see) if set(factors) - {"router"} else lambda: None
 
     def _see(self, name: str, logits_NE: torch.Tensor) -> None:
-        p_NE = logits_NE.softmax(-1)
+        p_NE = module_shares(logits_NE, self._budgeted[name])
         if "concentration" in self.factors:
             self._terms.append(self.factors["concentration"] * load_concentration(p_NE, self.mask_N))
         if "mi" in self.factors:

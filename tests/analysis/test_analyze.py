@@ -16,6 +16,7 @@ import emoe
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
 from emoe.checkpoint.digests import write_digests
 from emoe.cli.main import main
+from emoe.report.usage import HOW, signed
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,26 @@ def test_the_page_is_one_file_and_escaped(flags, tmp_path):
         *("index.html", "usage.json", "frequencies.csv", "divergence-ffn.png", "usage-ffn.png")
     }
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_the_page_says_how(flags, domains, tmp_path):
+    """Settings as on the command line; of two texts that are one no divergence has a sign."""
+    twice = [*flags, "--domains", domains[0].replace("words=", "again=")]
+    assert main(twice) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    shown = dict(re.findall(r'<td><code>(--[\w-]+)</code></td><td class="text">(.*?)</td>', page))
+    told = {"--tokens": "2048", "--seed": "0", "--energies": "yes", "--knock-out": "2"}
+    assert shown | told == shown
+    assert sorted(shown["--domains"].split(", ")) == sorted([*domains, twice[-1]])
+    assert "--top-k" not in shown
+    assert "{'" not in page
+    assert not re.search(r"-0\.0+<", page)
+    assert " ".join(HOW.replace("'", "&#39;").split()) in " ".join(page.split())
+
+
+@pytest.mark.parametrize(("change", "told"), [(-4e-9, "0.00000"), (4e-9, "0.00000"), (-0.00012, "-0.00012")])
+def test_what_rounds_to_nothing_has_no_sign(change, told):
+    assert signed(change) == told
 
 
 @pytest.mark.parametrize("cut", [12, 19])  # in the second domain; at the first module that is knocked out
@@ -156,6 +177,15 @@ def test_divergences():
     told_E, information_E = specialisation(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64))
     torch.testing.assert_close(told_E, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64) * torch.tensor(2.0).log())
     assert information_E.sum() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
+
+
+@pytest.mark.parametrize("modules", [7, 11, 64])
+def test_domains_that_are_alike_have_no_negative_divergence(modules):
+    """Rounding takes sums of terms that cancel below 0."""
+    for first in range(1, 8):
+        counts_CE = torch.arange(first, first + modules).square() * (1 + 1e-9 * torch.arange(3)[:, None])
+        for found in (kullback_leibler, jensen_shannon, lambda p_CE: torch.stack(specialisation(p_CE))):
+            assert not found(distributions(counts_CE)).signbit().any()
 
 
 def test_an_encoder_has_no_losses(flags, settings, tmp_path):

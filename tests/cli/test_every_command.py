@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from rich.console import Console
 from support.labelled import write_task
 from support.runs import write_run
 
+from emoe.assets.corpora import CORPORA
 from emoe.cli.main import app, main
 from emoe.cli.progress import progress_bar
 from emoe.config import AnalyzeConfig, ConvertConfig, PruneConfig, TuneConfig, flag_of
 
 COMMANDS = typer.main.get_command(app).commands
 CONFIGS = Path(__file__).parents[2] / "configs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def options(command) -> set[str]:
@@ -57,6 +60,27 @@ def test_values_to_choose_from_are_named(name, settings, capsys):
         assert f"{flag} {'|'.join(map(str, values))}" in shown
     for key, field in fields:
         assert (f"--no-{flag_of(key)[2:]}" in shown) == (field.default is True)
+
+
+@pytest.mark.parametrize("name", ["convert", "frontier", "pretrain"])
+def test_built_in_corpora_are_named(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert ", ".join(CORPORA) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["recover", "tune", "analyze", "prune", "extend", "export", "report"])
+def test_flags_of_texts_name_a_built_in_corpus(name, capsys):
+    """And where the names are."""
+    assert main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert any(f"corpus:{corpus}" in shown for corpus in CORPORA)
+    assert "as for `emoe convert --calibration`" in shown
+
+
+def test_the_page_on_texts_lists_the_built_in_corpora():
+    page = (DOCS / "converting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `corpus:(\w+)` \| (.*?) \|", page, re.MULTILINE)
+    assert rows == [(corpus.name, corpus.summary) for corpus in CORPORA.values()]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

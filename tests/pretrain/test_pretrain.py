@@ -117,6 +117,27 @@ def test_what_is_measured_on_comes_from_all_over(letters):
         assert found[0] == 0 and found[-1] >= number * 3 / 4 - 1
 
 
+def killed(stage, done, total):
+    """Progress of a run that is killed behind the state of its fourth step."""
+    if done == 6:
+        raise KeyboardInterrupt
+
+
+def test_other_text_is_not_gone_on_with(settings, letters, tmp_path):
+    """The name stays, what it names does not: the model would be of both. The same text written again is no other."""
+    own, first = tmp_path / "letters.txt", letters.read_bytes()
+    own.write_bytes(first)
+    settings |= {"corpus": [settings["corpus"][0], f"letters={own}"], "output": str(tmp_path / "out")}
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(**settings), killed)
+    own.write_bytes(first[::-1])
+    with pytest.raises(UserError, match="what --corpus letters names has changed since the unfinished training began"):
+        pretrain(PretrainConfig(**settings, resume=True), quiet)
+    own.write_bytes(first)
+    os.utime(own, (0, 0))
+    assert pretrain(PretrainConfig(**settings, resume=True), quiet)["steps"] == 8
+
+
 def test_training_resuming_and_what_is_written(settings, tmp_path, monkeypatch):
     """A run that was killed behind its first state ends as an undisturbed one, to the bit."""
     whole = pretrain(PretrainConfig(**settings, output=str(tmp_path / "whole")), quiet)
@@ -137,10 +158,6 @@ def test_training_resuming_and_what_is_written(settings, tmp_path, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole")
     assert model.config.vocab_size == len(tokenizer) == 300
     assert model.config.eos_token_id == tokenizer.eos_token_id
-
-    def killed(stage, done, total):
-        if done == 6:
-            raise KeyboardInterrupt
 
     parted = {**settings, "output": str(tmp_path / "parted")}
     with pytest.raises(KeyboardInterrupt):

@@ -127,8 +127,20 @@ def test_models_without_experts(refused, tiny_llama, text, tiny_moduleformer, co
     assert "--attention: this model has no attention experts" in refused("extend", converted_llama, "--attention", 1)
     assert "--experts: nothing to add" in refused("extend", converted_llama)
     assert "--text: missing" in refused("prune", tiny_moduleformer, "--keep", 0.5)
-    flags = ("--keep", 0.5, "--count", "energy", *text)
-    assert "attention experts have no energy" in refused("prune", tiny_moduleformer, *flags)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "complaint"),
+    [
+        ("export", [], "is a ModuleFormer, born with experts; this is for converted checkpoints"),
+        ("recover", [], "is a ModuleFormer, born with experts; this is for converted checkpoints"),
+        ("tune", ["--top-k", 2, "--sequence-length", 64], "--top-k: only converted models have a budget"),
+        ("prune", ["--method", "magnitude", "--keep", 0.5], "--method: magnitude works on converted models only"),
+        ("prune", ["--count", "energy", "--keep", 0.5], "--count: attention experts have no energy of their own"),
+    ],
+)
+def test_what_is_not_for_a_moduleformer(verb, flags, complaint, refused, tiny_moduleformer, text):
+    assert complaint in refused(verb, tiny_moduleformer, *flags, *(text if verb == "prune" else ()))
 
 
 @pytest.fixture(scope="module")

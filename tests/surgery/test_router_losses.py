@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file
 from support.gates import gates_of
 
+from emoe.finetuning.routing import auxiliary_loss, watched
 from emoe.surgery.modules import anatomy_of
-from emoe.surgery.training import RouterLosses, train_only
+from emoe.surgery.training import RouterLosses, module_shares, train_only
 
 FACTOR = 0.5
 
@@ -63,6 +64,49 @@ def test_a_few_steps_lower_what_the_loss_is_called_by(loss, padded, folder):
         found.backward()
         optimizer.step()
     assert values[-1] < values[0] - 0.05 * len(said)
+
+
+def weighed(logits_NE: torch.Tensor) -> torch.Tensor:
+    """Weights of 8 modules in the budget and of added ones, made a distribution, in fp64."""
+    logits_NE = logits_NE.detach().double()
+    weights_NE = torch.cat([logits_NE[:, :8].softmax(-1), logits_NE[:, 8:].sigmoid()], 1)
+    return weights_NE / weights_NE.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("loss", ["mi", "concentration"])
+def test_added_modules_count_by_their_weights(loss, folder, run):
+    """They are outside of the softmax of the old ones, and so they are in the losses."""
+    big = run("extend", folder, "big", "--experts", 2)
+    model, anatomy, said = load(big), anatomy_of(big), []
+    train_only(model, anatomy, "new-modules")
+    losses = RouterLosses(model, anatomy, {loss: FACTOR}, "new-modules")
+    for name, gate in gates_of(model).items():
+        if name.endswith("ffn"):
+            gate.register_forward_hook(lambda g, i, routing: said.append(weighed(routing.logits_NE)))
+        else:
+            gate.register_forward_hook(lambda g, i, routing: said.append(routing.probabilities().detach().double()))
+    model.train()
+    with watched(model) as routings:
+        model(random_tokens())
+    values = [entropies(p_NE)[loss] for p_NE in said]
+    found = losses.take()
+    assert found.item() == pytest.approx(FACTOR * sum(values), abs=1e-4)
+    found.backward()
+    assert all(p.grad.abs().max() > 0 for p in anatomy.gate_parameters(model) if p.requires_grad)
+    if routings:  # of a converted model, as `finetune` has them
+        ours = auxiliary_loss({loss: FACTOR}, routings, torch.ones(4, 32))
+        assert ours.item() == pytest.approx(FACTOR * sum(values) / len(values), abs=1e-5)
+
+
+def test_shares_depend_on_what_the_model_does_alone():
+    logits_NE = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    raised_NE = logits_NE + 7 * (torch.arange(6) < 4)
+    for budgeted in (4, 6):
+        shares_NE = module_shares(logits_NE, budgeted)
+        torch.testing.assert_close(shares_NE.sum(1), torch.ones(5))
+        same = torch.allclose(module_shares(raised_NE, budgeted), shares_NE)
+        assert same == (budgeted == 4)
+    torch.testing.assert_close(module_shares(logits_NE, 6), logits_NE.softmax(-1))
 
 
 def new_gate_rows(folder: Path) -> dict[str, torch.Tensor]:
