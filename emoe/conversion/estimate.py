@@ -119,13 +119,15 @@ def count_parameters(config: Any) -> tuple[int, int]:
 
 def measure_speed(dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Floating-point operations a second of a large matrix product on this machine."""
-    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    slow = dtype != torch.float32 and not multiplies_bfloat16_fast()  # a large product would take seconds
+    size = 256 if slow else 1024
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     a @ b
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ b
         done += 1
-    return done * 2 * 1024**3 / (time.perf_counter() - start)
+    return done * 2 * size**3 / (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

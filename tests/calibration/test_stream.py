@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from support.tiny import CONFIGS, VOCAB, tiny_checkpoint
+from support.tiny import CONFIGS, TEXT, VOCAB, tiny_checkpoint
 
 from emoe.calibration.statistics import NeuronStatistics
 from emoe.calibration.stream import StreamedModel
@@ -93,26 +92,19 @@ def peak(depth: int, folder) -> int:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "2"}
     code = """
         import sys
-        sys.path.insert(0, sys.argv[1])
-        from pathlib import Path
-        from support.tiny import tiny_checkpoint, TEXT
-        depth, folder = int(sys.argv[2]), Path(sys.argv[3])
-        if sys.argv[4] == "make":
-            tiny_checkpoint(folder / "dense", "llama", hidden_size=512, intermediate_size=2560, num_hidden_layers=depth)
-            (folder / "text.txt").write_text(TEXT * 200)
-        else:
-            import emoe
-            settings = dict(calibration_tokens=2048, held_out_tokens=512, sequence_length=64, checkpoint_seconds=0)
-            settings["calibration"] = str(folder / "text.txt")
-            report = emoe.convert(str(folder / "dense"), output=folder / "out", experts=16, **settings)
-            print(max(report["peak_bytes"].values()))  # of any stage: each one resets the kernel's peak
+        import emoe
+        settings = dict(calibration_tokens=2048, held_out_tokens=512, sequence_length=64, checkpoint_seconds=0)
+        dense, text, output = sys.argv[1:]
+        report = emoe.convert(dense, output=output, calibration=text, experts=16, **settings)
+        print(max(report["peak_bytes"].values()))  # of any stage: each one resets the kernel's peak
     """
     folder.mkdir()
-    tests = str(Path(__file__).parents[1])
-    for step in ("make", "convert"):
-        command = [sys.executable, "-c", textwrap.dedent(code), tests, str(depth), str(folder), step]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+    tiny_checkpoint(folder / "dense", "llama", hidden_size=512, intermediate_size=2560, num_hidden_layers=depth)
+    (folder / "text.txt").write_text(TEXT * 200)
+    paths = [str(folder / name) for name in ("dense", "text.txt", "out")]
+    command = [sys.executable, "-c", textwrap.dedent(code), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.strip().splitlines()[-1])
 
 

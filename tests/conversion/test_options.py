@@ -22,40 +22,49 @@ from emoe.modeling.ffn_emoe import SparseFFN
 TOKENS = torch.randint(5, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2))
 
 
-def converted(folder, settings, output, **changes):
+def converted(folder, settings, output, changes=None, **more):
     """(report, model) of a conversion."""
-    report = emoe.convert(str(folder), output=output, **(settings | changes))
+    report = emoe.convert(str(folder), output=output, **(settings | (changes or {}) | more))
     return report, transformers.AutoModelForCausalLM.from_pretrained(output).eval()
 
 
+OPTIONS = [
+    {"routing": "top-k"},
+    {"routing": "energy-share"},
+    {"allocation": "uniform"},
+    {"shared_experts": 1},
+    {"compensate": True},
+    {"refit_outputs": True},
+    {"prefix": "dense"},
+    {"refine_rounds": 0},
+    {"features": "graded"},
+    {"features": "tf-idf"},
+    {"features": "residual"},
+    {"split": "graph"},
+    {"gate": "average-key", "routing": "threshold", "allocation": "sensitivity"},
+    {"gate": "representative", "compensate": True},
+]
+
+
+@pytest.fixture(scope="module")
+def with_each_option(tiny_llama, settings, tmp_path_factory) -> list[tuple]:
+    """(report, model, logits in a process without our packages) of every option, by one such process."""
+    folders = [tmp_path_factory.mktemp("options") / "out" for _ in OPTIONS]
+    made = [converted(tiny_llama, settings, *case) for case in zip(folders, OPTIONS, strict=True)]
+    outputs = [folder.with_name("logits.safetensors") for folder in folders]
+    run_fresh(LOAD, "without", *(path for pair in zip(folders, outputs, strict=True) for path in pair))
+    return [(*one, load_file(output)["logits"]) for one, output in zip(made, outputs, strict=True)]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"routing": "top-k"},
-        {"routing": "energy-share"},
-        {"allocation": "uniform"},
-        {"shared_experts": 1},
-        {"compensate": True},
-        {"refit_outputs": True},
-        {"prefix": "dense"},
-        {"refine_rounds": 0},
-        {"features": "graded"},
-        {"features": "tf-idf"},
-        {"features": "residual"},
-        {"split": "graph"},
-        {"gate": "average-key", "routing": "threshold", "allocation": "sensitivity"},
-        {"gate": "representative", "compensate": True},
-    ],
-    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+    "number", range(len(OPTIONS)), ids=[" ".join(f"{k}={v}" for k, v in changes.items()) for changes in OPTIONS]
 )
-def test_every_option_makes_a_checkpoint_that_loads_anywhere(changes, tiny_llama, settings, tmp_path):
+def test_every_option_makes_a_checkpoint_that_loads_anywhere(number, with_each_option, settings):
     """The same logits with our packages and without them, and the budget is kept on average."""
-    report, model = converted(tiny_llama, settings, tmp_path / "out", **changes)
+    report, model, found = with_each_option[number]
     chosen = next(row for row in report["quality"]["rows"] if row["top_k"] == settings["top_k"])
     assert chosen["active"] == pytest.approx(settings["top_k"] / 8, abs=0.07)
-    run_fresh(LOAD, tmp_path / "out", tmp_path / "logits.safetensors", "without")
     with torch.no_grad():
-        found = load_file(tmp_path / "logits.safetensors")["logits"]
         torch.testing.assert_close(found, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 

@@ -12,13 +12,19 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from support.killer import killer
 
 import emoe
 from emoe.errors import UserError
 
-KILLER = Path(__file__).parents[1] / "support" / "killer.py"
 RUN_FACTS = {"emoe_report.json"}
 """Files that hold the times of one run."""
+
+
+@pytest.fixture(scope="module")
+def kill():
+    with killer() as run:
+        yield run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -57,30 +63,19 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("when", "number"), POINTS)
-def test_killed_and_resumed_gives_the_same_bytes(when, number, tiny_llama, settings, converted_llama, tmp_path):
+def test_killed_and_resumed_gives_the_same_bytes(when, number, kill, tiny_llama, settings, converted_llama, tmp_path):
     output = tmp_path / "out"
     arguments = {"model": str(tiny_llama), "output": str(output), **settings}
-    (tmp_path / "settings.json").write_text(json.dumps(arguments))
-    command = [sys.executable, str(KILLER), when, str(number), str(tmp_path / "settings.json")]
-    done = subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert kill(when, number, arguments) == -signal.SIGKILL
     assert not output.exists()
     emoe.convert(resume=True, **arguments)
     assert contents(output) == contents(converted_llama)
     assert [p.name for p in tmp_path.iterdir() if "emoe" in p.name] == []
 
 
-def unfinished(tiny_llama, settings, tmp_path) -> dict:
-    """Leave a killed conversion behind; its settings."""
+def test_an_unfinished_conversion_is_neither_lost_nor_mixed_up(kill, tiny_llama, settings, tmp_path):
     arguments = {"model": str(tiny_llama), "output": str(tmp_path / "out"), **settings}
-    (tmp_path / "settings.json").write_text(json.dumps(arguments))
-    command = [sys.executable, str(KILLER), "after-rename", "14", str(tmp_path / "settings.json")]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
-    return arguments
-
-
-def test_an_unfinished_conversion_is_neither_lost_nor_mixed_up(tiny_llama, settings, tmp_path):
-    arguments = unfinished(tiny_llama, settings, tmp_path)
+    assert kill("after-rename", 14, arguments) == -signal.SIGKILL
     with pytest.raises(UserError, match="add --resume to go on with it or --overwrite"):
         emoe.convert(**arguments)
     with pytest.raises(UserError, match="--resume: the unfinished conversion had seed=0, this one has 7"):

@@ -17,7 +17,7 @@ def run_fresh(code: str, *arguments: object) -> str:
 
 LOAD = """
     import os, sys
-    folder, out, hide = sys.argv[1:]
+    hide, *pairs = sys.argv[1:]  # "with" or "without" our packages, then a folder and where its logits go, and so on
     if hide == "without":
         sys.modules["emoe"] = sys.modules["emoe_kernels"] = None  # as if they were not installed
     else:
@@ -26,9 +26,11 @@ LOAD = """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True if hide == "without" else None).eval()
     tokens = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        save_file({"logits": model(tokens).logits}, out)
-    print(type(model).__module__)
+    trusted = True if hide == "without" else None
+    for folder, out in zip(pairs[::2], pairs[1::2]):
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted).eval()
+        with torch.no_grad():
+            save_file({"logits": model(tokens).logits}, out)
+        print(type(model).__module__)
 """
