@@ -67,6 +67,19 @@ RANKINGS = {
 """Settings of `emoe prune` for each ranking; within a layer, normalised counts rank as the counts do. Energies are
 counted of converted models alone."""
 
+COLOURS = {by: f"C{number}" for number, by in enumerate((*RANKINGS, *BASELINES))}
+POINTS = {
+    "start": "s",
+    "fine-tuned": "D",
+    "fine-tuned, concentrated": "+",
+    "start, all on": "^",
+    "fine-tuned, all on": "v",
+}
+"""Of the plot, for what is not pruned."""
+
+CEILING = 100
+"""Of the plot: this many times the perplexity at the start."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -287,14 +300,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes = made.add_subplot(1, len(panels), place + 1)
         for arm in arms:
             points = sorted((x(row), y(row)) for row in result["rows"] if row["arm"] == arm)
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=arm)
+            axes.plot(*zip(*points, strict=True), label=arm, **style(arm))
         if beside == code[0]:
             axes.set_yscale("log")
+            axes.set_ylim(top=CEILING * y(result["rows"][0]))  # what is worse stands in the table
         axes.set_xlabel(below)
         axes.set_ylabel(beside)
         axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    made.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     save(made, path)
+
+
+def style(arm: str) -> dict[str, str]:
+    """Colour by what chose the modules, line by the order; what is not pruned is a point in grey."""
+    *order, by = arm.split(", ")
+    if order and order[0] in ("f-p", "p-f"):
+        line = ":" if "concentrated" in order else "--" if order[0] == "p-f" else "-"
+        return {"color": COLOURS[by], "linestyle": line, "marker": "o", "markersize": "4"}
+    return {"color": "0.4", "linestyle": "", "marker": POINTS[arm]}
 
 
 if __name__ == "__main__":
