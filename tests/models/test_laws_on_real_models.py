@@ -74,7 +74,7 @@ def test_gates_and_splits_rank_as_documented(smollm, tmp_path):
     """One layer: co-activation loses less than random, the default gate less than average-key."""
     ratio = {}
     for split, gate in (("coactivation", "discriminant"), ("coactivation", "average-key"), ("random", "discriminant")):
-        settings = FAST | {"layers": "12", "held_out_tokens": 1024, "split": split, "gate": gate}
+        settings = FAST | {"layers": "12", "held_out_tokens": 2048, "split": split, "gate": gate}
         report = emoe.convert(smollm, output=tmp_path / f"{split}-{gate}", **settings)
         ratio[split, gate] = next(r["ratio"] for r in report["quality"]["rows"] if r["top_k"] == 16)
     assert ratio["coactivation", "discriminant"] < ratio["coactivation", "average-key"]
