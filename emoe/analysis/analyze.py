@@ -27,8 +27,8 @@ from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
-from emoe.conversion.resuming import require_same_settings, require_same_sources
-from emoe.errors import Finished, UserError
+from emoe.conversion.resuming import Work, refuse_finished, require_same_settings, require_same_sources
+from emoe.errors import UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
@@ -98,7 +98,7 @@ class _State:
             if not (self.output / REPORT).is_file():
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
             if not config.overwrite and not self.folder.exists():
-                raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
+                refuse_finished(self.output, Work("analysis", config, REPORT))
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
             require_same_settings(config.fingerprint(), kept, "analysis")

@@ -62,7 +62,7 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
-    with training_into(config, folder, "training") as (target, training):
+    with training_into(config, folder, "training", TUNED) as (target, training):
         return _tune(config, factors, folder, target, training, progress)
 
 

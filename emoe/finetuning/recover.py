@@ -29,6 +29,7 @@ from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.conversion.resuming import require_same_sources
+from emoe.conversion.workspace import RECOVERED
 from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetuning.base import BaseTrainer
@@ -72,7 +73,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     if config.teacher:
         _teacher_folder(config.teacher)
-    with training_into(config, folder, "recovery") as (target, training):
+    with training_into(config, folder, "recovery", RECOVERED) as (target, training):
         return _recover(config, folder, target, training, progress)
 
 
@@ -289,7 +290,7 @@ def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str
     save_as_stored(student, folder, target, {"emoe_provenance": with_entry(provenance_of(folder), step)})
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
-    write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    write_text(target / RECOVERED, json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
     write_digests(target)
     settle_folder(target)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from emoe.conversion.workspace import RECOVERED
 from emoe.plainfiles import read_json
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
@@ -220,7 +221,7 @@ def _specialists(seen: Observation, count: int = 8) -> list[dict[str, Any]]:
 
 def recovery(folder: Path) -> dict[str, Any] | None:
     """What `emoe recover` gained, if the checkpoint went through it."""
-    path = folder / "emoe_recover.json"
+    path = folder / RECOVERED
     if not path.is_file():
         return None
     found = checked(Recovery, read_json(path, "report"), path)
