@@ -35,6 +35,9 @@ SECONDS = "emoe_seconds"
 
 LOG = "log.jsonl"
 
+TRAINED_ON = "training domain"
+"""What the perplexity on the end of --text, kept apart, is called."""
+
 WRITES = ("PytorchStreamWriter", "unexpected pos", "Error while serializing")
 """One of these is in what torch or safetensors raise when a file cannot be written, not in what they say in reading."""
 

@@ -24,6 +24,7 @@ from emoe.conversion.workspace import TUNED, has_own_config
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
+    TRAINED_ON,
     Progress,
     Sequences,
     Watch,
@@ -80,6 +81,7 @@ def _tune(
         held_out=config.held_out,
         seed=config.seed,
         flag="--text",
+        domain=TRAINED_ON,
     )
     require_same_sources({"--model": digest_of(folder), "--text": blocks.digest}, training / SOURCES, "training")
     progress("loading", 0, config.steps)

@@ -34,6 +34,7 @@ from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
+    TRAINED_ON,
     Progress,
     Sequences,
     Watch,
@@ -157,6 +158,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
         held_out=config.held_out,
         seed=config.seed,
         flag="--text",
+        domain=TRAINED_ON,
     )
 
 

@@ -61,7 +61,7 @@ def test_old_modules_stay_bit_for_bit(name, request, run, text_file):
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
         assert config_of(previous) == config_of(back)
-        found, start = report_of(trained)["perplexity"]["calibration domain"], weights(extended)
+        found, start = report_of(trained)["perplexity"]["training domain"], weights(extended)
         assert found["after"] < 0.998 * found["before"]
         assert any(not torch.equal(start[name], new) for name, new in weights(trained).items())
         previous = trained
@@ -80,7 +80,7 @@ def test_gates_alone(model, run, text_file):
 def test_lora_is_merged(converted_llama, run, text_file):
     trained = run("tune", converted_llama, "lora", "--text", text_file, *TRAIN, "--train", "lora", "--lora-rank", 2)
     found = report_of(trained)
-    assert found["perplexity"]["calibration domain"]["after"] < found["perplexity"]["calibration domain"]["before"]
+    assert found["perplexity"]["training domain"]["after"] < found["perplexity"]["training domain"]["before"]
     assert 0 < found["trained"] < 0.3 * found["parameters"]
     assert weights(trained).keys() == weights(converted_llama).keys()
 
