@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny_checkpoint
 
 import emoe.calibration.text
+import emoe.runtime
 import emoe.surgery.baselines
+import emoe.surgery.extend
 import emoe.surgery.prune
 import emoe.surgery.usage
 from emoe.cli.main import main
@@ -68,6 +71,24 @@ def test_seeds_that_no_generator_takes(verb, seed, refused, converted_llama):
 def test_more_experts_than_any_model_has(flag, refused, tiny_moduleformer):
     line = refused("extend", tiny_moduleformer, flag, 10**12)
     assert f"{flag}: 1000000000000 is more than any model has; at most 1048576" in line
+
+
+def test_no_room_is_seen_before_weights_are_read(refused, converted_llama, text, monkeypatch):
+    monkeypatch.setattr(emoe.surgery.extend, "check_digests", None)
+    monkeypatch.setattr(emoe.runtime, "free_bytes", lambda folder: 1 << 30)
+    gates = (*text, "--old-text", "builtin")
+    line = refused("extend", converted_llama, "--experts", 10**6, *gates)
+    assert "--output: " in line
+    assert "needs 9.1 GiB but its disk has 1.0 GiB free" in line
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_what_will_be_written_is_said(quiet, converted_llama, tmp_path, capsys):
+    flags = ["extend", "--model", str(converted_llama), "--output", str(tmp_path / "big"), "--experts", "8", *quiet]
+    assert main(flags) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors")) / 1024
+    found = re.findall(r"disk: ([\d.]+) KiB needed in", capsys.readouterr().err)
+    assert [float(kib) for kib in found] == ([] if quiet else [pytest.approx(size, rel=0.05)])
 
 
 @pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover"])
