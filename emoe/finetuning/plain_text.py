@@ -50,12 +50,16 @@ from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
 from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only
 from emoe.surgery.usage import load_model, set_budget
 
+IDLE_STEPS = 5
+"""Steps without any gradient, at the beginning, after which a training is given up."""
+
 
 def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
     """Train ``config.model`` and write ``config.output``. Returns the report that also lies there.
 
     Raises:
-        UserError: no causal language model, nothing of the kind to train, too little text, an output in the way.
+        UserError: no causal language model, nothing of the kind to train, nothing that learns, too little text, an
+            output in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a causal language model")
@@ -98,6 +102,7 @@ def _tune(
         train_dataset=Sequences(blocks.calibration),
         callbacks=[Watch(config, progress), _Curve(config.evaluate_steps, blocks.held_out)],
         losses=losses,
+        what=config.train,
     )
     steps = run(trainer, training)
     if losses:
@@ -145,11 +150,27 @@ def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> t
 
 
 class _Tuner(BaseTrainer):
-    """Next-token loss plus those on routers."""
+    """Next-token loss plus those on routers; stops where what trains has no part in them.
 
-    def __init__(self, *args: Any, losses: RouterLosses | None, **kwargs: Any) -> None:
+    Raises:
+        UserError: from `train`, when all gradients of the first steps are 0.
+    """
+
+    def __init__(self, *args: Any, losses: RouterLosses | None, what: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.losses = losses
+        self.losses, self.what, self.idle = losses, what, 0
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        patience = min(IDLE_STEPS, self.args.max_steps)
+        if self.idle == self.state.global_step < patience:  # all steps so far, counted from the first
+            self.idle += int(torch.as_tensor(norm) == 0)
+            if self.idle == patience:
+                raise UserError(
+                    f"--train: with {self.what} nothing learns, in the first steps no weight got a gradient: no token "
+                    "of --text uses what trains, or the loss does not depend on it; give other text or another --train"
+                )
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The model's own loss would add its balancing loss, which is not what is asked for here.

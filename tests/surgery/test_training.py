@@ -247,6 +247,25 @@ def test_split_rows_leave_the_sparse_kernels_in_place(converted_llama, run):
         assert ffn.linear("down").weight.data_ptr() == ffn.linear("down").parametrizations.weight.original.data_ptr()
 
 
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("train", ["new-modules", "new-experts"])
+def test_modules_that_no_token_uses_are_not_trained_in_vain(train, steps, model, run, text_file, tmp_path, capsys):
+    """Gate rows of zeros, and a bias below them, open on nothing."""
+    extended = run("extend", model, "big", "--experts", 2)
+    for path in extended.glob("model*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            gate = name.endswith((".router.weight", ".router.bias", "centroids.weight")) or ".gate." in name
+            if gate and len(tensor) > 2:
+                tensor[-2:] = -1.0 if name.endswith(".bias") else 0.0
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_digests(extended)
+    flags = ["tune", "--model", str(extended), "--output", str(tmp_path / "out"), "--text", str(text_file)]
+    assert main([*flags, *map(str, TRAIN), "--steps", str(steps), "--train", train, "--quiet"]) == 2
+    assert f"--train: with {train} nothing learns, in the first steps no weight got a" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big"]
+
+
 def test_training_of_new_modules_goes_on_after_a_kill(model, run, text_file, tmp_path):
     extended = run("extend", model, "big", "--experts", 2)
     settings = {"model": str(extended), "text": [str(text_file)], "train": "new-modules", "steps": 6}
