@@ -32,7 +32,7 @@ from emoe.errors import UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, check_finite, fit_length, is_encoder, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, check_budget, check_finite, fit_length, is_encoder, load_model, read_blocks
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -51,6 +51,7 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
     folder, domains = Path(config.model), domain_sources(config.domains)
     anatomy = anatomy_of(folder)
+    check_budget(folder, config.top_k)
     check_digests(folder)
     state = _State(config)
     run = _Analysis(config, anatomy, domains, state, progress)
@@ -161,7 +162,8 @@ class _Analysis:
         facts = transformers.AutoConfig.from_pretrained(anatomy.folder, trust_remote_code=False)
         self.predicts = not is_encoder(facts)
         self.model = load_model(anatomy.folder, head=self.predicts)
-        set_budget(self.model, config.top_k)
+        if config.top_k is not None:
+            self.model.set_top_k(config.top_k)
         self.use: dict[str, DomainUse] = {}
         self.total = sum(map(len, self.blocks.values()))
 

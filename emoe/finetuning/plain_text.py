@@ -47,8 +47,8 @@ from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
-from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only
-from emoe.surgery.usage import load_model, set_budget
+from emoe.surgery.training import LOSSES, Frozen, RouterLosses, check_losses, check_new_modules, train_only
+from emoe.surgery.usage import check_budget, load_model
 
 IDLE_STEPS = 5
 """Steps without any gradient, at the beginning, after which a training is given up."""
@@ -67,13 +67,24 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
+    check_losses(factors, config.train)
+    check_budget(folder, config.top_k)
+    anatomy = _anatomy(folder, config)
+    if config.train in ("new-modules", "new-experts"):
+        check_new_modules(anatomy)
     with training_into(config, folder, "training", TUNED) as (target, training):
-        return _tune(config, factors, folder, target, training, progress)
+        return _tune(config, factors, anatomy, target, training, progress)
 
 
 def _tune(
-    config: TuneConfig, factors: dict[str, float], folder: Path, target: Path, training: Path, progress: Progress
+    config: TuneConfig,
+    factors: dict[str, float],
+    anatomy: Anatomy | None,
+    target: Path,
+    training: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
+    folder = Path(config.model)
     transformers.set_seed(config.seed)
     config, notes = fit_sequences(config, folder)
     blocks = load_blocks(
@@ -90,8 +101,8 @@ def _tune(
     require_same_sources({"--model": digest_of(folder), "--text": blocks.digest}, training / SOURCES, "training")
     progress("loading", 0, config.steps)
     model = load_model(folder, head=True)
-    set_budget(model, config.top_k)
-    anatomy = _anatomy(folder, config)
+    if config.top_k is not None:
+        model.set_top_k(config.top_k)
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
     trained = trainable(model)

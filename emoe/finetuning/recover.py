@@ -89,7 +89,8 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
     if config.gates == "learned":
-        _learn_gates(student)
+        for ffn in student.sparse_ffns().values():
+            ffn.router.learn()
     if config.train == "ffn":
         _freeze_all_but_ffns(student)
     dense = _measure(teacher, [None], blocks, progress)[None]
@@ -142,6 +143,8 @@ def _checked_model(config: RecoverConfig) -> Path:
     provenance = facts["emoe_provenance"]
     if not config.teacher and (provenance.get("outputs", SOURCE_S) != SOURCE_S or provenance.get("history")):
         raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
+    if config.gates == "learned" and facts["emoe_gate"] not in ("discriminant", "representative"):
+        raise UserError(f"--gates: the {facts['emoe_gate']} gate of this model has no table to learn; use fixed")
     for budget in config.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
@@ -206,14 +209,6 @@ def _of_the_teacher() -> Iterator[None]:
 def _top_ks(config: RecoverConfig, model_config: Any) -> list[int]:
     experts = model_config.num_experts
     return [max(1, round(b * experts)) for b in config.budgets] or [model_config.num_experts_per_tok]
-
-
-def _learn_gates(student: EMoEModelMixin) -> None:
-    try:
-        for ffn in student.sparse_ffns().values():
-            ffn.router.learn()
-    except ValueError as error:
-        raise UserError(f"--gates: {error}; use --gates fixed") from None
 
 
 def _freeze_all_but_ffns(student: EMoEModelMixin) -> None:

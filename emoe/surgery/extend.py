@@ -44,6 +44,9 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
     wanted = {"ffn": config.experts, "attention": config.attention}
     if not any(wanted.values()):
         raise UserError("--experts: nothing to add; give --experts or --attention, at least 1")
+    if bool(config.text) != bool(config.old_text):
+        missing = "--old-text" if config.text else "--text"
+        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
     for flag, number in (("--experts", config.experts), ("--attention", config.attention)):
         if number > LARGEST["num_experts"]:
             raise UserError(f"{flag}: {shortened(number)} is more than any model has; at most {LARGEST['num_experts']}")
@@ -52,9 +55,8 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
     sets = anatomy.sets()
     if config.attention and not any(found.kind == "attention" for found in sets):
         raise UserError("--attention: this model has no attention experts; give --experts")
-    if bool(config.text) != bool(config.old_text):
-        missing = "--old-text" if config.text else "--text"
-        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
+    if config.text:
+        anatomy.check_gate_rows()
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
     scale = {slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots}
     require_room(folder, config.output, scale, say)

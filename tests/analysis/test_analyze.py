@@ -177,7 +177,7 @@ def test_an_encoder_has_no_losses(flags, settings, tmp_path):
         (["--output", __file__], f"--output: {__file__} is a file; choose another name"),
         (["--domains", "words"], "'words' is not NAME=TEXT"),
         (["--domains", "letters=builtin"], "the name 'letters' is given twice"),
-        (["--top-k", "9"], "--top-k: top_k=9 must lie between 1 and num_experts=8"),
+        (["--top-k", "9"], "--top-k: 9 must lie between 1 and the model's 8 experts"),
     ],
 )
 def test_bad_input(change, complaint, flags, capsys):

@@ -57,7 +57,8 @@ def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
 
 
-def test_an_unknown_task(refused, converted_llama):
+def test_an_unknown_task(refused, converted_llama, monkeypatch):
+    monkeypatch.setattr(emoe.surgery.prune, "check_digests", None)
     assert "--task: " in refused("prune", converted_llama, "--task", "no-such-task", "--keep", 0.5)
 
 
@@ -101,6 +102,42 @@ def test_a_clock_that_cannot_be_read(verb, epoch, refused, converted_llama, text
     monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     flags = {"prune": [*text, "--keep", 0.5], "extend": ["--experts", 1]}.get(verb, text[:2])
     assert f"SOURCE_DATE_EPOCH: '{epoch}' is no time in seconds" in refused(verb, converted_llama, *flags)
+
+
+@pytest.fixture(scope="module")
+def average_key(tiny_llama, settings, tmp_path_factory):
+    """Converted, with a gate that follows the weights."""
+    output = tmp_path_factory.mktemp("key") / "model"
+    emoe.convert(str(tiny_llama), output=output, **settings | {"gate": "average-key", "split": "weights"})
+    return output
+
+
+@pytest.mark.parametrize(
+    ("verb", "model", "flags", "complaint"),
+    [
+        ("prune", "converted_llama", ["--threshold", 1, "--method", "magnitude"], "--threshold: --method magnitude"),
+        ("prune", "converted_llama", ["--keep", 1, "--method", "magnitude", "--top-k", 2], "--top-k: --method magn"),
+        ("prune", "converted_llama", ["--remove", "last"], "--remove: nothing was ever added"),
+        ("prune", "tiny_moduleformer", ["--keep", 0.5, "--method", "magnitude"], "--method: magnitude works on"),
+        ("prune", "tiny_moduleformer", ["--keep", 0.5, "--count", "energy"], "--count: attention experts have no"),
+        ("extend", "tiny_moduleformer", ["--experts", 1], "--old-text: missing"),
+        ("extend", "average_key", ["--experts", 1, "--old-text", "builtin"], "--text: the average-key gate"),
+        ("tune", "converted_llama", ["--train", "new-modules"], "--train: this model has no new modules"),
+        ("tune", "converted_llama", ["--train", "lora", "--loss", "router=1"], "--loss: router acts on"),
+        ("tune", "converted_llama", ["--top-k", 9], "--top-k: 9 must lie between 1 and the model's 8 experts"),
+        ("tune", "tiny_moduleformer", ["--top-k", 1], "--top-k: only converted models have a budget"),
+        ("analyze", "tiny_moduleformer", ["--top-k", 1], "--top-k: only converted models have a budget"),
+        ("recover", "average_key", ["--gates", "learned"], "--gates: the average-key gate of this model has no table"),
+        ("recover", "cosine", ["--gates", "learned"], "--gates: the cosine gate of this model has no table"),
+    ],
+)
+def test_what_does_not_fit_is_seen_before_weights_are_read(
+    verb, model, flags, complaint, refused, text_file, request, monkeypatch
+):
+    for module in ("emoe.surgery.prune", "emoe.surgery.extend", "emoe.analysis.analyze", "emoe.finetuning.loop"):
+        monkeypatch.setattr(f"{module}.check_digests", None)
+    text = ["--domains", f"a={text_file}"] if verb == "analyze" else ["--text", text_file]
+    assert complaint in refused(verb, request.getfixturevalue(model), *text, *flags)
 
 
 @pytest.mark.parametrize("method", ["use", "magnitude"])
