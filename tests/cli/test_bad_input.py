@@ -141,6 +141,27 @@ def test_unknown_family_and_alias(refused, broken, text_file, tmp_path):
     assert "--model: missing" in refused("convert", *base)
 
 
+@pytest.mark.parametrize("name", ["./such", "~/such", "../such", "no/such/folder", "no/such.gguf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["convert"], ["frontier", "--experts", "8"], ["estimate"], ["finetune", "--task", "spam"]),
+        *(["tune"], ["recover"], ["analyze", "a=builtin"], ["prune", "--keep", "1"], ["extend", "--experts", "1"]),
+    ],
+)
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(command, name, refused, tmp_path, monkeypatch):
+    """Nor are a task's texts fetched before."""
+    for asked in ("huggingface_hub.snapshot_download", "emoe.finetuning.tune.read_data"):
+        monkeypatch.setattr(asked, None)
+    for auto in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{auto}.from_pretrained", None)
+    output = [] if command[0] == "estimate" else ["--output", tmp_path / "out"]
+    text = ["--text", "builtin"] if command[0] == "prune" else []
+    line = refused(*command, "--model", name, *output, *text)
+    assert line.startswith("emoe: --model: ")
+    assert Path(name).name in line
+
+
 def test_an_output_is_needed(refused, tiny_llama):
     assert "--output: missing" in refused("convert", "--model", tiny_llama, "--experts", 8)
 
