@@ -17,7 +17,9 @@ FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS
 
 def export(
     model: Annotated[Path, typer.Option("--model", help="Folder of a converted checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder to write; must not exist.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder to write; must not exist unless --overwrite is given.")
+    ],
     to: Annotated[str, typer.Option("--to", help=FORMAT_HELP)] = "dense",
     pad: Annotated[bool, typer.Option("--pad", help="Where layers differ in width, fill up with zeros.")] = False,
     fix_k: Annotated[
@@ -39,6 +41,9 @@ def export(
     verify_text: Annotated[
         str | None, typer.Option("--verify-text", help="Text to compare on; as for `emoe convert --calibration`.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder, once the new one is complete.")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", help="Also upload the result to this repository.", metavar="ORG/NAME")
     ] = None,
@@ -61,6 +66,7 @@ def export(
             fix_k=fix_k,
             approximate=approximate,
             dtype=dtype,
+            overwrite=overwrite,
             verify_tokens=verify_tokens,
             verify_text=verify_text,
             progress=show,

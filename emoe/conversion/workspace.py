@@ -38,10 +38,13 @@ TUNED, PRUNED = "emoe_tune.json", "emoe_prune.json"
 """Reports of verbs that may write a stock model. Its config.json stays a stock one: what would stand there of ours, the
 provenance, stands in the report."""
 
+EXPORTED = "emoe_export.json"
+"""Report of `emoe export`, which writes what is stock in all else."""
+
 
 def is_ours(folder: Path) -> bool:
     """Whether we have written a checkpoint."""
-    if _has_report(folder):
+    if _has_report(folder) or (folder / EXPORTED).is_file():
         return True
     try:
         return has_own_config(read_json(folder / "config.json"))
@@ -94,6 +97,7 @@ class Workspace:
 
     def check(self) -> None:
         """Raise `UserError` when something is in the way, before any work is done."""
+        self._clear_finished()
         here, there = self.output.resolve(), self.source and self.source.resolve()
         if there and (here == there or here in there.parents or there in here.parents):
             raise UserError(f"--output: {self.output} overlaps the model's own folder {self.source}; choose another")
@@ -133,7 +137,6 @@ class Workspace:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         self._refuse_if_held()
-        self._clear_finished()
         self.check()
         try:
             self.state_folder.mkdir(parents=True, exist_ok=True)

@@ -257,6 +257,7 @@ def test_export_and_inspect(refused, tiny_llama, converted_llama, tmp_path):
     assert "unknown format 'dens' (did you mean 'dense'?)" in refused(
         "export", "--model", converted_llama, "--output", tmp_path / "x", "--to", "dens"
     )
+    (tmp_path / "mine").write_text("")
     assert "exists" in refused("export", "--model", converted_llama, "--output", tmp_path)
     assert "not a converted checkpoint" in refused("inspect", tiny_llama)
     damaged = Path(shutil.copytree(converted_llama, tmp_path / "damaged"))

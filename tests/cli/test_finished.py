@@ -100,3 +100,16 @@ def test_what_cannot_be_gone_on_with_names_no_resume(flags, converted_llama, tmp
     said = capsys.readouterr().err
     assert "--output: unfinished work lies in" in said
     assert "--resume" not in said
+
+
+@pytest.mark.parametrize("verb", ["prune", "export"])
+def test_what_a_kill_behind_the_last_rename_left_is_removed(verb, converted_llama, tmp_path, capsys):
+    """Also by a call that then finds the finished output in its way."""
+    flags = ["--model", str(converted_llama), "--output", str(tmp_path / "out"), "--quiet"]
+    flags += ["--keep", "0.5", "--method", "random"] if verb == "prune" else ["--verify-tokens", "0"]
+    assert main([verb, *flags]) == 0
+    (tmp_path / ".out.emoe-state").mkdir()
+    (tmp_path / ".out.emoe-replaced").mkdir()
+    assert main([verb, *flags]) == 2
+    assert "exists; choose another folder or add --overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

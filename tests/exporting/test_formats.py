@@ -303,6 +303,26 @@ def test_dense_of_a_classifier(settings, tmp_path, monkeypatch):
     assert not (tmp_path / "wrong").exists()
 
 
+def test_an_earlier_export_is_replaced_when_told(converted, tmp_path, monkeypatch, capsys):
+    """Ours alone, and only by one that is complete."""
+    flags = ["export", "--model", str(converted(**KEY)), "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*flags, "--verify-tokens", "0"]) == 0
+    assert main([*flags, "--to", "granitemoe"]) == 2
+    assert "exists; choose another folder or add --overwrite" in capsys.readouterr().err
+    with monkeypatch.context() as broken:
+        broken.setattr(stock, "RAW_SCALE", 1.0)
+        assert main([*flags, "--to", "granitemoe", "--overwrite"]) == 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    assert main([*flags, "--to", "granitemoe", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "granitemoe"
+    (tmp_path / "out" / "emoe_export.json").unlink()
+    assert main([*flags, "--overwrite"]) == 2
+    assert "is not a checkpoint of ours, --overwrite will not touch it" in capsys.readouterr().err
+    assert main([*flags, "--overwrite", "--output", flags[2]]) == 2
+    assert "overlaps the model's own folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
     source = converted(**KEY)
     card = source / "README.md"
