@@ -44,7 +44,7 @@ EXPORTED = "emoe_export.json"
 
 def is_ours(folder: Path) -> bool:
     """Whether we have written a checkpoint."""
-    if _has_report(folder) or (folder / EXPORTED).is_file():
+    if _has_report(folder):
         return True
     try:
         return has_own_config(read_json(folder / "config.json"))
@@ -53,12 +53,13 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_our_stock_model(folder: Path, flag: str) -> bool:
-    """Whether a checkpoint is a stock model that we have trained or pruned."""
-    return _has_report(folder) and not has_own_config(read_json(folder / "config.json", flag))
+    """Whether a checkpoint is a stock model that we have trained, pruned or exported."""
+    gguf = (folder / EXPORTED).is_file() and not (folder / "config.json").exists()
+    return gguf or (_has_report(folder) and not has_own_config(read_json(folder / "config.json", flag)))
 
 
 def _has_report(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (PRETRAINED, TUNED, PRUNED))
+    return any((folder / name).is_file() for name in (PRETRAINED, TUNED, PRUNED, EXPORTED))
 
 
 def has_own_config(config: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from emoe.exporting.source import Source
 from emoe.exporting.spec import NARROW_TOLERANCE, RELATIVE_TOLERANCE, Format, Progress
 from emoe.exporting.verify import Comparison, verify
 from emoe.runtime import format_bytes, require_space, settle_folder, write_text
+from emoe.surgery.history import entry, provenance_of, with_entry
 
 ADDED = (
     "experts that were added have gates of their own, which it has not; take them out (`emoe prune --remove added`), "
@@ -32,7 +33,7 @@ def run(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything behind `emoe.exporting.export`. The folder appears under its name when all of it has gone well."""
-    check_digests(source.folder)
+    digests = check_digests(source.folder)
     why_not = format.refusal(source)
     if why_not:
         raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
@@ -40,6 +41,8 @@ def run(
         raise UserError(f"--verify-tokens: 0 leaves open whether the {format.name} export is the model: {ADDED}")
     cost = format.cost(source)
     require_space(workspace.output.parent, cost.nbytes, "--output")
+    settings = {"to": format.name, "fix_k": source.fix_k if format.routes else None}
+    step = entry("export", source.folder, digests, settings=settings)
     say(f"{format.name}: {format_bytes(cost.nbytes)} of weights; {cost.exactness}")
     with workspace.open(Group()):
         try:
@@ -50,7 +53,8 @@ def run(
                 "exactness": cost.exactness,
                 "experts": source.num_experts,
                 "top_k": source.top_k if format.routes else None,
-                "fix_k": source.fix_k if format.routes else None,
+                "fix_k": settings["fix_k"],
+                "provenance": with_entry(provenance_of(source.folder), step),
                 **facts,
                 "comparisons": _compared(source, format, workspace.folder, verify_tokens, verify_text, progress),
             }
