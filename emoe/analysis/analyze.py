@@ -54,12 +54,16 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
     check_budget(folder, config.top_k)
     check_digests(folder)
     state = _State(config)
-    run = _Analysis(config, anatomy, domains, state, progress)
-    for name in domains:
-        run.domain(name)
-    report = run.report()
-    report["knock_out"] = run.knock_out(report["specialised"])
-    state.publish(report, write)
+    try:
+        run = _Analysis(config, anatomy, domains, state, progress)
+        for name in domains:
+            run.domain(name)
+        report = run.report()
+        report["knock_out"] = run.knock_out(report["specialised"])
+        state.publish(report, write)
+    except BaseException:
+        state.abandon()
+        raise
     progress("done", 1, 1)
     return report
 
@@ -123,6 +127,11 @@ class _State:
     def save(self, number: int, use: DomainUse) -> None:
         """Replace the sums of domain ``number``."""
         save_tensors(self.folder / f"{number}.safetensors", use.tensors())
+
+    def abandon(self) -> None:
+        """After a failure: keep what --resume can use, drop a folder without any sums."""
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, report: dict[str, Any], write: Write) -> None:
         """The output, complete or not at all; an earlier one goes only when this one is written."""
