@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from emoe.cli.options import Json, Quiet
+from emoe.errors import UserError
 from emoe.exporting import FORMATS, VERIFY_TOKENS
 
 FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS.items())
@@ -52,6 +53,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a converted checkpoint in another format and compare the two; 'dense' is the exact way back."""
+    if verify_text and not verify_tokens:
+        raise UserError("--verify-text: has no effect with --verify-tokens 0; leave it out")
+    if private and not push_to_hub:
+        raise UserError("--private: has no effect without --push-to-hub; leave it out")
     from emoe import exporting
     from emoe.cli.progress import progress_bar, silence_libraries
 

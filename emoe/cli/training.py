@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from emoe.cli.idle import refuse_idle
 from emoe.config import Settings, merge_settings
 
 
@@ -34,6 +35,7 @@ def perform(
         says: whether the function also takes ``say``, which prints a line.
     """
     settings = merge_settings(kind, flags, config)
+    refuse_idle(settings)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 
