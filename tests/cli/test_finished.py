@@ -54,11 +54,11 @@ def test_a_setting_that_an_older_version_did_not_have(command, tmp_path, capsys)
     assert main(command) == 0
     path = tmp_path / "out" / "emoe_tune.json"
     report = json.loads(path.read_text())
-    del report["settings"]["lora_rank"]
+    del report["settings"]["batch_sequences"]
     path.write_text(json.dumps(report))
     assert main([*command, "--resume"]) == 0
-    assert main([*command, "--lora-rank", "2", "--resume"]) == 2
-    assert "(lora_rank: 8, now 2)" in capsys.readouterr().err
+    assert main([*command, "--batch-sequences", "2", "--resume"]) == 2
+    assert "(batch_sequences: 4, now 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["recover"], indirect=True)
