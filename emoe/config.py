@@ -32,10 +32,21 @@ SEEDS = {"ge": 0, "lt": 2**32}
 """What NumPy's generators take, which `transformers.set_seed` sets, too."""
 
 
+_OF_ONE_RUN = {
+    *("output", "resume", "overwrite", "dry_run", "accept_license", "cache_limit"),
+    *("checkpoint_seconds", "checkpoint_steps", "minutes"),
+}
+"""Settings that say where and how work is done, not what comes out; of training, not when it is to stop early."""
+
+
 class Settings(BaseModel):
     """Settings of a command. A field's description is its help text in the command line and states its unit."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        return self.model_dump(exclude=_OF_ONE_RUN)
 
 
 class ConvertConfig(Settings):
@@ -128,11 +139,6 @@ class ConvertConfig(Settings):
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
     dry_run: bool = setting(False, "Check everything, say what would be done and what it costs, write nothing.")
     accept_license: bool = setting(False, "Accept the licence of a packaged model that is not free for all use.")
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The settings that the result depends on."""
-        leave = {"output", "resume", "overwrite", "dry_run", "checkpoint_seconds", "cache_limit", "accept_license"}
-        return self.model_dump(exclude=leave)
 
     def to_yaml(self) -> str:
         """As a file for ``--config``: every setting of the conversion, nothing about this one run."""
@@ -266,10 +272,6 @@ class AnalyzeConfig(Settings):
     seed: int = setting(0, "Seed of which blocks are drawn.", **SEEDS)
     resume: bool = setting(False, "Go on with an interrupted analysis of the same settings.")
     overwrite: bool = setting(False, "Replace an earlier analysis.")
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The settings that the measurements depend on."""
-        return self.model_dump(exclude={"output", "resume", "overwrite", "checkpoint_seconds"})
 
 
 class PruneConfig(Settings):

@@ -100,11 +100,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success fsync its files and rename it to ``path``.
 
-    If another process finished ``path`` in the meantime, its folder is kept and ours is dropped; with `exclusive` that
-    is a `UserError`. What killed processes left of the same ``path`` is removed.
+    If another process finished ``path`` in the meantime, its folder is kept and ours is dropped. What killed processes
+    left of the same ``path`` is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,10 +118,6 @@ def atomic_directory(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
-            if exclusive:
-                raise UserError(
-                    f"--output: another process has written {path} meanwhile; choose another name"
-                ) from None
         fsync_directory(path.parent)
     finally:
         os.close(held)

@@ -27,12 +27,12 @@ from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
-from emoe.conversion.resuming import require_same_settings, require_same_sources
-from emoe.errors import Finished, UserError
+from emoe.conversion.resuming import Work, refuse_finished, require_same_settings, require_same_sources
+from emoe.errors import UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
 from emoe.surgery.modules import Anatomy, anatomy_of
-from emoe.surgery.usage import Progress, check_finite, fit_length, is_encoder, load_model, read_blocks, set_budget
+from emoe.surgery.usage import Progress, check_budget, check_finite, fit_length, is_encoder, load_model, read_blocks
 
 Write = Callable[[dict[str, Any], Path], None]
 """(report, folder) → files for people."""
@@ -51,14 +51,19 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
     folder, domains = Path(config.model), domain_sources(config.domains)
     anatomy = anatomy_of(folder)
+    check_budget(folder, config.top_k)
     check_digests(folder)
     state = _State(config)
-    run = _Analysis(config, anatomy, domains, state, progress)
-    for name in domains:
-        run.domain(name)
-    report = run.report()
-    report["knock_out"] = run.knock_out(report["specialised"])
-    state.publish(report, write)
+    try:
+        run = _Analysis(config, anatomy, domains, state, progress)
+        for name in domains:
+            run.domain(name)
+        report = run.report()
+        report["knock_out"] = run.knock_out(report["specialised"])
+        state.publish(report, write)
+    except BaseException:
+        state.abandon()
+        raise
     progress("done", 1, 1)
     return report
 
@@ -98,7 +103,7 @@ class _State:
             if not (self.output / REPORT).is_file():
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
             if not config.overwrite and not self.folder.exists():
-                raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
+                refuse_finished(self.output, Work("analysis", config, REPORT))
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
             require_same_settings(config.fingerprint(), kept, "analysis")
@@ -122,6 +127,11 @@ class _State:
     def save(self, number: int, use: DomainUse) -> None:
         """Replace the sums of domain ``number``."""
         save_tensors(self.folder / f"{number}.safetensors", use.tensors())
+
+    def abandon(self) -> None:
+        """After a failure: keep what --resume can use, drop a folder without any sums."""
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, report: dict[str, Any], write: Write) -> None:
         """The output, complete or not at all; an earlier one goes only when this one is written."""
@@ -161,7 +171,8 @@ class _Analysis:
         facts = transformers.AutoConfig.from_pretrained(anatomy.folder, trust_remote_code=False)
         self.predicts = not is_encoder(facts)
         self.model = load_model(anatomy.folder, head=self.predicts)
-        set_budget(self.model, config.top_k)
+        if config.top_k is not None:
+            self.model.set_top_k(config.top_k)
         self.use: dict[str, DomainUse] = {}
         self.total = sum(map(len, self.blocks.values()))
 

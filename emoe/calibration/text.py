@@ -198,6 +198,7 @@ def load_blocks(
     seed: int,
     held_out: Sequence[str] = (),
     flag: str = "--calibration",
+    domain: str = IN_DOMAIN,
 ) -> TokenBlocks:
     """Token blocks mixed equally from several sources.
 
@@ -209,6 +210,7 @@ def load_blocks(
         seed: draws the calibration blocks.
         held_out: further sources to measure on, each a domain of its own with as many tokens.
         flag: what errors call the sources.
+        domain: what measurements on their end are called.
 
     Raises:
         UserError: a source is empty or too short, or one of `held_out` is among the sources.
@@ -234,7 +236,7 @@ def load_blocks(
         generator = torch.Generator().manual_seed(seed * 1000 + number)
         drawn = torch.randperm(len(pool) - tail, generator=generator)[:num_calibration].sort().values
         calibration += [pool[i] for i in drawn.tolist()]
-    domains = {IN_DOMAIN: same}
+    domains = {domain: same}
     for source in held_out if held_out_tokens else ():
         domains[_domain_name(source, domains)] = held_out_blocks(source, tokenizer, length, held_out_tokens)
     digest = hashlib.sha256(json.dumps([calibration, *domains.values()]).encode()).hexdigest()

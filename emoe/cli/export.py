@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from emoe.cli.options import Json, Quiet
+from emoe.errors import UserError
 from emoe.exporting import FORMATS, VERIFY_TOKENS
 
 FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS.items())
@@ -17,7 +18,9 @@ FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS
 
 def export(
     model: Annotated[Path, typer.Option("--model", help="Folder of a converted checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder to write; must not exist.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder to write; must not exist unless --overwrite is given.")
+    ],
     to: Annotated[str, typer.Option("--to", help=FORMAT_HELP)] = "dense",
     pad: Annotated[bool, typer.Option("--pad", help="Where layers differ in width, fill up with zeros.")] = False,
     fix_k: Annotated[
@@ -42,6 +45,9 @@ def export(
             "--verify-text", help="Text to compare on, such as corpus:essays; as for `emoe convert --calibration`."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder, once the new one is complete.")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", help="Also upload the result to this repository.", metavar="ORG/NAME")
     ] = None,
@@ -50,6 +56,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a converted checkpoint in another format and compare the two; 'dense' is the exact way back."""
+    if verify_text and not verify_tokens:
+        raise UserError("--verify-text: has no effect with --verify-tokens 0; leave it out")
+    if private and not push_to_hub:
+        raise UserError("--private: has no effect without --push-to-hub; leave it out")
     from emoe import exporting
     from emoe.cli.progress import progress_bar, silence_libraries
 
@@ -64,6 +74,7 @@ def export(
             fix_k=fix_k,
             approximate=approximate,
             dtype=dtype,
+            overwrite=overwrite,
             verify_tokens=verify_tokens,
             verify_text=verify_text,
             progress=show,

@@ -12,7 +12,7 @@ from emoe.cli.options import Json, Quiet
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that emoe wrote: converted, changed, exported.")],
     brief: Annotated[bool, typer.Option("--brief", help="What it is, without the report.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every weight file and compare its digest with what was written.")
@@ -20,7 +20,7 @@ def inspect(
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what is in a converted checkpoint: layers, experts, gate, provenance, quality."""
+    """Show what is in a checkpoint that emoe wrote: layers, experts, gate, provenance, quality, what an export is."""
     from emoe.report.inspect import describe
     from emoe.report.tables import print_inspection
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from emoe.cli.idle import refuse_idle
 from emoe.config import Settings, merge_settings
 
 
@@ -18,6 +20,8 @@ def perform(
     quiet: bool,
     run: str,
     show: str,
+    *,
+    says: bool = False,
 ) -> None:
     """Run a verb and print its report.
 
@@ -28,16 +32,19 @@ def perform(
         run: ``module:function`` that takes settings and progress and returns the report; imported late, so that
             ``--help`` and bad settings answer at once.
         show: name of the function in `emoe.report.tables` that prints the report.
+        says: whether the function also takes ``say``, which prints a line.
     """
     settings = merge_settings(kind, flags, config)
+    refuse_idle(settings)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
     module, _, function = run.partition(":")
     verb = getattr(importlib.import_module(module), function)
+    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     with progress_bar(quiet, unit="steps") as progress:
-        report = verb(settings, progress)
+        report = verb(settings, progress, **({"say": say} if says else {}))
     if json_output:
         print(json.dumps(report, indent=2))
     elif not quiet:

@@ -14,6 +14,9 @@ from emoe.conversion.layer import ORACLE
 from emoe.conversion.plan import Plan
 from emoe.runtime import atomic_write, write_text
 
+SETTINGS = "emoe_config.yaml"
+"""Every setting of the conversion, as a file for ``--config``."""
+
 
 def emoe_fields(plan: Plan, provenance: dict[str, Any]) -> dict[str, Any]:
     """What our config.json holds beyond and instead of the source's."""
@@ -78,4 +81,4 @@ def write_companions(plan: Plan, folder: Path, source_digest: str, blocks: Token
         with atomic_write(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_text(folder / "emoe_config.yaml", plan.config.to_yaml())
+    write_text(folder / SETTINGS, plan.config.to_yaml())

@@ -18,14 +18,18 @@ from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.checkpoint.writer import ShardWriter
 from emoe.config import ConvertConfig, resolve_config
-from emoe.conversion.artefact import write_companions
+from emoe.conversion.artefact import SETTINGS, write_companions
 from emoe.conversion.engine import Engine, Progress
 from emoe.conversion.plan import Plan, make_plan
 from emoe.conversion.quality import Quality
+from emoe.conversion.resuming import Work
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.runtime import require_space, write_text
+
+REPORT = "emoe_report.json"
+"""What a conversion measured, how long it took."""
 
 END_SHARD_BYTES = 512 << 20
 """Embeddings and head are split into shards of about this size: writing one takes no more memory than a layer."""
@@ -80,7 +84,8 @@ def workspace_of(plan: Plan, group: Group | None = None) -> Workspace:
     if not c.output:
         raise UserError("--output: missing; name the folder to write")
     rank = group.rank if group else 0
-    return Workspace(Path(c.output), plan.reader.folder, resume=c.resume, overwrite=c.overwrite, rank=rank)
+    work = Work("conversion", c, SETTINGS, REPORT)  # surgery hands the settings on
+    return Workspace(Path(c.output), plan.reader.folder, resume=c.resume, overwrite=c.overwrite, work=work, rank=rank)
 
 
 def run(plan: Plan, progress: Progress) -> dict:
@@ -208,7 +213,7 @@ class _Conversion:
         write_digests(folder, self.writer.digests)
         source_digest = hashlib.sha256(json.dumps(partition.digests, sort_keys=True).encode()).hexdigest()
         write_companions(self.plan, folder, source_digest, self.engine.blocks)
-        write_text(folder / "emoe_report.json", json.dumps(report, indent=2) + "\n")
+        write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
         if report["quality"]:
             plot_quality(report, folder / "emoe_report.png")
         write_card(report, self.plan, folder / "README.md")

@@ -81,6 +81,7 @@ def shape_of(model: str) -> tuple[Any, int]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from emoe.assets import ALIASES, resolve_model
+    from emoe.assets.resolve import check_name
     from emoe.checkpoint.reader import CheckpointReader
 
     if Path(model).is_dir():
@@ -89,6 +90,7 @@ def shape_of(model: str) -> tuple[Any, int]:
     alias = ALIASES.get(model.lower())
     if alias is not None:
         return CONFIG_MAPPING[alias.family].from_dict(alias.shape), 4 if alias.package else 2
+    check_name(model)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
         return _hub_config(model), 2
     reader = CheckpointReader(resolve_model(model).folder)  # a .gguf file, or a name that nobody knows

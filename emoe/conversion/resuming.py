@@ -1,4 +1,4 @@
-"""Whether unfinished work is this call's: its settings, and what stands behind the names in them.
+"""Whether work that lies there, unfinished or finished, is this call's: its settings, and what their names stand for.
 
 The path of a model or a text stays the same when somebody puts another file there: digests tell.
 """
@@ -7,11 +7,61 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-from emoe.errors import UserError, shortened
-from emoe.plainfiles import read_json
+from emoe.config import Settings
+from emoe.errors import Finished, UserError, shortened
+from emoe.plainfiles import read_json, read_yaml
 from emoe.runtime import write_text
+
+
+class Work(NamedTuple):
+    """What a call makes that can be gone on with."""
+
+    kind: str
+    """For messages: "recovery"."""
+    settings: Settings
+    """Of this call."""
+    record: str
+    """File of the finished output with the settings that it was made with: its report, or one for ``--config``."""
+    report: str = ""
+    """Its report, if that is another file."""
+
+
+def refuse_finished(output: Path, work: Work) -> NoReturn:
+    """Say of a complete output that there is nothing to go on with, or that this call would make another one.
+
+    Raises:
+        Finished: it was made with these settings.
+        UserError: it was made with others, of which the first that differs is named, or is no work of this kind.
+    """
+    again = "choose another --output, or make it anew with --overwrite"
+    for name in filter(None, (work.report, work.record)):
+        if not (output / name).is_file():
+            raise UserError(f"--resume: {output} is no finished {work.kind}, it has no {name}; {again}")
+    kept = type(work.settings)().fingerprint() | _recorded(output / work.record)  # an older version had fewer settings
+    now = work.settings.fingerprint()
+    if difference := _difference(now, {key: kept[key] for key in now}):
+        raise UserError(f"--resume: the finished {work.kind} in {output} had other settings ({difference}); {again}")
+    raise Finished(f"{output} is finished: nothing to go on with; --overwrite makes it anew")
+
+
+def _recorded(record: Path) -> dict[str, Any]:
+    """The settings in a record; a report has them under "settings", but for the model, which may stand beside them."""
+    found = read_yaml(record, "--resume") if record.suffix == ".yaml" else read_json(record, "--resume")
+    settings = found.get("settings", found) if isinstance(found, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"--resume: {record} holds no settings; --overwrite makes it anew")
+    return {"model": found.get("model"), **settings}
+
+
+def _difference(settings: dict[str, Any], before: dict[str, Any]) -> str | None:
+    """The first setting that is not what it was, with both values."""
+    now = json.loads(json.dumps(settings))
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            return f"{key}: {shortened(before.get(key))}, now {shortened(now.get(key))}"
+    return None
 
 
 def require_same_settings(settings: dict[str, Any], kept: Path, what: str) -> None:
@@ -22,14 +72,11 @@ def require_same_settings(settings: dict[str, Any], kept: Path, what: str) -> No
         kept: the JSON file with those of the unfinished work.
         what: the kind of work, for the message: "recovery".
     """
-    before = read_json(kept, "--resume")
-    now = json.loads(json.dumps(settings))
-    for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"--resume: the unfinished {what} had other settings ({key}: {shortened(before.get(key))}, now "
-                f"{shortened(now.get(key))}); use the same ones, or start again with --overwrite"
-            )
+    if difference := _difference(settings, read_json(kept, "--resume")):
+        raise UserError(
+            f"--resume: the unfinished {what} had other settings ({difference}); use the same ones, or start again "
+            "with --overwrite"
+        )
 
 
 def require_same_sources(digests: dict[str, str], kept: Path, what: str) -> None:

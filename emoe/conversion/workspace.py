@@ -1,4 +1,4 @@
-"""Where a conversion happens before it is done: two hidden folders beside the output.
+"""Where a checkpoint is made before it is done: two hidden folders beside the output.
 
 ``.{name}.emoe-partial`` fills up with shards and becomes ``{name}`` by a rename when everything in it is complete.
 ``.{name}.emoe-state`` holds the lock and what ``--resume`` starts from; it goes last. The source and an earlier output
@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 
 from emoe.checkpoint.writer import save_tensors
+from emoe.conversion.resuming import Work, refuse_finished
 from emoe.distributed import Group
-from emoe.errors import Finished, UserError
+from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
 
@@ -30,9 +31,15 @@ STATE = "state.json"
 PRETRAINED = "emoe_pretrain.json"
 """Report that lies in a model which `emoe pretrain` has made."""
 
+RECOVERED = "emoe_recover.json"
+"""Report of `emoe recover`, beside a config.json of ours."""
+
 TUNED, PRUNED = "emoe_tune.json", "emoe_prune.json"
 """Reports of verbs that may write a stock model. Its config.json stays a stock one: what would stand there of ours, the
 provenance, stands in the report."""
+
+EXPORTED = "emoe_export.json"
+"""Report of `emoe export`, which writes what is stock in all else."""
 
 
 def is_ours(folder: Path) -> bool:
@@ -46,12 +53,13 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_our_stock_model(folder: Path, flag: str) -> bool:
-    """Whether a checkpoint is a stock model that we have trained or pruned."""
-    return _has_report(folder) and not has_own_config(read_json(folder / "config.json", flag))
+    """Whether a checkpoint is a stock model that we have trained, pruned or exported."""
+    gguf = (folder / EXPORTED).is_file() and not (folder / "config.json").exists()
+    return gguf or (_has_report(folder) and not has_own_config(read_json(folder / "config.json", flag)))
 
 
 def _has_report(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (PRETRAINED, TUNED, PRUNED))
+    return any((folder / name).is_file() for name in (PRETRAINED, TUNED, PRUNED, EXPORTED))
 
 
 def has_own_config(config: dict[str, Any]) -> bool:
@@ -60,18 +68,28 @@ def has_own_config(config: dict[str, Any]) -> bool:
 
 
 class Workspace:
-    """The unfinished output of one conversion.
+    """The unfinished output of one conversion, training or operation.
 
     Args:
         output: the folder that is to be.
         source: the folder of the dense checkpoint, which the output may not overlap; None if there is none.
-        resume: an unfinished conversion may be there and is gone on with.
-        overwrite: an earlier converted checkpoint, finished or not, may be there and is replaced.
+        resume: unfinished work may be there and is gone on with.
+        overwrite: an earlier checkpoint of ours, finished or not, may be there and is replaced.
+        work: what is made, with the settings; None for what is done in one go and cannot be gone on with.
         rank: number of this process among those that work on it; 0 alone looks after the folders.
     """
 
-    def __init__(self, output: Path, source: Path | None, *, resume: bool, overwrite: bool, rank: int = 0) -> None:
-        self.rank = rank
+    def __init__(
+        self,
+        output: Path,
+        source: Path | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+        work: Work | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.rank, self.work = rank, work
         self.output, self.source = output.absolute(), source.absolute() if source else None
         self.folder, self.state_folder, self.retired = (
             self.output.with_name(f".{self.output.name}.emoe-{kind}") for kind in ("partial", "state", "replaced")
@@ -80,6 +98,7 @@ class Workspace:
 
     def check(self) -> None:
         """Raise `UserError` when something is in the way, before any work is done."""
+        self._clear_finished()
         here, there = self.output.resolve(), self.source and self.source.resolve()
         if there and (here == there or here in there.parents or there in here.parents):
             raise UserError(f"--output: {self.output} overlaps the model's own folder {self.source}; choose another")
@@ -88,8 +107,9 @@ class Workspace:
         if self.output.is_mount():
             raise UserError(f"--output: {self.output} is a mount point, which cannot be renamed; choose a folder in it")
         if self.output.exists() and any(self.output.iterdir()):
-            if self.resume and not self.overwrite and not self.folder.exists() and is_ours(self.output):
-                raise Finished(f"{self.output} is finished: nothing to go on with; --overwrite makes it anew")
+            resumed = self.work and self.resume and not self.overwrite
+            if resumed and not self.folder.exists() and is_ours(self.output):
+                refuse_finished(self.output, self.work)
             if not self.overwrite:
                 raise UserError(f"--output: {self.output} exists; choose another folder or add --overwrite")
             if not is_ours(self.output):
@@ -100,10 +120,9 @@ class Workspace:
         # What a killed process left without a state, its own or the Trainer's, serves nobody.
         begun = (self.state_folder / STATE).exists() or any(self.state_folder.glob("training/checkpoint-*"))
         if begun and not (self.resume or self.overwrite):
-            raise UserError(
-                f"--output: an unfinished conversion lies in {self.folder}; "
-                "add --resume to go on with it or --overwrite to start again"
-            )
+            what = f"an unfinished {self.work.kind}" if self.work else "unfinished work"
+            go_on = "add --resume to go on with it or" if self.work else "choose another folder, or add"
+            raise UserError(f"--output: {what} lies in {self.folder}; {go_on} --overwrite to start again")
         parent = self.output.parent
         while not parent.exists():
             parent = parent.parent
@@ -119,7 +138,6 @@ class Workspace:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         self._refuse_if_held()
-        self._clear_finished()
         self.check()
         try:
             self.state_folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +167,7 @@ class Workspace:
         return UserError(f"--output: another process is writing {self.output}; wait for it to end")
 
     def _refuse_if_held(self) -> None:
-        """Say so before anything is said of an unfinished conversion: it is being finished."""
+        """Say so before anything is said of unfinished work: it is being finished."""
         if (self.state_folder / "lock").is_file():
             with open(self.state_folder / "lock") as lock:
                 try:
@@ -174,7 +192,7 @@ class Workspace:
                 os.rename(self.retired, self.output)
 
     def held_bytes(self) -> int:
-        """Bytes that an unfinished conversion has written already."""
+        """Bytes that unfinished work has written already."""
         return sum(p.stat().st_size for p in self.folder.glob("*")) if self.resume and self.folder.exists() else 0
 
     def load_state(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:

@@ -46,6 +46,7 @@ def export(
     fix_k: int | None = None,
     approximate: bool = False,
     dtype: str | None = None,
+    overwrite: bool = False,
     verify_tokens: int = VERIFY_TOKENS,
     verify_text: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -55,12 +56,13 @@ def export(
 
     Args:
         model: folder of a converted checkpoint.
-        output: folder to write; must not exist.
+        output: folder to write; must not exist unless `overwrite` is given.
         to: a key of `FORMATS`.
         pad: add neurons of zeros where layers differ in width after pruning.
         fix_k: route every token of every layer to so many experts, where the model itself routes by need.
         approximate: write formats, too, that cannot choose as the model does, and added experts without their gates.
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own.
+        overwrite: replace an earlier export or other checkpoint of ours, once the new one is complete.
         verify_tokens: tokens of text to compare on, at least 2; 0 for no comparison.
         verify_text: where that text comes from, as for ``emoe convert --calibration``; None for the built-in.
         progress: called with stage, done, total.
@@ -70,22 +72,29 @@ def export(
         The report: format, bytes, exactness, "comparisons", and what the format itself tells ("layers", "identical").
 
     Raises:
-        UserError: unknown format, not a converted checkpoint, a model that the format cannot represent, an output that
-            exists, no room, or an export that does not compute what its source does.
+        UserError: unknown format, not a converted checkpoint, a model that the format cannot represent, an output in
+            the way, no room, or an export that does not compute what its source does.
     """
     format = get(to)
     model, output = Path(model), Path(output)
-    if output.exists():
-        raise UserError(f"--output: {output} exists; choose another folder")
     if verify_tokens < 0 or verify_tokens == 1:
         raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
+    from emoe.conversion.workspace import Workspace
     from emoe.exporting.run import run
     from emoe.exporting.source import Source, element_type
 
+    workspace = Workspace(output, model, resume=False, overwrite=overwrite)
+    workspace.check()
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
     try:
         return run(
-            source, format, output, verify_tokens, verify_text, progress or (lambda *_: None), say or (lambda _: None)
+            source,
+            format,
+            workspace,
+            verify_tokens,
+            verify_text,
+            progress or (lambda *_: None),
+            say or (lambda _: None),
         )
     except OSError as error:
         raise UserError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from emoe.conversion.workspace import EXPORTED
 from emoe.errors import UserError
-from emoe.exporting.run import REPORT
 from emoe.plainfiles import read_json
 
 HIDDEN = (".*", "**/.*", "*.tmp")
@@ -67,7 +67,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
 def _message(folder: Path) -> str:
     import emoe
 
-    report = folder / REPORT
+    report = folder / EXPORTED
     kind = read_json(report).get("format") if report.is_file() else "converted model"
     if not isinstance(kind, str):
         raise UserError(f"--model: {report} names no format; export the model again")

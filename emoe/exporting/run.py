@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from emoe.checkpoint.digests import check_digests
+from emoe.conversion.workspace import EXPORTED, Workspace
+from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.exporting.source import Source
 from emoe.exporting.spec import NARROW_TOLERANCE, RELATIVE_TOLERANCE, Format, Progress
 from emoe.exporting.verify import Comparison, verify
-from emoe.runtime import atomic_directory, format_bytes, require_space, write_text
-
-REPORT = "emoe_export.json"
+from emoe.runtime import format_bytes, require_space, settle_folder, write_text
+from emoe.surgery.history import entry, provenance_of, with_entry
 
 ADDED = (
     "experts that were added have gates of their own, which it has not; take them out (`emoe prune --remove added`), "
@@ -25,42 +26,63 @@ ADDED = (
 def run(
     source: Source,
     format: Format,
-    output: Path,
+    workspace: Workspace,
     verify_tokens: int,
     verify_text: str | None,
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything behind `emoe.exporting.export`. The folder appears under its name when all of it has gone well."""
-    from emoe.report.card import write_export_card
-
-    check_digests(source.folder)
+    digests = check_digests(source.folder)
     why_not = format.refusal(source)
     if why_not:
         raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
     if _drops_gates(source, format) and not source.approximate and not verify_tokens:
         raise UserError(f"--verify-tokens: 0 leaves open whether the {format.name} export is the model: {ADDED}")
     cost = format.cost(source)
-    require_space(output, cost.nbytes, "--output")
+    require_space(workspace.output.parent, cost.nbytes, "--output")
+    settings = {"to": format.name, "fix_k": source.fix_k if format.routes else None}
+    step = entry("export", source.folder, digests, settings=settings)
     say(f"{format.name}: {format_bytes(cost.nbytes)} of weights; {cost.exactness}")
-    with atomic_directory(output, exclusive=True) as folder:
-        facts = format.write(source, folder, progress)
-        comparisons = verify(source, format, folder, verify_tokens, verify_text, progress) if verify_tokens else []
-        if comparisons:
-            _check(comparisons, source, format)
-        report = {
-            "format": format.name,
-            "bytes": cost.nbytes,
-            "exactness": cost.exactness,
-            "experts": source.num_experts,
-            "top_k": source.top_k if format.routes else None,
-            "fix_k": source.fix_k if format.routes else None,
-            **facts,
-            "comparisons": [comparison.to_json() for comparison in comparisons],
-        }
-        write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-        write_export_card(report, source.config, source.folder, folder / "README.md")
+    with workspace.open(Group()):
+        try:
+            facts = format.write(source, workspace.folder, progress)
+            report = {
+                "format": format.name,
+                "bytes": cost.nbytes,
+                "exactness": cost.exactness,
+                "experts": source.num_experts,
+                "top_k": source.top_k if format.routes else None,
+                "fix_k": settings["fix_k"],
+                "provenance": with_entry(provenance_of(source.folder), step),
+                **facts,
+                "comparisons": _compared(source, format, workspace.folder, verify_tokens, verify_text, progress),
+            }
+            _write_files(source, report, workspace.folder)
+            workspace.publish()
+        except BaseException:
+            workspace.abandon()
+            raise
     return report
+
+
+def _compared(
+    source: Source, format: Format, folder: Path, tokens: int, text: str | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """How the export compares with its source; `UserError` where it is not what it is said to be."""
+    comparisons = verify(source, format, folder, tokens, text, progress) if tokens else []
+    if comparisons:
+        _check(comparisons, source, format)
+    return [comparison.to_json() for comparison in comparisons]
+
+
+def _write_files(source: Source, report: dict[str, Any], folder: Path) -> None:
+    """What lies beside the weights, all of it settled on the disk."""
+    from emoe.report.card import write_export_card
+
+    write_text(folder / EXPORTED, json.dumps(report, indent=2) + "\n")
+    write_export_card(report, source.config, source.folder, folder / "README.md")
+    settle_folder(folder)
 
 
 def _drops_gates(source: Source, format: Format) -> bool:

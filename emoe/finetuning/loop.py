@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
 from emoe.checkpoint.digests import check_digests
+from emoe.conversion.resuming import Work
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
@@ -33,6 +34,9 @@ SECONDS = "emoe_seconds"
 """Name among the callbacks' states that the Trainer keeps: seconds of training so far, those before a resume too."""
 
 LOG = "log.jsonl"
+
+TRAINED_ON = "training domain"
+"""What the perplexity on the end of --text, kept apart, is called."""
 
 WRITES = ("PytorchStreamWriter", "unexpected pos", "Error while serializing")
 """One of these is in what torch or safetensors raise when a file cannot be written, not in what they say in reading."""
@@ -90,13 +94,14 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, Path]]:
+def training_into(config: Any, folder: Path, what: str, record: str) -> Iterator[tuple[Path, Path]]:
     """The unfinished output and the folder for the Trainer's states; the output appears when the block ends well.
 
     Args:
         config: settings with output, resume and overwrite.
         folder: the model that is trained; its weights are checked against their digests.
         what: the kind of run, for messages: "recovery".
+        record: file of a finished output with its settings.
 
     Raises:
         UserError: several processes, an output in the way, damaged weights, the states of another run, or a disk that
@@ -109,13 +114,13 @@ def training_into(config: Any, folder: Path, what: str) -> Iterator[tuple[Path, 
             "convert, finetune and pretrain take several"
         )
     now()  # a clock that cannot be read is told before the training, not behind it
-    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite)
+    work = Work(what, fit_sequences(config, folder)[0], record)
+    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite, work=work)
     training = workspace.state_folder / "training"
     with workspace.open(Group()), no_room_told(workspace.output):
         try:
             check_digests(folder)
-            settings = config.model_dump(exclude={"resume", "overwrite", "output", "minutes", "checkpoint_steps"})
-            same_settings(settings, training, resume=config.resume, what=what)
+            same_settings(config.fingerprint(), training, resume=config.resume, what=what)
             yield workspace.folder, training
             workspace.publish()
         except UserError:

@@ -24,6 +24,7 @@ from emoe.conversion.workspace import TUNED, has_own_config
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
+    TRAINED_ON,
     Progress,
     Sequences,
     Watch,
@@ -46,15 +47,19 @@ from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.modules import Anatomy, anatomy_of, has_modules
-from emoe.surgery.training import LOSSES, Frozen, RouterLosses, train_only
-from emoe.surgery.usage import load_model, set_budget
+from emoe.surgery.training import LOSSES, Frozen, RouterLosses, check_losses, check_new_modules, train_only
+from emoe.surgery.usage import check_budget, load_model
+
+IDLE_STEPS = 5
+"""Steps without any gradient, at the beginning, after which a training is given up."""
 
 
 def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
     """Train ``config.model`` and write ``config.output``. Returns the report that also lies there.
 
     Raises:
-        UserError: no causal language model, nothing of the kind to train, too little text, an output in the way.
+        UserError: no causal language model, nothing of the kind to train, nothing that learns, too little text, an
+            output in the way.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a causal language model")
@@ -62,13 +67,24 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
-    with training_into(config, folder, "training") as (target, training):
-        return _tune(config, factors, folder, target, training, progress)
+    check_losses(factors, config.train)
+    check_budget(folder, config.top_k)
+    anatomy = _anatomy(folder, config)
+    if config.train in ("new-modules", "new-experts"):
+        check_new_modules(anatomy)
+    with training_into(config, folder, "training", TUNED) as (target, training):
+        return _tune(config, factors, anatomy, target, training, progress)
 
 
 def _tune(
-    config: TuneConfig, factors: dict[str, float], folder: Path, target: Path, training: Path, progress: Progress
+    config: TuneConfig,
+    factors: dict[str, float],
+    anatomy: Anatomy | None,
+    target: Path,
+    training: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
+    folder = Path(config.model)
     transformers.set_seed(config.seed)
     config, notes = fit_sequences(config, folder)
     blocks = load_blocks(
@@ -80,12 +96,13 @@ def _tune(
         held_out=config.held_out,
         seed=config.seed,
         flag="--text",
+        domain=TRAINED_ON,
     )
     require_same_sources({"--model": digest_of(folder), "--text": blocks.digest}, training / SOURCES, "training")
     progress("loading", 0, config.steps)
     model = load_model(folder, head=True)
-    set_budget(model, config.top_k)
-    anatomy = _anatomy(folder, config)
+    if config.top_k is not None:
+        model.set_top_k(config.top_k)
     before = perplexities(model, blocks.held_out)
     model, frozen = _prepare(model, anatomy, config)
     trained = trainable(model)
@@ -96,6 +113,7 @@ def _tune(
         train_dataset=Sequences(blocks.calibration),
         callbacks=[Watch(config, progress), _Curve(config.evaluate_steps, blocks.held_out)],
         losses=losses,
+        what=config.train,
     )
     steps = run(trainer, training)
     if losses:
@@ -143,11 +161,27 @@ def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> t
 
 
 class _Tuner(BaseTrainer):
-    """Next-token loss plus those on routers."""
+    """Next-token loss plus those on routers; stops where what trains has no part in them.
 
-    def __init__(self, *args: Any, losses: RouterLosses | None, **kwargs: Any) -> None:
+    Raises:
+        UserError: from `train`, when all gradients of the first steps are 0.
+    """
+
+    def __init__(self, *args: Any, losses: RouterLosses | None, what: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.losses = losses
+        self.losses, self.what, self.idle = losses, what, 0
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        patience = min(IDLE_STEPS, self.args.max_steps)
+        if self.idle == self.state.global_step < patience:  # all steps so far, counted from the first
+            self.idle += int(torch.as_tensor(norm) == 0)
+            if self.idle == patience:
+                raise UserError(
+                    f"--train: with {self.what} nothing learns, in the first steps no weight got a gradient: no token "
+                    "of --text uses what trains, or the loss does not depend on it; give other text or another --train"
+                )
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The model's own loss would add its balancing loss, which is not what is asked for here.

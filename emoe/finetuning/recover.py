@@ -29,10 +29,12 @@ from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import RecoverConfig
 from emoe.conversion.quality import Load
 from emoe.conversion.resuming import require_same_sources
+from emoe.conversion.workspace import RECOVERED
 from emoe.errors import UserError
 from emoe.families import family
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
+    TRAINED_ON,
     Progress,
     Sequences,
     Watch,
@@ -72,7 +74,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     if config.teacher:
         _teacher_folder(config.teacher)
-    with training_into(config, folder, "recovery") as (target, training):
+    with training_into(config, folder, "recovery", RECOVERED) as (target, training):
         return _recover(config, folder, target, training, progress)
 
 
@@ -87,7 +89,8 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
     if config.gates == "learned":
-        _learn_gates(student)
+        for ffn in student.sparse_ffns().values():
+            ffn.router.learn()
     if config.train == "ffn":
         _freeze_all_but_ffns(student)
     dense = _measure(teacher, [None], blocks, progress)[None]
@@ -140,6 +143,8 @@ def _checked_model(config: RecoverConfig) -> Path:
     provenance = facts["emoe_provenance"]
     if not config.teacher and (provenance.get("outputs", SOURCE_S) != SOURCE_S or provenance.get("history")):
         raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
+    if config.gates == "learned" and facts["emoe_gate"] not in ("discriminant", "representative"):
+        raise UserError(f"--gates: the {facts['emoe_gate']} gate of this model has no table to learn; use fixed")
     for budget in config.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
@@ -156,6 +161,7 @@ def _read_text(config: RecoverConfig, tokenizer: Any) -> TokenBlocks:
         held_out=config.held_out,
         seed=config.seed,
         flag="--text",
+        domain=TRAINED_ON,
     )
 
 
@@ -203,14 +209,6 @@ def _of_the_teacher() -> Iterator[None]:
 def _top_ks(config: RecoverConfig, model_config: Any) -> list[int]:
     experts = model_config.num_experts
     return [max(1, round(b * experts)) for b in config.budgets] or [model_config.num_experts_per_tok]
-
-
-def _learn_gates(student: EMoEModelMixin) -> None:
-    try:
-        for ffn in student.sparse_ffns().values():
-            ffn.router.learn()
-    except ValueError as error:
-        raise UserError(f"--gates: {error}; use --gates fixed") from None
 
 
 def _freeze_all_but_ffns(student: EMoEModelMixin) -> None:
@@ -289,7 +287,7 @@ def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str
     save_as_stored(student, folder, target, {"emoe_provenance": with_entry(provenance_of(folder), step)})
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
-    write_text(target / "emoe_recover.json", json.dumps(report, indent=2) + "\n")
+    write_text(target / RECOVERED, json.dumps(report, indent=2) + "\n")
     write_history_card(target, folder, report)
     write_digests(target)
     settle_folder(target)

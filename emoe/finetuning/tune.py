@@ -22,6 +22,7 @@ import transformers
 
 import emoe
 from emoe import tasks
+from emoe.assets.resolve import check_name
 from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
@@ -71,6 +72,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     group.first_then_all(lambda: _check_output(config, seeds))
     group.first_then_all(lambda: _clear_finished(config, seeds))
     if todo := _left(config, seeds):
+        if config.model:
+            check_name(config.model)
         where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:

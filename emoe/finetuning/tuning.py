@@ -21,6 +21,7 @@ from emoe.tasks.spec import Task
 
 def check_tuning(config: FinetuneConfig, arm: Arm, task: Task) -> None:
     """Raise `UserError` for a combination that trains nothing sensible or needs a library that is not there."""
+    losses = config.losses()
     if arm.copied and config.tuning != "full":
         raise UserError("--method gmoe: its copies of the FFN must be trained; use --tuning full")
     if config.tuning == "head" and task.kind == "instructions":
@@ -32,8 +33,10 @@ def check_tuning(config: FinetuneConfig, arm: Arm, task: Task) -> None:
             raise UserError(f"--train {config.train}: needs --tuning full and a method with experts, such as emoe")
         if config.weight_decay:
             raise UserError(f"--weight-decay: --train {config.train} must leave the rest as it is; use 0")
-    elif config.losses() and not arm.learns_gate:
-        flag = _flag(config, next(iter(config.losses())))
+        if config.train == "new-experts" and losses:
+            raise UserError(f"{_flag(config, next(iter(losses)))}: no gate trains with --train new-experts; drop one")
+    elif losses and not arm.learns_gate:
+        flag = _flag(config, next(iter(losses)))
         raise UserError(
             f"{flag}: method '{arm.name}' has no trained gate for this loss to act on; use emoe-learn or gmoe"
         )

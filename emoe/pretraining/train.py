@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 import emoe
 from emoe.checkpoint.digests import write_digests
 from emoe.config import PretrainConfig
-from emoe.conversion.resuming import require_same_sources
+from emoe.conversion.resuming import Work, require_same_sources
 from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
@@ -59,13 +59,15 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
             f"--tokens-per-step: {config.tokens_per_step} is less than a sequence of {config.sequence_length} tokens "
             f"for each of {group.size} processes; raise it or lower --sequence-length"
         )
-    workspace = Workspace(Path(config.output), None, resume=config.resume, overwrite=config.overwrite, rank=group.rank)
+    work = Work("training", config, PRETRAINED)
+    workspace = Workspace(
+        Path(config.output), None, resume=config.resume, overwrite=config.overwrite, work=work, rank=group.rank
+    )
     training = workspace.state_folder / "training"
     with workspace.open(group), no_room_told(workspace.output):
         try:
-            exclude = {"resume", "overwrite", "output", "minutes", "checkpoint_steps"}
-            settings = config.model_dump(exclude=exclude)
-            group.first_then_all(lambda: same_settings(settings, training, resume=config.resume, what="training"))
+            settings = config.fingerprint()
+            group.first_then_all(lambda: same_settings(settings, training, resume=config.resume, what=work.kind))
             report = _pretrain(config, domains, workspace.folder, training, group, progress)
             group.first_then_all(workspace.publish)
             return report

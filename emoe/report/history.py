@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-TOLD = ("task", "method", "tuning", "text", "keep", "threshold", "remove", "normalise", "scope", "train", "loss")
+TOLD = (
+    *("task", "method", "tuning", "text", "keep", "threshold", "remove", "normalise", "scope", "train", "loss"),
+    *("to", "fix_k"),
+)
 """Settings that a line names, in this order."""
 
 

@@ -1,4 +1,4 @@
-"""What a converted checkpoint says of itself, from its small files alone: no weight is read."""
+"""What a checkpoint that we have written says of itself, from its small files alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import shard_map
-from emoe.conversion.workspace import PRETRAINED, is_our_stock_model
+from emoe.conversion.workspace import EXPORTED, PRETRAINED, is_our_stock_model
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
-from emoe.report.records import Conversion, Pretraining, checked
+from emoe.report.records import Conversion, Export, Pretraining, checked
 from emoe.surgery.history import provenance_of
 
 
@@ -54,15 +54,23 @@ def _describe_moduleformer(folder: Path, verify: bool) -> dict[str, Any]:
 
 
 def _describe_stock(folder: Path) -> dict[str, Any]:
-    """The facts of a dense model that a training or pruning of ours has written."""
+    """The facts of a stock model that a training, pruning or export of ours has written."""
+    gguf = not (folder / "config.json").exists()
+    weights = folder.glob("*.gguf") if gguf else set(shard_map(folder).values())
     return {
         "folder": str(folder),
-        "model_type": str(read_json(folder / "config.json", "inspect").get("model_type")),
+        "model_type": "gguf" if gguf else str(read_json(folder / "config.json", "inspect").get("model_type")),
         "stock": True,
-        "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
+        "bytes": sum(path.stat().st_size for path in weights),
         "provenance": provenance_of(folder, "inspect"),
         "pretraining": _pretraining(folder / PRETRAINED),
+        "export": _export(folder / EXPORTED),
     }
+
+
+def _export(path: Path) -> dict[str, Any] | None:
+    """What `emoe export` wrote beside its model, as far as it is shown; None if there is nothing."""
+    return checked(Export, read_json(path, "inspect"), path).model_dump() if path.is_file() else None
 
 
 def _pretraining(path: Path) -> dict[str, Any] | None:

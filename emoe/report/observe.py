@@ -132,7 +132,7 @@ def unwatchable(folder: Path) -> str | None:
     if read_json(folder / "config.json", "report").get("model_type") == "moduleformer":
         return "a ModuleFormer"
     if is_our_stock_model(folder, "report"):
-        return "a dense model"
+        return "a stock model"
     config = read_converted(folder, "report")
     changed = config.get("emoe_groups") or config.get("emoe_copies")
     return "a model with experts taken, added or copied" if changed else None

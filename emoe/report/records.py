@@ -104,6 +104,24 @@ class Conversion(Record):
         return self
 
 
+class Compared(Record):
+    """How an export compares with one reference."""
+
+    reference: str
+    tokens: int
+    kl: float | None = None
+
+
+class Export(Record):
+    """``emoe_export.json``, as far as it is shown."""
+
+    format: str
+    exactness: str
+    experts: int | None = None
+    top_k: int | None = None
+    comparisons: list[Compared] = []
+
+
 class CellDomain(Record):
     """One domain of a cell."""
 

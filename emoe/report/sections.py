@@ -13,20 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from emoe.conversion.workspace import RECOVERED
 from emoe.plainfiles import read_json
 from emoe.report.history import history_line
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
 from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, Recovery, checked
 from emoe.report.svg import Line, chart
-from emoe.report.tables import groups_line, short_facts
+from emoe.report.tables import groups_line, short_facts, stock_kind
 
 
 def conversion(folder: Path) -> dict[str, Any]:
     """What was converted, how well, in what time, and what was done since."""
     found = describe(folder)
     report = Conversion.model_validate(found["report"]) if found.get("report") else None
-    kind = "a ModuleFormer" if "modules" in found else "a dense model" if found.get("stock") else None
+    kind = "a ModuleFormer" if "modules" in found else stock_kind(found) if found.get("stock") else None
     facts = short_facts(found) if kind else _converted(found)
     steps = found["provenance"].get("history", [])
     facts |= {f"history {number}": history_line(step) for number, step in enumerate(steps, 1)}
@@ -221,7 +222,7 @@ def _specialists(seen: Observation, count: int = 8) -> list[dict[str, Any]]:
 
 def recovery(folder: Path) -> dict[str, Any] | None:
     """What `emoe recover` gained, if the checkpoint went through it."""
-    path = folder / "emoe_recover.json"
+    path = folder / RECOVERED
     if not path.is_file():
         return None
     found = checked(Recovery, read_json(path, "report"), path)

@@ -102,7 +102,7 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
 
 
 def _short_table(found: dict[str, Any]) -> Table:
-    """Facts and history of a ModuleFormer or of a dense model."""
+    """Facts and history of a ModuleFormer or of a stock model."""
     facts = Table(title=found["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -124,12 +124,13 @@ def _verified(found: dict[str, Any]) -> dict[str, str]:
 
 
 def short_facts(found: dict[str, Any]) -> dict[str, str]:
-    """What there is to say of a ModuleFormer or of a dense model, by name."""
+    """What there is to say of a ModuleFormer or of a stock model, by name."""
     if found.get("stock"):
         source = found["provenance"].get("source")
         return {
-            "model type": f"{found['model_type']}, a dense model",
+            "model type": f"{found['model_type']}, {stock_kind(found)}",
             **({"source": str(source)} if source else {}),
+            **_export_facts(found.get("export")),
             "weights": format_bytes(found["bytes"]),
             **_pretraining_facts(found.get("pretraining")),
         }
@@ -143,6 +144,22 @@ def short_facts(found: dict[str, Any]) -> dict[str, str]:
         "weights": format_bytes(found["bytes"]),
         **_pretraining_facts(found.get("pretraining")),
     }
+
+
+def stock_kind(found: dict[str, Any]) -> str:
+    """What a stock model of ours is: an export may choose among experts."""
+    export = found.get("export")
+    experts = f", {export['top_k']} of {export['experts']} experts a token" if export and export["top_k"] else ""
+    return f"exported as {export['format']}{experts}" if export else "a dense model"
+
+
+def _export_facts(report: dict[str, Any] | None) -> dict[str, str]:
+    if report is None:
+        return {}
+    distances = ("" if row["kl"] is None else f", KL {row['kl']:.2g} nats" for row in report["comparisons"])
+    rows = zip(report["comparisons"], distances, strict=True)
+    compared = [f"{row['tokens']:,} tokens with {row['reference']}{distance}" for row, distance in rows]
+    return {"exactness": report["exactness"], "verified": "; ".join(compared) or "no"}
 
 
 def _pretraining_facts(report: dict[str, Any] | None) -> dict[str, str]:

@@ -97,16 +97,8 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str]
 
     Source: the norm of weights times activations as in Wanda (Sun et al. 2023, arXiv 2306.11695), summed over a neuron.
     """
-    if not isinstance(anatomy, Converted):
-        raise UserError("--method: magnitude works on converted models only")
+    number = check_neurons(anatomy, config.keep)
     reader, raw = anatomy.reader, source_config(anatomy.config)
-    if len(anatomy.config["emoe_layers"]) != reader.num_layers:
-        raise UserError("--method: magnitude needs a model with all layers converted: a dense one has a single width")
-    if config.threshold is not None:
-        raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
-    if config.top_k is not None:
-        raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
-    number = _width([found.count * found.size for found in anatomy.sets()], config.keep)
     score = _magnitudes(anatomy, config, progress)
     kept = {
         layer: (normalised(score_F, "max") / TIE).round().argsort(descending=True, stable=True)[:number].sort().values
@@ -143,12 +135,17 @@ def prune_neurons(anatomy: Anatomy, config: PruneConfig, digests: dict[str, str]
     )
 
 
-def _width(widths: list[int], keep: float) -> int:
+def check_neurons(anatomy: Anatomy, keep: float) -> int:
     """Neurons that each layer of the dense model has: a fraction of the layers' mean width.
 
     Raises:
-        UserError: a layer has fewer.
+        UserError: not a converted model, or not all of it; a layer that has fewer.
     """
+    if not isinstance(anatomy, Converted):
+        raise UserError("--method: magnitude works on converted models only")
+    if len(anatomy.config["emoe_layers"]) != anatomy.reader.num_layers:
+        raise UserError("--method: magnitude needs a model with all layers converted: a dense one has a single width")
+    widths = [found.count * found.size for found in anatomy.sets()]
     number, least = max(1, round(keep * sum(widths) / len(widths))), min(widths)
     if number > least:
         raise UserError(

@@ -200,14 +200,18 @@ class Converted:
         """See `Anatomy.gate_parameters`; none with an average-key gate."""
         return [parameter for ffn in model.sparse_ffns().values() for parameter in ffn.router.parameters()]
 
-    @contextlib.contextmanager
-    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-        """See `Anatomy.watch_gate_inputs`: for a discriminant the layer's input and a 1, which its bias goes with."""
+    def check_gate_rows(self) -> None:
+        """See `Anatomy.check_gate_rows`."""
         gate = self.config["emoe_gate"]
         if gate not in ("discriminant", "cosine"):
             raise UserError(
                 f"--text: the {gate} gate of this model follows its neurons, nothing is to be fitted; leave it out"
             )
+
+    @contextlib.contextmanager
+    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+        """See `Anatomy.watch_gate_inputs`: for a discriminant the layer's input and a 1, which its bias goes with."""
+        gate = self.config["emoe_gate"]
 
         def tell(name: str, seen: Seen) -> None:
             x_ND = seen.x_ND.float()

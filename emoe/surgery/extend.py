@@ -20,25 +20,33 @@ from emoe.errors import UserError, shortened
 from emoe.surgery.gates import fit_gates
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
-from emoe.surgery.rewrite import Progress, rewrite, workspace_of
+from emoe.surgery.rewrite import Progress, Say, require_room, rewrite, workspace_of
 from emoe.surgery.usage import fit_length
 
 FITTING = {"text", "old_text", "old_share", "tokens", "sequence_length"}
 """Settings that fitted gates come from."""
 
 
-def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
+def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: None) -> dict[str, Any]:
     """Write ``config.output`` with more modules than ``config.model``. Returns the report that also lies there.
+
+    Args:
+        config: settings.
+        progress: called with (stage, done, total).
+        say: called with what will be written, a line, before anything is.
 
     Raises:
         UserError: nothing to add, a kind of module that the model does not have, one text without the other, too little
-            of it, a gate that cannot be fitted, damaged weights, an output in the way.
+            of it, a gate that cannot be fitted, damaged weights, an output in the way, no room for it.
     """
     if not config.model:
         raise UserError("--model: missing; give the folder of a checkpoint with experts")
     wanted = {"ffn": config.experts, "attention": config.attention}
     if not any(wanted.values()):
         raise UserError("--experts: nothing to add; give --experts or --attention, at least 1")
+    if bool(config.text) != bool(config.old_text):
+        missing = "--old-text" if config.text else "--text"
+        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
     for flag, number in (("--experts", config.experts), ("--attention", config.attention)):
         if number > LARGEST["num_experts"]:
             raise UserError(f"{flag}: {shortened(number)} is more than any model has; at most {LARGEST['num_experts']}")
@@ -47,10 +55,11 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
     sets = anatomy.sets()
     if config.attention and not any(found.kind == "attention" for found in sets):
         raise UserError("--attention: this model has no attention experts; give --experts")
-    if bool(config.text) != bool(config.old_text):
-        missing = "--old-text" if config.text else "--text"
-        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
+    if config.text:
+        anatomy.check_gate_rows()
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: fitting takes its time
+    scale = {slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots}
+    require_room(folder, config.output, scale, say)
     digests = check_digests(folder)
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     if fitted and sum(new for _, new, _ in fitted.values()) <= sum(old for _, _, old in fitted.values()):
@@ -75,7 +84,7 @@ def extend(config: ExtendConfig, progress: Progress) -> dict[str, Any]:
             + (fit_length(folder, config.sequence_length)[1] if fitted else []),
             "gates": {name: {"new": new, "old": old} for name, (_, new, old) in fitted.items()},
         },
-        scale={slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots},
+        scale=scale,
         overwrite=config.overwrite,
         progress=progress,
     )

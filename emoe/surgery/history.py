@@ -11,7 +11,7 @@ from typing import Any
 import emoe
 from emoe.checkpoint.converted import Changed, checked
 from emoe.checkpoint.reader import shard_map
-from emoe.conversion.workspace import PRUNED, TUNED
+from emoe.conversion.workspace import EXPORTED, PRUNED, TUNED
 from emoe.errors import UserError, shortened
 from emoe.plainfiles import read_json
 from emoe.runtime import sha256_file
@@ -38,8 +38,9 @@ def provenance_of(folder: Path, flag: str = "--model") -> dict[str, Any]:
         UserError: a damaged one.
     """
     path = folder / "config.json"
-    found = read_json(path, flag).get("emoe_provenance")
-    for name in (TUNED, PRUNED):
+    gguf = (folder / EXPORTED).is_file() and not path.exists()
+    found = None if gguf else read_json(path, flag).get("emoe_provenance")
+    for name in (TUNED, PRUNED, EXPORTED):
         if not found and (folder / name).is_file():
             path = folder / name
             found = read_json(path, flag).get("provenance")

@@ -143,6 +143,9 @@ class ModuleFormer:
         """See `Anatomy.gate_parameters`."""
         return [parameter for pool in self._pools(model).values() for parameter in pool.gate.parameters()]
 
+    def check_gate_rows(self) -> None:
+        """Nothing to say: every gate has rows."""
+
     @contextlib.contextmanager
     def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
         """See `Anatomy.watch_gate_inputs`."""

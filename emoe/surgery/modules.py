@@ -139,12 +139,11 @@ class Anatomy(Protocol):
     def gate_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """What trains when only gates do, after `learn`."""
 
-    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> AbstractContextManager:
-        """Call ``see(name of the set, c (N, C))`` at each forward: what the rows of its gate are multiplied with.
+    def check_gate_rows(self) -> None:
+        """Raise `UserError` for a gate that has no rows of its own, so that none can be fitted."""
 
-        Raises:
-            UserError: a gate that has no rows of its own.
-        """
+    def watch_gate_inputs(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> AbstractContextManager:
+        """Call ``see(name of the set, c (N, C))`` at each forward: what the rows of its gate are multiplied with."""
 
     def gate_row(self, found: ModuleSet, row_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensor of the checkpoint → what one module's row of it is, for a gate row in the terms of

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emoe import tasks
 from emoe.checkpoint.digests import check_digests
 from emoe.config import PruneConfig
 from emoe.errors import UserError
@@ -33,6 +34,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     anatomy = anatomy_of(folder)
     now()  # a clock that cannot be read is told before counting
     workspace_of(folder, config.output, overwrite=config.overwrite).check()  # now: counting takes its time
+    _check_against(config, anatomy)
     digests = check_digests(folder)
     if config.method.startswith("layers"):
         return baselines.drop_layers(anatomy, config, digests, progress)
@@ -90,6 +92,27 @@ def _check(config: PruneConfig) -> None:
         raise UserError("--text: missing; name the text (or --task) on which use is counted")
     if not counts and config.threshold is not None:
         raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
+    if config.method == "magnitude" and config.threshold is not None:
+        raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
+    if config.method == "magnitude" and config.top_k is not None:
+        raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
+    if config.task:
+        tasks.get(config.task)
+
+
+def _check_against(config: PruneConfig, anatomy: Anatomy) -> None:
+    """Raise `UserError` for what this model has not, before its weights are read."""
+    raw, sets = anatomy.config, anatomy.sets()
+    if config.remove and all(len(found.groups) == 1 for found in sets):
+        raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
+    if config.method == "magnitude":
+        baselines.check_neurons(anatomy, config.keep)
+    if not _counts(config):
+        return
+    if config.count == "energy" and any(found.kind == "attention" for found in sets):
+        raise UserError("--count: attention experts have no energy of their own; give --count probability or hard")
+    if config.count == "hard" and raw.get("num_experts_per_tok") == raw.get("num_experts", -1):
+        raise UserError("--count: every token uses every expert of this model; give --count probability or energy")
 
 
 def _counts(config: PruneConfig) -> bool:
@@ -128,11 +151,6 @@ def _selected(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> tupl
 
 
 def _counted(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[str, torch.Tensor]:
-    raw = anatomy.config
-    if config.count == "energy" and any(found.kind == "attention" for found in anatomy.sets()):
-        raise UserError("--count: attention experts have no energy of their own; give --count probability or hard")
-    if config.count == "hard" and raw.get("num_experts_per_tok") == raw.get("num_experts", -1):
-        raise UserError("--count: every token uses every expert of this model; give --count probability or energy")
     settings = {"length": config.sequence_length, "tokens": config.tokens, "seed": config.seed}
     with text_of(config) as sources:
         blocks_BT = read_blocks(anatomy.folder, sources, **settings, flag="--task" if config.task else "--text")
@@ -142,8 +160,6 @@ def _counted(anatomy: Anatomy, config: PruneConfig, progress: Progress) -> dict[
 
 def _taken_back(sets: list[ModuleSet], which: str) -> dict[str, list[int]]:
     """All but the modules that extensions added."""
-    if all(len(found.groups) == 1 for found in sets):
-        raise UserError("--remove: nothing was ever added to this model; use --keep or --threshold")
     first = {found.name: sum(found.groups[: 1 if which == "added" else -1]) for found in sets}
     return {name: list(range(number)) for name, number in first.items()}
 

@@ -20,9 +20,11 @@ from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.modeling.auto import emoe_config_class, stock_config_class
 from emoe.modeling.configuration_moduleformer import ModuleFormerConfig
-from emoe.runtime import require_space, write_text
+from emoe.runtime import format_bytes, require_space, write_text
 
 Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+"""Called with a line before something slow or large."""
 Edit = Callable[[str, torch.Tensor], "tuple[str, torch.Tensor] | None"]
 """(name, tensor) → its new name and content, or None to leave it out."""
 
@@ -57,6 +59,17 @@ def bytes_after(source: Path, scale: dict[str, float]) -> int:
         with safe_open(path, framework="pt") as file:
             total += sum((scale[n] - 1) * stored_bytes(file.get_slice(n), n) for n in file.keys() if n in scale)  # noqa: SIM118
     return round(total)
+
+
+def require_room(source: Path, output: str, scale: dict[str, float], say: Say) -> None:
+    """Say what a copy of ``source`` will weigh, its tensors scaled as for `bytes_after`.
+
+    Raises:
+        UserError: the disk of ``output`` has less.
+    """
+    needed, place = bytes_after(source, scale), Path(output).absolute().parent
+    say(f"disk: {format_bytes(needed)} needed in {place}")
+    require_space(place, needed, "--output")
 
 
 def workspace_of(source: Path, output: str, *, overwrite: bool) -> Workspace:

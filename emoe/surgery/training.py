@@ -85,6 +85,20 @@ def check_choice(model: nn.Module, flag: str) -> None:
         raise UserError(f"{flag}: every token uses every expert of this model, its gates choose nothing; give --top-k")
 
 
+def check_new_modules(anatomy: Anatomy) -> None:
+    """Raise `UserError` for a model to which nothing was added."""
+    if not any(newest(found) for found in anatomy.sets()):
+        raise UserError("--train: this model has no new modules; add some with `emoe extend` first")
+
+
+def check_losses(factors: dict[str, float], what: Train | Literal["lora"]) -> None:
+    """Raise `UserError` for a loss on routers that has nothing to act on with this ``--train``."""
+    if what in ("new-experts", "lora") and "router" in factors:
+        raise UserError(
+            f"--loss: router acts on the gates' own rows, which get no gradient with --train {what}; drop one"
+        )
+
+
 def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterable[nn.Parameter] = ()) -> Frozen:
     """Set what trains: everything, the gates, or the modules that the last extension added, with their gate rows
     ("new-modules") or without ("new-experts": gates that were fitted stay where they are).
@@ -107,11 +121,10 @@ def train_only(model: nn.Module, anatomy: Anatomy, what: Train, *, also: Iterabl
     sets, trained = anatomy.sets(), []
     model.requires_grad_(False)
     if what in ("new-modules", "new-experts"):
+        check_new_modules(anatomy)
         gates = set(anatomy.gate_parameters(model)) if what == "new-experts" else set()
         trained = [part for found in sets for part in parts_of(model, found, newest(found)) if newest(found)]
         trained = [part for part in trained if part.parameter not in gates]
-        if not trained:
-            raise UserError("--train: this model has no new modules; add some with `emoe extend` first")
     elif not anatomy.gate_parameters(model):
         raise UserError("--train: the gate of this model follows the weights and cannot be trained by itself")
     else:
@@ -156,7 +169,7 @@ class RouterLosses:
             rows.
 
     Raises:
-        UserError: every token uses every expert, or the penalty has no rows to act on.
+        UserError: every token uses every expert, or the gates have no rows for the penalty to act on.
     """
 
     def __init__(
@@ -168,10 +181,6 @@ class RouterLosses:
         self._terms: list[torch.Tensor] = []
         self.mask_N: torch.Tensor | None = None
         """1 for tokens that count; None for all."""
-        if what in ("new-experts", "lora") and "router" in factors:
-            raise UserError(
-                f"--loss: router acts on the gates' own rows, which get no gradient with --train {what}; drop one"
-            )
         self._penalty = self._router_penalty(model, anatomy, what) if "router" in factors else None
         self._remove = anatomy.watch_logits(model, self._see) if set(factors) - {"router"} else lambda: None
 

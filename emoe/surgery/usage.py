@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from emoe.calibration.text import load_blocks, read_tokenizer
+from emoe.checkpoint.converted import read_converted
 from emoe.config import PruneConfig
 from emoe.errors import UserError
 from emoe.families import most_positions, spec_of
+from emoe.plainfiles import read_json
 from emoe.surgery.modules import Anatomy, Seen
 
 Progress = Callable[[str, int, int], None]
@@ -103,15 +105,16 @@ def text_of(config: PruneConfig) -> Iterator[list[str]]:
         yield [str(path)]
 
 
-def set_budget(model: nn.Module, top_k: int | None, flag: str = "--top-k") -> None:
-    """Make the model use so many modules a token; None leaves it."""
-    if top_k is not None and not hasattr(model, "set_top_k"):
-        raise UserError(f"{flag}: only converted models have a budget that can be set; leave it out")
-    if top_k is not None:
-        try:
-            model.set_top_k(top_k)
-        except ValueError as error:
-            raise UserError(f"{flag}: {error}") from None
+def check_budget(folder: Path, top_k: int | None) -> None:
+    """Raise `UserError` unless a model can be made to use so many modules a token; None asks for nothing."""
+    if top_k is None:
+        return
+    config = read_json(folder / "config.json")
+    if not str(config.get("model_type")).startswith("emoe_"):
+        raise UserError("--top-k: only converted models have a budget that can be set; leave it out")
+    experts = read_converted(folder)["num_experts"]
+    if top_k > experts:
+        raise UserError(f"--top-k: {top_k} must lie between 1 and the model's {experts} experts")
 
 
 def check_finite(what: str, *found: torch.Tensor | None) -> None:

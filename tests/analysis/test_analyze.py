@@ -207,7 +207,7 @@ def test_an_encoder_has_no_losses(flags, settings, tmp_path):
         (["--output", __file__], f"--output: {__file__} is a file; choose another name"),
         (["--domains", "words"], "'words' is not NAME=TEXT"),
         (["--domains", "letters=builtin"], "the name 'letters' is given twice"),
-        (["--top-k", "9"], "--top-k: top_k=9 must lie between 1 and num_experts=8"),
+        (["--top-k", "9"], "--top-k: 9 must lie between 1 and the model's 8 experts"),
     ],
 )
 def test_bad_input(change, complaint, flags, capsys):
@@ -219,3 +219,16 @@ def test_too_little_text(flags, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("a few words")
     assert main([*flags, "--domains", f"short={tmp_path / 'short.txt'}"]) == 2
     assert "short.txt is empty or shorter than one block" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_sums_outlive_a_failure(flags, tmp_path, monkeypatch):
+    """Of the first domain, when there is trouble in the second."""
+    from emoe.analysis import analyze
+
+    domain = analyze._Analysis.domain
+    broken = lambda self, name: domain(self, name) if name == "words" else 1 / 0  # noqa: E731
+    monkeypatch.setattr(analyze._Analysis, "domain", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(flags)
+    assert (tmp_path / ".report.emoe-analysis" / "0.safetensors").is_file()

@@ -141,6 +141,60 @@ def test_unknown_family_and_alias(refused, broken, text_file, tmp_path):
     assert "--model: missing" in refused("convert", *base)
 
 
+@pytest.mark.parametrize("name", ["./such", "~/such", "../such", "no/such/folder", "no/such.gguf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["convert"], ["frontier", "--experts", "8"], ["estimate"], ["finetune", "--task", "spam"]),
+        *(["tune"], ["recover"], ["analyze", "a=builtin"], ["prune", "--keep", "1"], ["extend", "--experts", "1"]),
+    ],
+)
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(command, name, refused, tmp_path, monkeypatch):
+    """Nor are a task's texts fetched before."""
+    for asked in ("huggingface_hub.snapshot_download", "emoe.finetuning.tune.read_data"):
+        monkeypatch.setattr(asked, None)
+    for auto in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{auto}.from_pretrained", None)
+    output = [] if command[0] == "estimate" else ["--output", tmp_path / "out"]
+    text = ["--text", "builtin"] if command[0] == "prune" else []
+    line = refused(*command, "--model", name, *output, *text)
+    assert line.startswith("emoe: --model: ")
+    assert Path(name).name in line
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["extend", "--experts", "1", "--old-share", "0.1"], "--old-share: has no effect without --text and"),
+        (["tune", "--lora-rank", "8"], "--lora-rank: has no effect with --train all"),
+        (
+            ["prune", "--keep", "0.5", "--normalise", "sum", "--scope", "layer"],
+            "--normalise: has no effect",
+        ),
+        (["prune", "--threshold", "0.5", "--scope", "layer"], "--scope: has no effect with --threshold"),
+        (
+            ["prune", "--keep", "1", "--count", "hard", "--method", "random"],
+            "--count: has no effect with --method",
+        ),
+        (["prune", "--keep", "1", "--floor", "2", "--method", "layers-top"], "--floor: has no effect with --method"),
+        (["prune", "--remove", "last", "--floor", "2"], "--floor: has no effect with --remove last"),
+        (
+            ["export", "--verify-tokens", "0", "--verify-text", "builtin"],
+            "--verify-text: has no effect",
+        ),
+        (["export", "--private"], "--private: has no effect without --push-to-hub"),
+    ],
+)
+def test_settings_without_effect(command, complaint, refused, tmp_path):
+    """Given, be it the value that they have by themselves."""
+    assert complaint in refused(*command, "--model", tmp_path, "--output", tmp_path / "out")
+
+
+def test_a_setting_without_effect_in_a_file(refused, tmp_path):
+    (tmp_path / "settings.yaml").write_text("lora_rank: 4\n")
+    assert "--lora-rank: has no effect" in refused("tune", "--config", tmp_path / "settings.yaml")
+
+
 def test_an_output_is_needed(refused, tiny_llama):
     assert "--output: missing" in refused("convert", "--model", tiny_llama, "--experts", 8)
 
@@ -236,6 +290,7 @@ def test_export_and_inspect(refused, tiny_llama, converted_llama, tmp_path):
     assert "unknown format 'dens' (did you mean 'dense'?)" in refused(
         "export", "--model", converted_llama, "--output", tmp_path / "x", "--to", "dens"
     )
+    (tmp_path / "mine").write_text("")
     assert "exists" in refused("export", "--model", converted_llama, "--output", tmp_path)
     assert "not a converted checkpoint" in refused("inspect", tiny_llama)
     damaged = Path(shutil.copytree(converted_llama, tmp_path / "damaged"))

@@ -303,6 +303,55 @@ def test_dense_of_a_classifier(settings, tmp_path, monkeypatch):
     assert not (tmp_path / "wrong").exists()
 
 
+def test_an_earlier_export_is_replaced_when_told(converted, tmp_path, monkeypatch, capsys):
+    """Ours alone, and only by one that is complete."""
+    flags = ["export", "--model", str(converted(**KEY)), "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*flags, "--verify-tokens", "0"]) == 0
+    assert main([*flags, "--to", "granitemoe"]) == 2
+    assert "exists; choose another folder or add --overwrite" in capsys.readouterr().err
+    with monkeypatch.context() as broken:
+        broken.setattr(stock, "RAW_SCALE", 1.0)
+        assert main([*flags, "--to", "granitemoe", "--overwrite"]) == 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    assert main([*flags, "--to", "granitemoe", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "granitemoe"
+    (tmp_path / "out" / "emoe_export.json").unlink()
+    assert main([*flags, "--overwrite"]) == 2
+    assert "is not a checkpoint of ours, --overwrite will not touch it" in capsys.readouterr().err
+    assert main([*flags, "--overwrite", "--output", flags[2]]) == 2
+    assert "overlaps the model's own folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("to", ["dense", "granitemoe"])
+def test_inspect_tells_what_an_export_is(to, converted, tmp_path, monkeypatch, capsys):
+    """From what and when, also in the page of `report`."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    source = converted(**KEY)
+    emoe.export(source, tmp_path / "out", to, verify_tokens=256)
+    assert main(["inspect", str(tmp_path / "out"), "--verify"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    provenance = json.loads((source / "config.json").read_text())["emoe_provenance"]
+    kind = {"dense": "llama, exported as dense", "granitemoe": "granitemoe, exported as granitemoe, 3 of 8 experts"}[to]
+    for fact in (kind, provenance["source"], f"export; to {to}; 2023-11-14T22:13:20+00:00, from ", "256 tokens with"):
+        assert fact in shown
+    assert main(["report", str(tmp_path / "out"), "--html", str(tmp_path / "page.html"), "--quiet"]) == 0
+    assert f"exported as {to}" in (tmp_path / "page.html").read_text()
+
+
+def test_inspect_takes_exports_of_older_versions(converted, tmp_path, capsys):
+    """Without provenance."""
+    emoe.export(converted(**KEY), tmp_path / "out", verify_tokens=0)
+    path = tmp_path / "out" / "emoe_export.json"
+    path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key != "provenance"}))
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "exported as dense" in capsys.readouterr().out
+    for damaged in ("{", "[]", '{"format": 5}', '{"format": "x", "exactness": "", "provenance": {"history": [1]}}'):
+        path.write_text(damaged)
+        assert main(["inspect", str(tmp_path / "out")]) == 2
+        assert "emoe_export.json" in capsys.readouterr().err
+
+
 def test_the_card_has_licence_provenance_and_figures(converted, tmp_path):
     source = converted(**KEY)
     card = source / "README.md"

@@ -16,6 +16,7 @@ import emoe
 from emoe.assets.gguf import import_gguf
 from emoe.errors import UserError
 from emoe.exporting.gguf import pre_tokenizer_name
+from emoe.report.inspect import describe
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 
@@ -75,6 +76,8 @@ def test_in_bfloat16(source, tmp_path):
 def test_emoe_converts_it_again(source, tmp_path):
     """The circle closes: our own import of GGUF files makes a plain folder of it."""
     emoe.export(source, tmp_path / "out", "gguf", verify_tokens=0)
+    assert describe(tmp_path / "out")["export"]["format"] == "gguf"
+    assert describe(tmp_path / "out")["bytes"] == (tmp_path / "out" / "model.gguf").stat().st_size
     plain = import_gguf(tmp_path / "out" / "model.gguf", tmp_path / "plain")
     models = [transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (plain, source.parent / "dense")]
     with torch.no_grad():

@@ -103,7 +103,7 @@ def test_nor_is_one_that_answers_with_no_number(flags, tmp_path, monkeypatch, ca
     monkeypatch.setattr(loop.Watch, "on_train_end", stretch)
     assert main([*flags, "--steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert "the perplexity of calibration domain is nan after training: lower --learning-rate" in error
+    assert "the perplexity of training domain is nan after training: lower --learning-rate" in error
     assert not (tmp_path / "out").exists()
 
 

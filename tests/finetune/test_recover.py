@@ -31,7 +31,7 @@ def test_it_comes_nearer_to_dense(flags, converted_llama, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [row["top_k"] for row in report["rows"]] == [2, 4, 6]
     for row in report["rows"][:2]:
-        assert row["after"]["calibration domain"] < 0.9 * row["before"]["calibration domain"]
+        assert row["after"]["training domain"] < 0.9 * row["before"]["training domain"]
     before, after = weights(converted_llama), weights(tmp_path / "out")
     gates = [name for name in before if ".router." in name]
     assert all(torch.equal(before[name], after[name]) for name in gates)
@@ -87,7 +87,7 @@ def test_quality_is_measured_alike_before_and_after(flags, capsys):
     flags = [*flags, "--precision", "bfloat16", "--learning-rate", "1e-12", "--steps", "1", "--json"]
     assert main(flags) == 0
     for row in json.loads(capsys.readouterr().out)["rows"]:
-        assert row["after"]["calibration domain"] == pytest.approx(row["before"]["calibration domain"], rel=1e-6)
+        assert row["after"]["training domain"] == pytest.approx(row["before"]["training domain"], rel=1e-6)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(flags, tmp_path, monkeypatch):

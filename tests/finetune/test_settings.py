@@ -26,6 +26,8 @@ from emoe.finetuning.tune import finetune
         ({"top_k": 9}, "--top-k: 9 is more than the model's 8 experts"),
         ({"mi_weight": 0.1}, "--mi-weight: method 'emoe' has no trained gate"),
         ({"loss": ["mi=0.1"]}, "--loss: method 'emoe' has no trained gate"),
+        ({"loss": ["mi=0.1"], "train": "new-experts"}, "--loss: no gate trains with --train new-experts; drop one"),
+        ({"loss": ["mi=0.1"], "mi_weight": 0.1, "train": "router"}, "--loss: mi has a --mi-weight as well"),
         ({"method": "emoe-learn", "loss": ["mi=-1"]}, "--loss: 'mi=-1' is not mi=FACTOR with a factor above 0"),
         ({"method": "emoe-learn", "loss": ["z=1"], "z_weight": 0.1}, "--loss: z has a --z-weight as well"),
         ({"experts": 16}, "--experts: the model is cut into experts already"),

@@ -111,7 +111,7 @@ def test_tuning(train, uneven, run, text_file):
     moved = changed(before, after)
     assert moved
     assert moved <= gates if train == "router" else {n for n in before if "experts.weight" in n or "proj" in n} <= moved
-    found = json.loads((tuned / "emoe_tune.json").read_text())["perplexity"]["calibration domain"]
+    found = json.loads((tuned / "emoe_tune.json").read_text())["perplexity"]["training domain"]
     assert train == "router" or found["after"] < 0.9 * found["before"]
     assert [step["verb"] for step in history_of(tuned)] == ["prune", "tune"]
     assert history_of(tuned)[-1]["from_digest"] == digest_of(uneven)

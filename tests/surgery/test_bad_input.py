@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny_checkpoint
 
 import emoe.calibration.text
+import emoe.runtime
 import emoe.surgery.baselines
+import emoe.surgery.extend
 import emoe.surgery.prune
 import emoe.surgery.usage
 from emoe.cli.main import main
@@ -54,7 +57,8 @@ def test_prune(flags, complaint, refused, converted_llama, text):
     assert complaint in refused("prune", converted_llama, *text, *flags)
 
 
-def test_an_unknown_task(refused, converted_llama):
+def test_an_unknown_task(refused, converted_llama, monkeypatch):
+    monkeypatch.setattr(emoe.surgery.prune, "check_digests", None)
     assert "--task: " in refused("prune", converted_llama, "--task", "no-such-task", "--keep", 0.5)
 
 
@@ -70,6 +74,24 @@ def test_more_experts_than_any_model_has(flag, refused, tiny_moduleformer):
     assert f"{flag}: 1000000000000 is more than any model has; at most 1048576" in line
 
 
+def test_no_room_is_seen_before_weights_are_read(refused, converted_llama, text, monkeypatch):
+    monkeypatch.setattr(emoe.surgery.extend, "check_digests", None)
+    monkeypatch.setattr(emoe.runtime, "free_bytes", lambda folder: 1 << 30)
+    gates = (*text, "--old-text", "builtin")
+    line = refused("extend", converted_llama, "--experts", 10**6, *gates)
+    assert "--output: " in line
+    assert "needs 9.1 GiB but its disk has 1.0 GiB free" in line
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_what_will_be_written_is_said(quiet, converted_llama, tmp_path, capsys):
+    flags = ["extend", "--model", str(converted_llama), "--output", str(tmp_path / "big"), "--experts", "8", *quiet]
+    assert main(flags) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors")) / 1024
+    found = re.findall(r"disk: ([\d.]+) KiB needed in", capsys.readouterr().err)
+    assert [float(kib) for kib in found] == ([] if quiet else [pytest.approx(size, rel=0.05)])
+
+
 @pytest.mark.parametrize("verb", ["prune", "extend", "tune", "recover"])
 @pytest.mark.parametrize("epoch", ["yesterday", "9" * 30])
 def test_a_clock_that_cannot_be_read(verb, epoch, refused, converted_llama, text, monkeypatch):
@@ -80,6 +102,42 @@ def test_a_clock_that_cannot_be_read(verb, epoch, refused, converted_llama, text
     monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     flags = {"prune": [*text, "--keep", 0.5], "extend": ["--experts", 1]}.get(verb, text[:2])
     assert f"SOURCE_DATE_EPOCH: '{epoch}' is no time in seconds" in refused(verb, converted_llama, *flags)
+
+
+@pytest.fixture(scope="module")
+def average_key(tiny_llama, settings, tmp_path_factory):
+    """Converted, with a gate that follows the weights."""
+    output = tmp_path_factory.mktemp("key") / "model"
+    emoe.convert(str(tiny_llama), output=output, **settings | {"gate": "average-key", "split": "weights"})
+    return output
+
+
+@pytest.mark.parametrize(
+    ("verb", "model", "flags", "complaint"),
+    [
+        ("prune", "converted_llama", ["--threshold", 1, "--method", "magnitude"], "--threshold: --method magnitude"),
+        ("prune", "converted_llama", ["--keep", 1, "--method", "magnitude", "--top-k", 2], "--top-k: --method magn"),
+        ("prune", "converted_llama", ["--remove", "last"], "--remove: nothing was ever added"),
+        ("prune", "tiny_moduleformer", ["--keep", 0.5, "--method", "magnitude"], "--method: magnitude works on"),
+        ("prune", "tiny_moduleformer", ["--keep", 0.5, "--count", "energy"], "--count: attention experts have no"),
+        ("extend", "tiny_moduleformer", ["--experts", 1], "--old-text: missing"),
+        ("extend", "average_key", ["--experts", 1, "--old-text", "builtin"], "--text: the average-key gate"),
+        ("tune", "converted_llama", ["--train", "new-modules"], "--train: this model has no new modules"),
+        ("tune", "converted_llama", ["--train", "lora", "--loss", "router=1"], "--loss: router acts on"),
+        ("tune", "converted_llama", ["--top-k", 9], "--top-k: 9 must lie between 1 and the model's 8 experts"),
+        ("tune", "tiny_moduleformer", ["--top-k", 1], "--top-k: only converted models have a budget"),
+        ("analyze", "tiny_moduleformer", ["--top-k", 1], "--top-k: only converted models have a budget"),
+        ("recover", "average_key", ["--gates", "learned"], "--gates: the average-key gate of this model has no table"),
+        ("recover", "cosine", ["--gates", "learned"], "--gates: the cosine gate of this model has no table"),
+    ],
+)
+def test_what_does_not_fit_is_seen_before_weights_are_read(
+    verb, model, flags, complaint, refused, text_file, request, monkeypatch
+):
+    for module in ("emoe.surgery.prune", "emoe.surgery.extend", "emoe.analysis.analyze", "emoe.finetuning.loop"):
+        monkeypatch.setattr(f"{module}.check_digests", None)
+    text = ["--domains", f"a={text_file}"] if verb == "analyze" else ["--text", text_file]
+    assert complaint in refused(verb, request.getfixturevalue(model), *text, *flags)
 
 
 @pytest.mark.parametrize("method", ["use", "magnitude"])

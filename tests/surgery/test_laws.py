@@ -163,7 +163,7 @@ def test_room_is_asked_for_what_is_written(converted_llama, run, monkeypatch):
     top = run("prune", big, "top", "--method", "layers-top", "--keep", 0.5)
     folders = (converted_llama, big, small, top)
     before, *after = (sum(p.stat().st_size for p in f.glob("model*.safetensors")) for f in folders)
-    assert asked == pytest.approx(after, rel=0.02)
+    assert asked == pytest.approx([after[0], *after], rel=0.02)  # of `extend` also before its texts are read
     assert after[0] > 1.3 * before
 
 

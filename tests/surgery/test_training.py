@@ -61,7 +61,7 @@ def test_old_modules_stay_bit_for_bit(name, request, run, text_file):
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
         assert config_of(previous) == config_of(back)
-        found, start = report_of(trained)["perplexity"]["calibration domain"], weights(extended)
+        found, start = report_of(trained)["perplexity"]["training domain"], weights(extended)
         assert found["after"] < 0.998 * found["before"]
         assert any(not torch.equal(start[name], new) for name, new in weights(trained).items())
         previous = trained
@@ -80,7 +80,7 @@ def test_gates_alone(model, run, text_file):
 def test_lora_is_merged(converted_llama, run, text_file):
     trained = run("tune", converted_llama, "lora", "--text", text_file, *TRAIN, "--train", "lora", "--lora-rank", 2)
     found = report_of(trained)
-    assert found["perplexity"]["calibration domain"]["after"] < found["perplexity"]["calibration domain"]["before"]
+    assert found["perplexity"]["training domain"]["after"] < found["perplexity"]["training domain"]["before"]
     assert 0 < found["trained"] < 0.3 * found["parameters"]
     assert weights(trained).keys() == weights(converted_llama).keys()
 
@@ -245,6 +245,25 @@ def test_split_rows_leave_the_sparse_kernels_in_place(converted_llama, run):
     for ffn in loaded.sparse_ffns().values():
         assert ffn.plain
         assert ffn.linear("down").weight.data_ptr() == ffn.linear("down").parametrizations.weight.original.data_ptr()
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("train", ["new-modules", "new-experts"])
+def test_modules_that_no_token_uses_are_not_trained_in_vain(train, steps, model, run, text_file, tmp_path, capsys):
+    """Gate rows of zeros, and a bias below them, open on nothing."""
+    extended = run("extend", model, "big", "--experts", 2)
+    for path in extended.glob("model*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            gate = name.endswith((".router.weight", ".router.bias", "centroids.weight")) or ".gate." in name
+            if gate and len(tensor) > 2:
+                tensor[-2:] = -1.0 if name.endswith(".bias") else 0.0
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_digests(extended)
+    flags = ["tune", "--model", str(extended), "--output", str(tmp_path / "out"), "--text", str(text_file)]
+    assert main([*flags, *map(str, TRAIN), "--steps", str(steps), "--train", train, "--quiet"]) == 2
+    assert f"--train: with {train} nothing learns, in the first steps no weight got a" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big"]
 
 
 def test_training_of_new_modules_goes_on_after_a_kill(model, run, text_file, tmp_path):
