@@ -161,7 +161,8 @@ def test_a_folder_that_is_no_model(config, tmp_path, capsys):
         (folder / "config.json").write_text(config)
     assert main(["tune", "--model", str(folder), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert f"--model: {folder} is not the folder of a model" in error
+    missing = f"--model: cannot read {folder / 'config.json'}, it does not exist; give the folder of"
+    assert (f"--model: {folder} is not the folder of a model" if config else missing) in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
