@@ -104,6 +104,11 @@ class _State:
                 raise UserError(f"--output: {self.output} is no analysis, it will not be replaced; choose another")
             if not config.overwrite and not self.folder.exists():
                 refuse_finished(self.output, Work("analysis", config, REPORT))
+        if any(self.folder.glob("*.safetensors")) and not (config.resume or config.overwrite):
+            raise UserError(
+                f"--output: an unfinished analysis lies in {self.folder}; add --resume to go on with it or --overwrite "
+                "to start again"
+            )
         kept = self.folder / "settings.json"
         if config.resume and kept.is_file():
             require_same_settings(config.fingerprint(), kept, "analysis")

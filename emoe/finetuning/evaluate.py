@@ -195,7 +195,12 @@ def _load(
         model = _from_folder(transformers.AutoModelForCausalLM, folder, dtype=torch.float32)
     else:
         if not headed:
-            raise UserError(f"--model: {folder} has no classification head; tune it with `emoe finetune` first")
+            first = (
+                "nor has any ModuleFormer"
+                if facts.model_type == "moduleformer"
+                else "tune it with `emoe finetune` first"
+            )
+            raise UserError(f"--model: {folder} has no classification head; {first}")
         _check_labels(task, [str(facts.id2label[number]) for number in range(facts.num_labels)])
         model = _from_folder(transformers.AutoModelForSequenceClassification, folder, dtype=torch.float32)
     return Loaded(model, load_tokenizer(folder), record)

@@ -222,8 +222,8 @@ def test_too_little_text(flags, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
-def test_sums_outlive_a_failure(flags, tmp_path, monkeypatch):
-    """Of the first domain, when there is trouble in the second."""
+def test_sums_outlive_a_failure(flags, tmp_path, monkeypatch, capsys):
+    """Of the first domain, when there is trouble in the second; and the next call does not throw them away."""
     from emoe.analysis import analyze
 
     domain = analyze._Analysis.domain
@@ -231,4 +231,11 @@ def test_sums_outlive_a_failure(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze._Analysis, "domain", broken)
     with pytest.raises(ZeroDivisionError):
         main(flags)
-    assert (tmp_path / ".report.emoe-analysis" / "0.safetensors").is_file()
+    sums = tmp_path / ".report.emoe-analysis" / "0.safetensors"
+    assert sums.is_file()
+    assert main(flags) == 2
+    assert "an unfinished analysis lies in" in capsys.readouterr().err
+    assert sums.is_file()
+    monkeypatch.undo()
+    assert main([*flags, "--overwrite"]) == 0
+    assert not sums.exists()
