@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from emoe.cli.options import Json, Quiet
+from emoe.errors import UserError
 from emoe.exporting import FORMATS, VERIFY_TOKENS
 
 FORMAT_HELP = "Format. " + " ".join(f"{name}: {what}." for name, what in FORMATS.items())
@@ -52,8 +53,11 @@ def export(
     """Write a converted checkpoint in another format and compare the two; 'dense' is the exact way back."""
     from emoe import exporting
     from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.exporting.hub import check_repository, push
 
     silence_libraries()
+    if push_to_hub:
+        check_repository(push_to_hub)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     with progress_bar(quiet, unit="parts") as show:
         report = exporting.export(
@@ -70,9 +74,11 @@ def export(
             say=say,
         )
     if push_to_hub:
-        from emoe.exporting.hub import push
-
-        report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
+        try:
+            report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
+        except UserError as error:
+            again = f"`emoe push --model {output} --repo {push_to_hub}{' --private' * private}`"
+            raise UserError(f"{error}; the export is complete in {output}, {again} uploads it") from None
     if json_output:
         print(json.dumps(report))
     elif not quiet:
