@@ -17,7 +17,7 @@ from emoe.errors import UserError, nearest, shortened
 from emoe.plainfiles import read_yaml
 
 DEFAULT_PRESET = "fast"
-WHY_DEFAULT_PRESET = "no --preset was given; it converts every layer with the best training-free gate"
+WHY_DEFAULT_PRESET = "no --preset was given; the best training-free gate, in every layer unless --layers is given"
 
 
 CORPUS_NAMES = ("fiction", "brown", "essays", "computing", "definitions", "python", "german", "quotes", "french")

@@ -28,7 +28,10 @@ def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
     if settings.dry_run:
         workspace.check()
         require_space(workspace.output.parent, plan.disk_bytes() - workspace.held_bytes(), "--output")
-        print("dry run: every check passed, nothing was written", file=sys.stderr)
+        if json_output:
+            print(json.dumps({"settings": settings.model_dump(mode="json"), "disk_bytes": plan.disk_bytes()}, indent=2))
+        if not quiet:
+            print("dry run: every check passed, nothing was written", file=sys.stderr)
         return
     with progress_bar(quiet) as show:
         report = run(plan, show)

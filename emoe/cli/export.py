@@ -62,8 +62,11 @@ def export(
         raise UserError("--private: has no effect without --push-to-hub; leave it out")
     from emoe import exporting
     from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.exporting.hub import check_repository, push
 
     silence_libraries()
+    if push_to_hub:
+        check_repository(push_to_hub)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     with progress_bar(quiet, unit="parts") as show:
         report = exporting.export(
@@ -81,9 +84,11 @@ def export(
             say=say,
         )
     if push_to_hub:
-        from emoe.exporting.hub import push
-
-        report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
+        try:
+            report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
+        except UserError as error:
+            again = f"`emoe push --model {output} --repo {push_to_hub}{' --private' * private}`"
+            raise UserError(f"{error}; the export is complete in {output}, {again} uploads it") from None
     if json_output:
         print(json.dumps(report))
     elif not quiet:

@@ -98,6 +98,8 @@ def silence_libraries() -> None:
 
     # peft asks for what transformers has renamed: nothing that our user could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Qwen2-MoE without shared experts has such tensors
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op", category=UserWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()

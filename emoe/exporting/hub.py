@@ -13,6 +13,20 @@ HIDDEN = (".*", "**/.*", "*.tmp")
 """Files that do not go along."""
 
 
+def check_repository(repo: str, flag: str = "--push-to-hub") -> None:
+    """Raise `UserError` for what needs no hub to be seen: a name that is none, or a client told to stay offline."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{flag}: '{repo}' is not a repository's name ({_first_line(error)})") from None
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it to upload")
+
+
 def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False, flag: str = "--push-to-hub") -> str:
     """Make the repository if need be, then add the whole folder in one commit; returns the commit's address.
 
@@ -29,7 +43,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
         UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
     """
     from huggingface_hub import HfApi, logging
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
@@ -37,6 +51,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
     message = _message(folder)
+    check_repository(repo, flag)
     logging.set_verbosity_error()
     if quiet:
         disable_progress_bars()
@@ -46,12 +61,8 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
         commit = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=list(HIDDEN)
         )
-    except HFValidationError as error:
-        raise UserError(f"{flag}: '{repo}' is not a repository's name ({_first_line(error)})") from None
     except LocalTokenNotFoundError:
         raise UserError(f"{flag}: no token; set HF_TOKEN or run `hf auth login`") from None
-    except OfflineModeIsEnabled:
-        raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "check HF_TOKEN and its right to write there" if status in (401, 403) else "try again"

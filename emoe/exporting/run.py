@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emoe.calibration.text import BUILTIN, check_source
 from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import EXPORTED, Workspace
 from emoe.distributed import Group
@@ -39,6 +40,7 @@ def run(
         raise UserError(f"--to: {format.name} cannot represent this model: {why_not}")
     if _drops_gates(source, format) and not source.approximate and not verify_tokens:
         raise UserError(f"--verify-tokens: 0 leaves open whether the {format.name} export is the model: {ADDED}")
+    check_source(verify_text or BUILTIN, "--verify-text")
     cost = format.cost(source)
     require_space(workspace.output.parent, cost.nbytes, "--output")
     settings = {"to": format.name, "fix_k": source.fix_k if format.routes else None}

@@ -36,6 +36,7 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
     """Why a stock format cannot represent this model, with the flags that would help; None when it can."""
     reader, config = source.reader, source.config
     again = "convert it again with"
+    discriminant = config["emoe_gate"] == "discriminant"
     ways = [
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (
@@ -60,9 +61,16 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             "--gate average-key",
         ),
         (
-            config["emoe_gate"] == "discriminant" and not can.router_bias,
-            f"gate 'discriminant' has a bias, which routers of {name} have not; use --to gpt_oss, or {again} "
-            "--gate average-key",
+            bool(source.dense_layers) and not can.partial,
+            f"{len(source.dense_layers)} of {reader.num_layers} layers are dense, in {name} all have experts; "
+            + (f"{again} --gate average-key and " if discriminant else "")
+            + f"use --to qwen2_moe, or {again} --layers all",
+        ),
+        (
+            discriminant and not can.router_bias,
+            f"gate 'discriminant' has a bias, which routers of {name} have not; "
+            + ("" if source.dense_layers else "use --to gpt_oss, or ")
+            + f"{again} --gate average-key",
         ),
         (
             source.varies,
@@ -83,11 +91,6 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             bool(config.get("emoe_compensation")) and not can.compensation,
             f"the mean of skipped experts is added, for which {name} has no place; use --to gpt_oss, or convert it "
             "again without --compensate",
-        ),
-        (
-            bool(source.dense_layers) and not can.partial,
-            f"{len(source.dense_layers)} of {reader.num_layers} layers are dense, in {name} all have experts; use --to "
-            f"qwen2_moe, or {again} --layers all",
         ),
         (
             source.biases("q_proj", "k_proj", "v_proj") and not can.query_bias,

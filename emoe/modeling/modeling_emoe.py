@@ -34,6 +34,8 @@ class EMoEModelMixin:
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - transformers wants a list
 
     def __init__(self, config, *args, **kwargs):
+        # `from_pretrained(..., num_experts_per_tok=K)` sets K after the configuration has checked itself
+        _check_top_k("num_experts_per_tok", config.num_experts_per_tok, config)
         super().__init__(config, *args, **kwargs)
         base = getattr(self, self.base_model_prefix, self)
         layers = base.get_submodule(config.emoe_ffn["layers"])
@@ -68,10 +70,7 @@ class EMoEModelMixin:
         Raises:
             ValueError: `top_k` is no whole number between 1 and ``config.num_experts``.
         """
-        if not isinstance(top_k, int):
-            raise ValueError(f"top_k={top_k!r} must be a whole number")
-        if not 1 <= top_k <= self.config.num_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.config.num_experts}")
+        _check_top_k("top_k", top_k, self.config)
         self.config.num_experts_per_tok = top_k
         for ffn in self.sparse_ffns().values():
             ffn.router.top_k = top_k
@@ -89,6 +88,13 @@ class EMoEModelMixin:
             elif Path(found).resolve() != (target / name).resolve():
                 shutil.copyfile(found, target / name)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _check_top_k(name: str, top_k, config) -> None:
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise ValueError(f"{name}={top_k!r} must be a whole number")
+    if not 1 <= top_k <= config.num_experts:
+        raise ValueError(f"{name}={top_k} must lie between 1 and num_experts={config.num_experts}")
 
 
 def code_files() -> list[Path]:

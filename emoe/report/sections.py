@@ -55,7 +55,8 @@ def _converted(found: dict[str, Any]) -> dict[str, str]:
         "experts": _experts(found),
         "always on": str(found["shared_experts"]) if found["shared_experts"] else "none",
         "split": f"{provenance['split']['method']} ({provenance['split']['reference']})",
-        "gate": f"{found['gate']} ({provenance['gate']['reference']}); {found['gate_entries']:,} numbers",
+        "gate": f"{found['gate']} ({provenance['gate']['reference']}); "
+        + (f"{found['gate_entries']:,} numbers" if found["gate_entries"] else "nothing is stored for it"),
         "routing": f"{found['routing']}; budget {found['allocation']}",
         "output matrices": str(provenance.get("outputs", "the source's")),
         "calibrated on": f"{provenance['calibration']['tokens']:,} tokens of "

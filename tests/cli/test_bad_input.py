@@ -271,6 +271,16 @@ def test_dry_run_writes_nothing(tiny_llama, text_file, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_can_be_read_by_programs(tiny_llama, text_file, tmp_path, capsys):
+    arguments = ["convert", "--model", str(tiny_llama), *map(str, flags(text_file, tmp_path)), "--dry-run", "--quiet"]
+    assert main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["settings"]["model"] == str(tiny_llama)
+    assert found["disk_bytes"] > 0
+    assert said.err == ""
+
+
 def test_config_file(refused, tiny_llama, text_file, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("expert: 8\n")

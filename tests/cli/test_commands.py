@@ -17,6 +17,7 @@ def test_convert_inspect_export(tiny_llama, text_file, tmp_path, capsys):
     assert main(["convert", *arguments, "--output", str(output)]) == 0
     captured = capsys.readouterr()
     assert "preset 'fast': no --preset was given" in captured.err
+    assert "unless --layers is given" in captured.err
     assert "perplexity" in captured.out
 
     assert main(["inspect", str(output), "--json"]) == 0

@@ -176,8 +176,16 @@ def test_top_k_is_checked(model):
     for wrong in (0, 9, -1):
         with pytest.raises(ValueError, match=f"top_k={wrong} must lie between 1 and num_experts=8"):
             model.set_top_k(wrong)
-    with pytest.raises(ValueError, match=r"top_k=2\.5 must be a whole number"):
-        model.set_top_k(2.5)
+    for wrong in (2.5, True):
+        with pytest.raises(ValueError, match=f"top_k={wrong} must be a whole number"):
+            model.set_top_k(wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, 9, -1, 2.5, "3"])
+def test_top_k_is_checked_on_loading(wrong, converted_llama):
+    """Given to `from_pretrained`, it comes after the configuration's own checks; 0 would be read as all experts."""
+    with pytest.raises(ValueError, match=f"num_experts_per_tok={wrong!r} must "):
+        transformers.AutoModelForCausalLM.from_pretrained(converted_llama, num_experts_per_tok=wrong)
 
 
 def test_saving_again_keeps_everything(model, converted_llama, tmp_path):

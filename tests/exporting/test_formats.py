@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,10 @@ REFUSED = [
     ("granitemoe", "llama", {}, {"held_out_tokens": 0}, "--to gpt_oss"),
     ("gpt_oss", "llama", {}, {"held_out_tokens": 0}, "--routing top-k --allocation uniform, or accept.* --fix-k 3"),
     ("gpt_oss", "llama", {}, FIXED | {"gate": "representative"}, "not linear.*--gate discriminant"),
-    ("gpt_oss", "llama", {}, FIXED | {"layers": "1,3"}, "2 of 4 layers are dense.*--to qwen2_moe"),
+    ("gpt_oss", "llama", {}, FIXED | {"layers": "1,3"}, "2 of 4 layers are dense.*-key and use --to qwen2_moe"),
+    ("gpt_oss", "llama", {}, KEY | {"layers": "1,3"}, "2 of 4 layers are dense.* experts; use --to qwen2_moe"),
+    ("granitemoe", "llama", {}, {"layers": "1", "held_out_tokens": 0}, "3 of 4 layers are dense.*or .*--layers all"),
+    ("qwen2_moe", "llama", {}, FIXED | {"layers": "1,3"}, "has a bias.* have not; convert it again with --gate"),
     ("granitemoe", "llama", {}, KEY | {"shared_experts": 1}, "1 experts are always chosen.*--shared-experts 0"),
     ("granitemoe", "llama", {}, KEY | {"compensate": True}, "--to gpt_oss.*without --compensate"),
     ("granitemoe", "mistral", {"sliding_window": 8}, KEY, "window"),
@@ -130,6 +134,21 @@ def test_what_cannot_be_held_is_refused_with_the_way_out(to, family, shape, give
     assert len(error.splitlines()) == 1
     assert re.search(reason, error), error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_not_there_is_told_before_anything_is_written(converted, tmp_path, capsys):
+    flags = ["--model", str(converted(**KEY)), "--output", str(tmp_path / "out"), "--verify-text", "nothing.txt"]
+    assert main(["export", *flags]) == 2
+    assert capsys.readouterr().err.startswith("emoe: --verify-text: nothing.txt does not exist")
+
+
+def test_nothing_but_the_export_speaks(converted, tmp_path):
+    """Loading Qwen2-MoE without shared experts makes torch warn of tensors without elements."""
+    flags = ["--model", str(converted(**KEY)), "--to", "qwen2_moe", "--output", str(tmp_path / "out"), "--quiet"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(["export", *flags, "--verify-tokens", "64"]) == 0
+    assert not [str(warning.message) for warning in said if "zero-element" in str(warning.message)]
 
 
 def test_fixing_k_is_measured_and_said(converted, tmp_path, capsys):

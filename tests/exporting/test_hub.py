@@ -50,6 +50,24 @@ def test_an_export_is_pushed_whole(hub, converted, tmp_path):
     assert hub.messages[0].startswith("granitemoe, by emoe")
 
 
+@pytest.mark.parametrize(
+    ("repo", "environment", "message", "written"),
+    [
+        ("some one/tiny", {}, "--push-to-hub: 'some one/tiny' is not a repository's name", False),
+        ("someone/tiny", {"HF_HUB_OFFLINE": "1"}, "--push-to-hub: HF_HUB_OFFLINE is set", False),
+        ("someone/tiny", {"HF_TOKEN": "hf_wrong"}, "complete in .*`emoe push --model .*out --repo someone/tiny`", True),
+    ],
+)
+def test_an_export_is_not_made_in_vain(repo, environment, message, written, hub, converted, tmp_path):
+    """What is wrong with an upload is said before the export where that can be known, and else the export stays."""
+    flags = ["--model", converted(**KEY), "--output", tmp_path / "out", "--verify-tokens", 0, "--quiet"]
+    done = emoe_command(hub, "export", *flags, "--push-to-hub", repo, **environment)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert (tmp_path / "out").exists() == written
+
+
 def test_a_converted_folder_is_pushed_with_its_code(hub, converted):
     source = converted(held_out_tokens=0)
     done = emoe_command(hub, "push", "--model", source, "--repo", "someone/tiny", "--json")

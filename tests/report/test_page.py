@@ -15,7 +15,9 @@ import torch
 from support.modules import moduleformer
 
 from emoe.cli.main import main
+from emoe.report.inspect import describe
 from emoe.report.observe import _binned, observe
+from emoe.report.sections import _converted
 from emoe.report.svg import Line, chart
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -96,6 +98,12 @@ def test_it_says_what_there_is(page):
     assert len(re.findall("data:image/png", text)) == 2 * 3 + 1
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
+
+
+def test_a_gate_of_the_weights_alone_stores_nothing(converted_llama):
+    found = describe(converted_llama)
+    assert _converted(found)["gate"].endswith(f"; {found['gate_entries']:,} numbers")
+    assert _converted(found | {"gate_entries": 0})["gate"].endswith("; nothing is stored for it")
 
 
 def test_numbers_are_those_of_the_report(page, hostile):
