@@ -70,12 +70,13 @@ def test_two_late_layers_stay_within_a_tenth(smollm, tmp_path):
     assert 1.0 < rows[32]["ratio"] < 1.10
 
 
-def test_gates_and_splits_rank_as_documented(smollm, tmp_path):
-    """One layer: co-activation loses less than random, the default gate less than average-key."""
-    ratio = {}
+def test_gates_and_splits_rank_as_documented(tmp_path):
+    """Co-activation loses less than random, the default gate less than average-key. MiniLM in full: in one layer of
+    SmolLM2 they lie within the noise of 1,024 tokens."""
+    folder, lost = str(resolve_model("all-minilm-l6-v2").folder), {}
     for split, gate in (("coactivation", "discriminant"), ("coactivation", "average-key"), ("random", "discriminant")):
-        settings = FAST | {"layers": "12", "held_out_tokens": 2048, "split": split, "gate": gate}
-        report = emoe.convert(smollm, output=tmp_path / f"{split}-{gate}", **settings)
-        ratio[split, gate] = next(r["ratio"] for r in report["quality"]["rows"] if r["top_k"] == 16)
-    assert ratio["coactivation", "discriminant"] < ratio["coactivation", "average-key"]
-    assert ratio["coactivation", "discriminant"] < ratio["random", "discriminant"]
+        settings = FAST | {"held_out_tokens": 1024, "split": split, "gate": gate}
+        report = emoe.convert(folder, output=tmp_path / f"{split}-{gate}", **settings)
+        lost[split, gate] = next(row["value"] for row in report["quality"]["rows"] if row["top_k"] == 16)
+    assert lost["coactivation", "discriminant"] < lost["coactivation", "average-key"]
+    assert lost["coactivation", "discriminant"] < lost["random", "discriminant"]
