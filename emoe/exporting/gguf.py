@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.companions import copy_companions, title_of
 from emoe.errors import UserError
 from emoe.exporting.dense import restored
 from emoe.exporting.source import Source
@@ -206,7 +206,7 @@ def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _add_facts(writer: Any, source: Source) -> None:
     config = source.reader.config
-    writer.add_name(str(source.config["emoe_provenance"].get("source", "model"))[:80])
+    writer.add_name(title_of(source.config["emoe_provenance"], source.folder)[:80])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

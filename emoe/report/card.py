@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from emoe.checkpoint.companions import licence_of
+from emoe.checkpoint.companions import licence_of, title_of
 from emoe.plainfiles import read_json
 from emoe.report.history import history_line
 from emoe.report.tables import groups_line
-from emoe.runtime import write_text
+from emoe.runtime import format_bytes, write_text
 
 if TYPE_CHECKING:
     from emoe.conversion.plan import Plan
@@ -29,6 +29,7 @@ def write_card(report: dict, plan: Plan, path: Path) -> None:
     text = _render(
         "card.md.jinja",
         report=report,
+        size=format_bytes(report["gate_bytes"]),
         licence=_front(plan.licence),
         encoder=plan.reader.spec.encoder,
         name=_harmless(report["model"]),
@@ -49,10 +50,12 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
     text = _render(
         "export_card.md.jinja",
         report=report,
+        size=format_bytes(report["bytes"]),
         provenance=provenance,
         config=config,
         licence=_front(licence),
         licence_name=_named(licence),
+        title=_harmless(title_of(provenance, source)),
         name=_harmless(str(provenance.get("source", source.name))),
     )
     write_text(path, text)
@@ -71,6 +74,7 @@ def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> No
     licence = licence_of(source, provenance)
     text = _render(
         "history_card.md.jinja",
+        title=_harmless(title_of(provenance, source)),
         name=_harmless(str(provenance.get("source", source.name))),
         licence=_front(licence),
         licence_name=_named(licence),

