@@ -303,7 +303,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=arm, **style(arm))
         if beside == code[0]:
             axes.set_yscale("log")
-            axes.set_ylim(top=CEILING * y(result["rows"][0]))  # what is worse stands in the table
+            highest = CEILING * y(result["rows"][0])  # what is worse stands in the table
+            axes.set_ylim(top=min(axes.get_ylim()[1], highest))
         axes.set_xlabel(below)
         axes.set_ylabel(beside)
         axes.grid(alpha=0.3, which="both")
