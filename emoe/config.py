@@ -307,6 +307,13 @@ class PruneConfig(Settings):
     overwrite: bool = setting(False, "Replace an existing output folder, once the new one is complete.")
 
 
+COUNTING = frozenset({"text", "task", "count", "normalise", "tokens", "sequence_length", "batch_sequences"})
+"""Settings of `PruneConfig` that have a part only where use is counted."""
+
+FITTING = frozenset({"text", "old_text", "old_share", "tokens", "sequence_length"})
+"""Settings of `ExtendConfig` that fitted gates come from."""
+
+
 class ExtendConfig(Settings):
     """Settings of adding modules."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -87,7 +88,7 @@ def export(
         try:
             report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
         except UserError as error:
-            again = f"`emoe push --model {output} --repo {push_to_hub}{' --private' * private}`"
+            again = f"`emoe push --model {shlex.quote(str(output))} --repo {push_to_hub}{' --private' * private}`"
             raise UserError(f"{error}; the export is complete in {output}, {again} uploads it") from None
     if json_output:
         print(json.dumps(report))

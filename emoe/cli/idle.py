@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emoe.config import ExtendConfig, PruneConfig, Settings, TuneConfig, flag_of
+from emoe.config import COUNTING, FITTING, ExtendConfig, PruneConfig, Settings, TuneConfig, flag_of
 from emoe.errors import UserError
 
 
@@ -16,7 +16,7 @@ def refuse_idle(settings: Settings) -> None:
 def _idle(settings: Settings) -> dict[str, str]:
     """Setting without effect → why."""
     if isinstance(settings, ExtendConfig) and not (settings.text or settings.old_text):
-        return {"old_share": "without --text and --old-text, on which gates are fitted"}
+        return dict.fromkeys(sorted(FITTING), "without --text and --old-text, on which gates are fitted")
     if isinstance(settings, TuneConfig) and settings.train != "lora":
         return {"lora_rank": f"with --train {settings.train}"}
     if isinstance(settings, PruneConfig):
@@ -26,10 +26,11 @@ def _idle(settings: Settings) -> dict[str, str]:
 
 def _idle_in_pruning(settings: PruneConfig) -> dict[str, str]:
     if settings.remove:
-        return dict.fromkeys(("normalise", "scope", "floor", "count"), f"with --remove {settings.remove}")
+        return dict.fromkeys(sorted(COUNTING | {"scope", "floor"}), f"with --remove {settings.remove}")
     if settings.method != "use":
-        draws = () if settings.method == "random" else ("scope", "floor")
-        return dict.fromkeys(("normalise", "count", *draws), f"with --method {settings.method}")
+        idle = {"count", "normalise"} if settings.method == "magnitude" else COUNTING
+        rankless = set() if settings.method == "random" else {"scope", "floor"}
+        return dict.fromkeys(sorted(idle | rankless), f"with --method {settings.method}")
     if settings.threshold is not None:
         return {"scope": "with --threshold, which every module is held against"}
     if settings.scope == "layer":

@@ -59,9 +59,22 @@ def _difference(settings: dict[str, Any], before: dict[str, Any]) -> str | None:
     """The first setting that is not what it was, with both values."""
     now = json.loads(json.dumps(settings))
     for key in [*now, *before]:
-        if before.get(key) != now.get(key):
+        if _placed(before.get(key)) != _placed(now.get(key)):
             return f"{key}: {shortened(before.get(key))}, now {shortened(now.get(key))}"
     return None
+
+
+def _placed(value: Any) -> Any:
+    """A setting, with absolute paths for what lies on the disk: ``./dense`` and ``dense/`` are the same folder."""
+    if isinstance(value, list):
+        return [_placed(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _placed(one) for key, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    head, equals, path = value.rpartition("=")  # "code=corpus/code.txt"
+    there = Path(path).expanduser()
+    return f"{head}{equals}{there.resolve()}" if path and there.exists() else value
 
 
 def require_same_settings(settings: dict[str, Any], kept: Path, what: str) -> None:
@@ -72,7 +85,12 @@ def require_same_settings(settings: dict[str, Any], kept: Path, what: str) -> No
         kept: the JSON file with those of the unfinished work.
         what: the kind of work, for the message: "recovery".
     """
-    if difference := _difference(settings, read_json(kept, "--resume")):
+    refuse_other_settings(settings, read_json(kept, "--resume"), what)
+
+
+def refuse_other_settings(settings: dict[str, Any], before: dict[str, Any], what: str) -> None:
+    """`require_same_settings` of settings that have been read."""
+    if difference := _difference(settings, before):
         raise UserError(
             f"--resume: the unfinished {what} had other settings ({difference}); use the same ones, or start again "
             "with --overwrite"

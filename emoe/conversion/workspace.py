@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from emoe.checkpoint.writer import save_tensors
-from emoe.conversion.resuming import Work, refuse_finished
+from emoe.conversion.resuming import Work, refuse_finished, refuse_other_settings
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
@@ -97,8 +97,7 @@ class Workspace:
         self.resume, self.overwrite = resume, overwrite
 
     def check(self) -> None:
-        """Raise `UserError` when something is in the way, before any work is done."""
-        self._clear_finished()
+        """Raise `UserError` when something is in the way, before any work is done. Nothing is touched."""
         here, there = self.output.resolve(), self.source and self.source.resolve()
         if there and (here == there or here in there.parents or there in here.parents):
             raise UserError(f"--output: {self.output} overlaps the model's own folder {self.source}; choose another")
@@ -138,6 +137,7 @@ class Workspace:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         self._refuse_if_held()
+        self.clear_finished()
         self.check()
         try:
             self.state_folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ class Workspace:
                 except OSError:
                     raise self._held() from None
 
-    def _clear_finished(self) -> None:
+    def clear_finished(self) -> None:
         """Remove the state of a `publish` that was killed behind its renames: nothing is left to go on with."""
         if self.output.exists() and self.state_folder.exists() and not self.folder.exists():
             with contextlib.suppress(OSError), open(self.state_folder / "lock", "w") as lock:
@@ -204,12 +204,7 @@ class Workspace:
         if not (self.state_folder / STATE).is_file():
             return None
         state = read_json(self.state_folder / STATE, "--resume")
-        for key, value in fingerprint.items():
-            if state["fingerprint"].get(key) != value:
-                raise UserError(
-                    f"--resume: the unfinished conversion had {key}={state['fingerprint'].get(key)!r}, this one has "
-                    f"{value!r}; use the same settings or --overwrite"
-                )
+        refuse_other_settings(fingerprint, {key: state["fingerprint"].get(key) for key in fingerprint}, "conversion")
         return state
 
     def state_tensors(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -229,8 +224,15 @@ class Workspace:
                 old.unlink()
 
     def publish(self) -> None:
-        """Rename the folder to the output; an overwritten output goes only then, the state last."""
+        """Rename the folder to the output; an overwritten output goes only then, the state last.
+
+        Raises:
+            UserError: somebody has put something there since `check`.
+        """
         if self.output.exists():
+            foreign = not self.output.is_dir() or (any(self.output.iterdir()) and not is_ours(self.output))
+            if foreign or (any(self.output.iterdir()) and not self.overwrite):
+                raise UserError(f"--output: somebody has written {self.output} meanwhile; choose another folder")
             os.rename(self.output, self.retired)
         try:
             os.rename(self.folder, self.output)

@@ -93,6 +93,12 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
     return config.model_copy(update={"sequence_length": length}), notes
 
 
+def workspace_of(config: Any, folder: Path, what: str, record: str) -> Workspace:
+    """Where a training writes; the arguments are those of `training_into`. What is finished needs its model no more."""
+    work = Work(what, fit_sequences(config, folder)[0] if folder.is_dir() else config, record)
+    return Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite, work=work)
+
+
 @contextmanager
 def training_into(config: Any, folder: Path, what: str, record: str) -> Iterator[tuple[Path, Path]]:
     """The unfinished output and the folder for the Trainer's states; the output appears when the block ends well.
@@ -114,8 +120,7 @@ def training_into(config: Any, folder: Path, what: str, record: str) -> Iterator
             "convert, finetune and pretrain take several"
         )
     now()  # a clock that cannot be read is told before the training, not behind it
-    work = Work(what, fit_sequences(config, folder)[0], record)
-    workspace = Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite, work=work)
+    workspace = workspace_of(config, folder, what, record)
     training = workspace.state_folder / "training"
     with workspace.open(Group()), no_room_told(workspace.output):
         try:

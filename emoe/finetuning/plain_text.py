@@ -37,6 +37,7 @@ from emoe.finetuning.loop import (
     run,
     text_tokens,
     training_into,
+    workspace_of,
     write_log,
 )
 from emoe.finetuning.low_rank import merged, with_lora
@@ -67,6 +68,7 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
+    workspace_of(config, folder, "training", TUNED).check()
     check_losses(factors, config.train)
     check_budget(folder, config.top_k)
     anatomy = _anatomy(folder, config)
@@ -115,7 +117,11 @@ def _tune(
         losses=losses,
         what=config.train,
     )
-    steps = run(trainer, training)
+    try:
+        steps = run(trainer, training)
+    except _IdleError:
+        shutil.rmtree(training)  # nobody wants to go on from there
+        raise
     if losses:
         losses.close()
     frozen.check(model)
@@ -160,24 +166,30 @@ def _prepare(model: nn.Module, anatomy: Anatomy | None, config: TuneConfig) -> t
     return model, train_only(model, anatomy, config.train) if anatomy else Frozen({}, {})
 
 
+class _IdleError(UserError):
+    pass
+
+
 class _Tuner(BaseTrainer):
     """Next-token loss plus those on routers; stops where what trains has no part in them.
 
     Raises:
-        UserError: from `train`, when all gradients of the first steps are 0.
+        _IdleError: from `train`, when all gradients of the first steps are 0.
     """
 
     def __init__(self, *args: Any, losses: RouterLosses | None, what: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.losses, self.what, self.idle = losses, what, 0
+        self.losses, self.what, self.idle, self.before = losses, what, 0, None
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        patience = min(IDLE_STEPS, self.args.max_steps)
-        if self.idle == self.state.global_step < patience:  # all steps so far, counted from the first
+        if self.before is None:
+            self.before = self.state.global_step  # 0, or those of the states that were gone on from
+        patience = min(IDLE_STEPS, self.args.max_steps - self.before)
+        if self.idle == self.state.global_step - self.before < patience:  # all steps so far, counted from the first
             self.idle += int(torch.as_tensor(norm) == 0)
             if self.idle == patience:
-                raise UserError(
+                raise _IdleError(
                     f"--train: with {self.what} nothing learns, in the first steps no weight got a gradient: no token "
                     "of --text uses what trains, or the loss does not depend on it; give other text or another --train"
                 )

@@ -129,10 +129,10 @@ def observe(folder: Path, texts: list[str], tokens: int, progress: Callable[[str
 
 def unwatchable(folder: Path) -> str | None:
     """What kind of model it is that `observe` cannot take: only layers with the E equal experts of a conversion."""
-    if read_json(folder / "config.json", "report").get("model_type") == "moduleformer":
-        return "a ModuleFormer"
     if is_our_stock_model(folder, "report"):
         return "a stock model"
+    if read_json(folder / "config.json", "report").get("model_type") == "moduleformer":
+        return "a ModuleFormer"
     config = read_converted(folder, "report")
     changed = config.get("emoe_groups") or config.get("emoe_copies")
     return "a model with experts taken, added or copied" if changed else None

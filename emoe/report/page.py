@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.conversion.workspace import EXPORTED
 from emoe.errors import UserError
 from emoe.report import sections
 from emoe.report.observe import observe, unwatchable
@@ -73,7 +74,7 @@ def _sort(paths: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
         found = next((file for file in inside if file.is_file()), None)
         if found:
             frontiers.append(found)
-        if (path / "config.json").is_file():
+        if (path / "config.json").is_file() or (path / EXPORTED).is_file():  # a .gguf file has its own config
             models.append(path)
         elif next(path.glob("seed-*/run.json"), None) or next(path.glob("*/seed-*/run.json"), None):
             runs.append(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -113,3 +114,25 @@ def test_what_a_kill_behind_the_last_rename_left_is_removed(verb, converted_llam
     assert main([verb, *flags]) == 2
     assert "exists; choose another folder or add --overwrite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["convert", "tune", "recover"], indirect=True)
+def test_another_way_to_the_same_files(command, text_file, tmp_path, monkeypatch, capsys):
+    assert main(command) == 0
+    monkeypatch.chdir(text_file.parent)
+    model = command[command.index("--model") + 1]
+    elsewhere = [{model: f"{model}/", str(text_file): f"./{text_file.name}"}.get(word, word) for word in command]
+    assert elsewhere != command
+    assert main([*elsewhere, "--resume"]) == 0
+    assert "out is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tune"], indirect=True)
+def test_what_is_finished_needs_its_model_no_more(command, tiny_llama, tmp_path, capsys):
+    shutil.copytree(tiny_llama, tmp_path / "dense")
+    command[command.index("--model") + 1] = str(tmp_path / "dense")
+    command[command.index("--sequence-length") + 1] = "64"
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "dense")
+    assert main([*command, "--resume"]) == 0
+    assert "out is finished" in capsys.readouterr().err

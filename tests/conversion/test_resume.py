@@ -78,7 +78,7 @@ def test_an_unfinished_conversion_is_neither_lost_nor_mixed_up(kill, tiny_llama,
     assert kill("after-rename", 14, arguments) == -signal.SIGKILL
     with pytest.raises(UserError, match="add --resume to go on with it or --overwrite"):
         emoe.convert(**arguments)
-    with pytest.raises(UserError, match="--resume: the unfinished conversion had seed=0, this one has 7"):
+    with pytest.raises(UserError, match=r"--resume: the unfinished conversion had other settings \(seed: 0, now 7\)"):
         emoe.convert(resume=True, **(arguments | {"seed": 7}))
     emoe.convert(overwrite=True, **(arguments | {"seed": 7}))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["emoe_provenance"]["seed"] == 7
@@ -190,3 +190,16 @@ def test_a_disk_that_is_really_full(tiny_llama, settings, tmp_path):
     assert "--output: cannot write" in done.stderr
     assert not (tmp_path / "out").exists()
     assert contents(tiny_llama) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_somebody_puts_there_meanwhile_stays(overwrite, tiny_llama, settings, tmp_path):
+    output = tmp_path / "out"
+
+    def putting(stage, done, total):
+        output.mkdir(exist_ok=True)
+        (output / "precious.txt").write_text("theirs")
+
+    with pytest.raises(UserError, match=r"somebody has written .*out meanwhile"):
+        emoe.convert(str(tiny_llama), output=output, overwrite=overwrite, progress=putting, **settings)
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]

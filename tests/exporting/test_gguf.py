@@ -14,6 +14,7 @@ from support.tiny import TEXT, VOCAB, tiny_checkpoint
 
 import emoe
 from emoe.assets.gguf import import_gguf
+from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.exporting.gguf import pre_tokenizer_name
 from emoe.report.inspect import describe
@@ -50,6 +51,7 @@ def test_it_is_read_back_as_the_dense_model(source, tmp_path):
     report = emoe.export(source, tmp_path / "out", "gguf", verify_tokens=256)
     assert report["identical"] == report["layers"] == 4
     assert report["comparisons"][0]["max_difference"] < 1e-4
+    assert main(["report", str(tmp_path / "out"), "--html", str(tmp_path / "page.html"), "--quiet"]) == 0
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf").eval()
     dense = transformers.AutoModelForCausalLM.from_pretrained(source.parent / "dense").eval()
     weights = dict(read.named_parameters())

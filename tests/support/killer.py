@@ -80,6 +80,7 @@ def _convert(when: str, number: int, settings: dict) -> None:
         return reorder(*arguments)
 
     status = 70
+    signal.alarm(120)  # a child that hangs ends, too
     try:
         os.dup2(2, 1)  # standard output is for answers
         os.replace, layer.reorder = dying_replace, dying_reorder

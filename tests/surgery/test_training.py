@@ -261,8 +261,11 @@ def test_modules_that_no_token_uses_are_not_trained_in_vain(train, steps, model,
         save_file(tensors, path, metadata={"format": "pt"})
     write_digests(extended)
     flags = ["tune", "--model", str(extended), "--output", str(tmp_path / "out"), "--text", str(text_file)]
-    assert main([*flags, *map(str, TRAIN), "--steps", str(steps), "--train", train, "--quiet"]) == 2
-    assert f"--train: with {train} nothing learns, in the first steps no weight got a" in capsys.readouterr().err
+    flags += [*map(str, TRAIN), "--steps", str(steps), "--train", train, "--quiet", "--checkpoint-steps", "2"]
+    for again in ([], ["--resume"]):  # what had been saved by then is not gone on with
+        assert main([*flags, *again]) == 2
+        assert f"--train: with {train} nothing learns, in the first steps no weight got a" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big"]
 
 
