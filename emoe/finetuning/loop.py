@@ -95,7 +95,7 @@ def fit_sequences(config: Any, folder: Path) -> tuple[Any, list[str]]:
 
 def workspace_of(config: Any, folder: Path, what: str, record: str) -> Workspace:
     """Where a training writes; the arguments are those of `training_into`. What is finished needs its model no more."""
-    work = Work(what, fit_sequences(config, folder)[0] if folder.is_dir() else config, record)
+    work = Work(what, fit_sequences(config, folder)[0] if (folder / "config.json").is_file() else config, record)
     return Workspace(Path(config.output), folder, resume=config.resume, overwrite=config.overwrite, work=work)
 
 

@@ -166,13 +166,11 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(command, name, refused, 
     ("command", "complaint"),
     [
         (["extend", "--experts", "1", "--old-share", "0.1"], "--old-share: has no effect without --text and"),
-        (["extend", "--experts", "1", "--tokens", "77"], "--tokens: has no effect without --text and"),
         (
             ["prune", "--keep", "1", "--method", "random", "--text", "a.txt"],
             "--text: has no effect with --method random",
         ),
         (["prune", "--remove", "last", "--task", "spam"], "--task: has no effect with --remove last"),
-        (["prune", "--keep", "1", "--method", "layers-top", "--tokens", "9"], "--tokens: has no effect with --method"),
         (["tune", "--lora-rank", "8"], "--lora-rank: has no effect with --train all"),
         (
             ["prune", "--keep", "0.5", "--normalise", "sum", "--scope", "layer"],
