@@ -137,8 +137,7 @@ class Workspace:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         self._refuse_if_held()
-        self.clear_finished()
-        self.check()
+        self.check_early()
         try:
             self.state_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -175,7 +174,12 @@ class Workspace:
                 except OSError:
                     raise self._held() from None
 
-    def clear_finished(self) -> None:
+    def check_early(self) -> None:
+        """`check`, by who is to write there: what a kill has left behind a finished output goes first."""
+        self._clear_finished()
+        self.check()
+
+    def _clear_finished(self) -> None:
         """Remove the state of a `publish` that was killed behind its renames: nothing is left to go on with."""
         if self.output.exists() and self.state_folder.exists() and not self.folder.exists():
             with contextlib.suppress(OSError), open(self.state_folder / "lock", "w") as lock:
@@ -230,8 +234,8 @@ class Workspace:
             UserError: somebody has put something there since `check`.
         """
         if self.output.exists():
-            foreign = not self.output.is_dir() or (any(self.output.iterdir()) and not is_ours(self.output))
-            if foreign or (any(self.output.iterdir()) and not self.overwrite):
+            empty = self.output.is_dir() and not any(self.output.iterdir())
+            if not empty and not (self.overwrite and is_ours(self.output)):
                 raise UserError(f"--output: somebody has written {self.output} meanwhile; choose another folder")
             os.rename(self.output, self.retired)
         try:

@@ -84,8 +84,7 @@ def export(
     from emoe.exporting.source import Source, element_type
 
     workspace = Workspace(output, model, resume=False, overwrite=overwrite)
-    workspace.clear_finished()
-    workspace.check()
+    workspace.check_early()
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
     try:
         return run(

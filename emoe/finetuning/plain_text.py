@@ -179,16 +179,16 @@ class _Tuner(BaseTrainer):
 
     def __init__(self, *args: Any, losses: RouterLosses | None, what: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.losses, self.what, self.idle, self.before = losses, what, 0, None
+        self.losses, self.what = losses, what
+        self.idle: int | None = 0
+        """Steps of this process so far if none had a gradient; None from the first that had one."""
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.before is None:
-            self.before = self.state.global_step  # 0, or those of the states that were gone on from
-        patience = min(IDLE_STEPS, self.args.max_steps - self.before)
-        if self.idle == self.state.global_step - self.before < patience:  # all steps so far, counted from the first
-            self.idle += int(torch.as_tensor(norm) == 0)
-            if self.idle == patience:
+        if self.idle is not None:
+            self.idle = self.idle + 1 if torch.as_tensor(norm) == 0 else None
+            last = self.state.global_step + 1 == self.args.max_steps
+            if self.idle == IDLE_STEPS or (self.idle and last):
                 raise _IdleError(
                     f"--train: with {self.what} nothing learns, in the first steps no weight got a gradient: no token "
                     "of --text uses what trains, or the loss does not depend on it; give other text or another --train"

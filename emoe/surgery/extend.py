@@ -20,7 +20,7 @@ from emoe.errors import UserError, shortened
 from emoe.surgery.gates import fit_gates
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
-from emoe.surgery.rewrite import Progress, Say, check_output, require_room, rewrite
+from emoe.surgery.rewrite import Progress, Say, require_room, rewrite, workspace_of
 from emoe.surgery.usage import fit_length
 
 
@@ -54,7 +54,7 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
         raise UserError("--attention: this model has no attention experts; give --experts")
     if config.text:
         anatomy.check_gate_rows()
-    check_output(folder, config.output, overwrite=config.overwrite)  # now: fitting takes its time
+    workspace_of(folder, config.output, overwrite=config.overwrite).check_early()  # now: fitting takes its time
     scale = {slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots}
     require_room(folder, config.output, scale, say)
     digests = check_digests(folder)

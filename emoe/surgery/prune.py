@@ -15,7 +15,7 @@ from emoe.surgery import baselines
 from emoe.surgery.budget import settle_budget
 from emoe.surgery.history import entry, now
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
-from emoe.surgery.rewrite import Progress, check_output, rewrite
+from emoe.surgery.rewrite import Progress, rewrite, workspace_of
 from emoe.surgery.selection import select
 from emoe.surgery.usage import count_use, fit_length, load_model, read_blocks, text_of
 
@@ -30,7 +30,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     now()  # a clock that cannot be read is told before counting
-    check_output(folder, config.output, overwrite=config.overwrite)  # now: counting takes its time
+    workspace_of(folder, config.output, overwrite=config.overwrite).check_early()  # now: counting takes its time
     _check_against(config, anatomy)
     digests = check_digests(folder)
     if config.method.startswith("layers"):

@@ -79,13 +79,6 @@ def workspace_of(source: Path, output: str, *, overwrite: bool) -> Workspace:
     return Workspace(Path(output), source, resume=False, overwrite=overwrite)
 
 
-def check_output(source: Path, output: str, *, overwrite: bool) -> None:
-    """Raise `UserError` when ``output`` is in the way, before anything is counted; what a kill left goes."""
-    workspace = workspace_of(source, output, overwrite=overwrite)
-    workspace.clear_finished()
-    workspace.check()
-
-
 def rewrite(
     source: Path,
     output: str,
