@@ -68,7 +68,7 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         raise UserError("--output: missing; name the folder to write")
     factors = loss_factors(config.loss, LOSSES)
     folder = Path(config.model)
-    workspace_of(config, folder, "training", TUNED).check()
+    workspace_of(config, folder, "training", TUNED).check_early()
     check_losses(factors, config.train)
     check_budget(folder, config.top_k)
     anatomy = _anatomy(folder, config)

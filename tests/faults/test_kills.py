@@ -27,9 +27,12 @@ def drill(nursery, inputs, tmp_path_factory) -> Drill:
         ("convert --overwrite", 1),
         ("recover", 1),
         ("export", 1),
+        ("export --overwrite", 1),
         ("frontier", 1),
         ("finetune", 1),
         ("prune", 1),
+        ("extend", 1),
+        ("tune", 1),
         ("pretrain", 1),
     ],
 )

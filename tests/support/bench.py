@@ -38,21 +38,25 @@ ARCHITECTURE = {
 
 
 def make_inputs(folder: Path, nursery: Nursery) -> dict[str, Path]:
-    """A dense checkpoint, a converted one, two texts, a labelled task and a new model's architecture, by name."""
+    """A dense checkpoint, a converted one and its export, two texts, a labelled task, a new architecture; by name."""
     folder.mkdir(parents=True)
     inputs = {
         "dense": tiny_checkpoint(folder / "dense"),
         "text": folder / "text.txt",
         "long_text": folder / "long.txt",
         "converted": folder / "converted",
+        "exported": folder / "exported",
         "task": write_task(folder / "task"),
         "architecture": folder / "architecture.yaml",
     }
     inputs["architecture"].write_text(yaml.safe_dump({"architecture": ARCHITECTURE}))
     inputs["text"].write_text(TEXT * 60)
     inputs["long_text"].write_text(TEXT * (4 * PIECE // len(TEXT)))  # pieces for training and one that is held out
-    done = nursery.run(*convert(inputs["dense"], inputs, inputs["converted"]), "--held-out-tokens", 256)
-    assert done.status == 0, done.text
+    conversion = [*convert(inputs["dense"], inputs, inputs["converted"]), "--held-out-tokens", 256]
+    export = ["export", "--model", inputs["converted"], "--output", inputs["exported"], "--to", "dense"]
+    for arguments in (conversion, [*export, "--verify-tokens", 64]):
+        done = nursery.run(*arguments)
+        assert done.status == 0, done.text
     return inputs
 
 
