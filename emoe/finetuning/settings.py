@@ -1,4 +1,4 @@
-"""Settings of `emoe finetune` and `emoe eval`, as `emoe.config` has them for conversion."""
+"""Settings of `emoe finetune` and `emoe eval`, as `emoe.config` has those of the other commands."""
 
 from __future__ import annotations
 
