@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import emoe
+from emoe import gating
 from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
@@ -143,7 +144,7 @@ def _checked_model(config: RecoverConfig) -> Path:
     provenance = facts["emoe_provenance"]
     if not config.teacher and (provenance.get("outputs", SOURCE_S) != SOURCE_S or provenance.get("history")):
         raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
-    if config.gates == "learned" and facts["emoe_gate"] not in ("discriminant", "representative"):
+    if config.gates == "learned" and not gating.tables_of(facts["emoe_gate"]):
         raise UserError(f"--gates: the {facts['emoe_gate']} gate of this model has no table to learn; use fixed")
     for budget in config.budgets:
         if not 0 < budget <= 1:

@@ -20,3 +20,8 @@ def get(name: str, measuring: bool = False):
     from emoe.gating import average_key, discriminant, oracle, representative
 
     return {m.METHOD.name: m.METHOD for m in (average_key, discriminant, representative, oracle)}[name]
+
+
+def tables_of(name: str) -> tuple[str, ...]:
+    """Tables of the router of a checkpoint's gate, by name; none of a gate that is not ours, such as a trained one."""
+    return get(name).tables if name in NAMES else ()

@@ -61,4 +61,5 @@ METHOD = GateMethod(
     reference="Fisher's discriminant in ridge form; cf. Hastie, Tibshirani, Friedman, ESL, sec. 4.3",
     summary="closed-form linear prediction of each expert's energy from the layer's input",
     fit=DiscriminantFit,
+    tables=("weight", "bias"),
 )

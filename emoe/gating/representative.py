@@ -50,4 +50,5 @@ METHOD = GateMethod(
     reference="after CMoE: Pei et al. 2025, arXiv 2502.04416, sec. 4.2",
     summary="activation of the one neuron that best tells the expert's energy",
     fit=RepresentativeFit,
+    tables=("neuron", "scale"),
 )

@@ -32,6 +32,8 @@ class GateMethod:
     summary: str
     fit: Callable[[int, int, int, int], GateFit] | None = None
     """(E, K, D, F) → a fit; None when the gate is derived from the weights alone."""
+    tables: tuple[str, ...] = ()
+    """Names of what a fit gives, tables of the router with a row for each expert."""
 
     @property
     def needs_calibration(self) -> bool:

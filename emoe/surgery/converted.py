@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emoe import gating
 from emoe.checkpoint.companions import source_config
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition, keep_experts
@@ -34,9 +35,7 @@ BUDGET_TABLES = ("bounds", "threshold")
 """Tables of a router with a row for each budget K, where layers or tokens get their own."""
 
 GATE_TABLES = {
-    "average-key": (),
-    "representative": ("neuron", "scale"),
-    "discriminant": ("weight", "bias"),
+    **{name: gating.tables_of(name) for name in gating.NAMES},
     "cosine": ("cosine.projection.weight", "cosine.centroids.weight"),
 }
 """Kind of gate → the tables that its router must have."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.routers import D, F, sparse_mlp
 
 from emoe.errors import UserError
-from emoe.gating import NAMES, get
+from emoe.gating import NAMES, get, tables_of
 from emoe.gating.energies import ExpertEnergies, log_energies
 
 routings = st.tuples(
@@ -75,6 +75,20 @@ def fitted(name: str, x_ND, h_NF, experts: int):
         piece = slice(part * len(x_ND) // 4, (part + 1) * len(x_ND) // 4)
         fit.update(x_ND[piece], h_NF[piece], energies(h_NF[piece], experts), torch.ones(len(x_ND[piece])))
     return fit.finish()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "cosine"])
+def test_a_gate_names_its_tables(name):
+    """Those that its fit gives and its router keeps; without any there is nothing to learn."""
+    router = sparse_mlp(name, 4, 2).router
+    assert set(tables_of(name)) == set(dict(router.named_buffers()))
+    if tables_of(name):
+        assert set(fitted(name, torch.randn(64, D), torch.rand(64, F), 4)) == set(tables_of(name))
+        router.learn()
+        assert list(router.parameters())
+    else:
+        with pytest.raises(ValueError, match="has no table to learn"):
+            router.learn()
 
 
 def energies(h_NF, experts: int):
