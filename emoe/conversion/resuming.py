@@ -39,19 +39,32 @@ def refuse_finished(output: Path, work: Work) -> NoReturn:
     for name in filter(None, (work.report, work.record)):
         if not (output / name).is_file():
             raise UserError(f"--resume: {output} is no finished {work.kind}, it has no {name}; {again}")
-    kept = type(work.settings)().fingerprint() | _recorded(output / work.record)  # an older version had fewer settings
-    now = work.settings.fingerprint()
-    if difference := _difference(now, {key: kept[key] for key in now}):
+    if difference := difference_from_record(work.settings, output / work.record):
         raise UserError(f"--resume: the finished {work.kind} in {output} had other settings ({difference}); {again}")
     raise Finished(f"{output} is finished: nothing to go on with; --overwrite makes it anew")
 
 
-def _recorded(record: Path) -> dict[str, Any]:
+def difference_from_record(settings: Settings, record: Path, flag: str = "--resume") -> str | None:
+    """The first setting that is not what it is in the record of earlier work, with both values; None if none is.
+
+    Args:
+        settings: of now.
+        record: the file; what it lacks had its default, an older version had fewer settings.
+        flag: to name where it cannot be read.
+
+    Raises:
+        UserError: it holds no settings.
+    """
+    kept, now = type(settings)().fingerprint() | _recorded(record, flag), settings.fingerprint()
+    return _difference(now, {key: kept[key] for key in now})
+
+
+def _recorded(record: Path, flag: str) -> dict[str, Any]:
     """The settings in a record; a report has them under "settings", but for the model, which may stand beside them."""
-    found = read_yaml(record, "--resume") if record.suffix == ".yaml" else read_json(record, "--resume")
+    found = read_yaml(record, flag) if record.suffix == ".yaml" else read_json(record, flag)
     settings = found.get("settings", found) if isinstance(found, dict) else None
     if not isinstance(settings, dict):
-        raise UserError(f"--resume: {record} holds no settings; --overwrite makes it anew")
+        raise UserError(f"{flag}: {record} holds no settings; --overwrite makes it anew")
     return {"model": found.get("model"), **settings}
 
 

@@ -153,7 +153,7 @@ def _check_finished(output: Path, cell: Cell) -> None:
     from emoe.finetuning.settings import located
 
     recorded = located(read_record(folder / "run.json").settings)
-    wanted = located(settings_of(cell, output).fingerprint())
+    wanted = settings_of(cell, output).fingerprint()
     differing = [key for key in wanted if key in recorded and recorded[key] != wanted[key]]
     if differing:
         was = ", ".join(f"{key} {recorded[key]} (now {wanted[key]})" for key in differing)

@@ -127,9 +127,9 @@ class FinetuneConfig(Settings):
         return {name: weight for name, weight in {**names, **given}.items() if weight}
 
     def fingerprint(self) -> dict:
-        """The settings that a run's result depends on."""
+        """The settings that a run's result depends on, `located`."""
         leave = {"output", "seeds", "resume", "overwrite", "discard_model", "tensorboard"}
-        return self.model_dump(exclude=leave)
+        return located(self.model_dump(exclude=leave))
 
 
 def located(settings: dict[str, Any]) -> dict[str, Any]:

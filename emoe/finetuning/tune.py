@@ -25,6 +25,7 @@ from emoe import tasks
 from emoe.assets.resolve import check_name
 from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
+from emoe.conversion.resuming import difference_from_record
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetuning import arms
@@ -159,14 +160,11 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
     done, begun = folder / RECORD, folder / ".training" / "settings.json"
     if not done.is_file() and not begun.is_file():
         return
-    facts = json.loads((done if done.is_file() else begun).read_text(encoding="utf-8"))
-    settings = FinetuneConfig().fingerprint() | located(facts["settings"] if done.is_file() else facts)
-    for key, value in located(config.fingerprint()).items():
-        if settings[key] != value:
-            raise UserError(
-                f"{flag}: {folder} was made with {key}={settings[key]!r}, this call has {value!r}; "
-                "use the same settings or another --output" + (", or --overwrite" if flag == "--resume" else "")
-            )
+    if difference := difference_from_record(config, done if done.is_file() else begun, flag):
+        raise UserError(
+            f"{flag}: {folder} was made with other settings ({difference}); use the same ones or another --output"
+            + (", or --overwrite" if flag == "--resume" else "")
+        )
 
 
 def _prepare(config: FinetuneConfig, folder: Path, digests: dict[str, Any]) -> None:
@@ -175,7 +173,7 @@ def _prepare(config: FinetuneConfig, folder: Path, digests: dict[str, Any]) -> N
     for left in folder.rglob(".*.tmp"):  # of `write_text` in a process that was killed; we hold the folder
         left.unlink()
     (folder / ".training").mkdir(parents=True, exist_ok=True)
-    write_text(folder / ".training" / "settings.json", json.dumps(located(config.fingerprint())))
+    write_text(folder / ".training" / "settings.json", json.dumps(config.fingerprint()))
     write_text(folder / ".training" / BEGUN, json.dumps(digests))
 
 

@@ -90,8 +90,11 @@ def test_settings_younger_than_a_run_have_their_default_in_it(arm_settings, tmp_
         del facts["settings"][key]
     path.write_text(json.dumps(facts))
     assert len(finetune(arm_settings(max_steps=2, seeds="0,1", resume=True))) == 2
-    with pytest.raises(UserError, match="was made with group_by_length=False, this call has True"):
+    with pytest.raises(UserError, match=r"other settings \(group_by_length: False, now True\); .* or --overwrite$"):
         finetune(arm_settings(max_steps=2, seeds="0:3", resume=True, group_by_length=True))
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"--output: .*run.json is not valid JSON"):
+        finetune(arm_settings(max_steps=2, seeds="2", resume=True))
 
 
 def test_seeds_of_one_folder_have_the_same_texts(arm_settings, tmp_path):
@@ -125,7 +128,7 @@ def test_a_run_is_the_same_from_every_folder(arm_settings, experts, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     report = evaluate(EvalConfig(model="out/seed-1", domains="far"))
     assert report["sets"]["far"]["examples"] == 27
-    with pytest.raises(UserError, match="was made with task="):
+    with pytest.raises(UserError, match=r"made with other settings \(task: "):
         finetune(arm_settings(task=str(write_task(tmp_path / "task.d")), max_steps=2, seeds="2"))
 
 
