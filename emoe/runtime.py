@@ -182,16 +182,22 @@ def scratch_directory(folder: Path, siblings: str) -> Iterator[None]:
 def sole_writer(folder: Path, flag: str = "--output") -> Iterator[None]:
     """Hold ``folder``, made if need be, for this process alone, until the end or the process's death.
 
+    Where it and its parents were made for this and nothing is in them at the end, they go again.
+
     Raises:
         Busy: another process holds it.
         UserError: it cannot be made.
     """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     descriptor = None
     while descriptor is None:
         descriptor = _lock(folder, flag)
     try:
         yield
     finally:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
         os.close(descriptor)
 
 
@@ -226,7 +232,7 @@ def _is_directory_or_gone(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
-        return not path.is_symlink()
+        return not any(place.is_symlink() and not place.exists() for place in (path, *path.parents))
 
 
 def free_bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _clear_finished(config: FinetuneConfig, seeds: list[int]) -> None:
 def _check_output(config: FinetuneConfig, seeds: list[int]) -> None:
     """Raise `UserError` when something is in the way that neither --resume nor --overwrite speaks of."""
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
+    if os.path.lexists(output) and not output.is_dir():
         raise UserError(f"--output: {output} is a file; choose another name")
     for folder in output.glob("seed-*"):
         if folder.name not in {f"seed-{seed}" for seed in seeds}:

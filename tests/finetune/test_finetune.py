@@ -108,6 +108,12 @@ def test_a_folder_that_its_last_writer_removes_is_made_again(tmp_path, monkeypat
             pass
 
 
+def test_a_folder_behind_a_link_to_nowhere_cannot_be_made(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="choose another name"), sole_writer(tmp_path / "out" / "work"):
+        pass
+
+
 def test_states_that_a_kill_left_in_a_finished_run_go(arm_settings, tmp_path):
     """Behind run.json, of one of two seeds."""
     settings = {"max_steps": 2, "eval_steps": 2, "resume": True}

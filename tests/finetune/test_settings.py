@@ -43,7 +43,7 @@ from emoe.finetuning.tune import finetune
         ({"task": "x.json", "tuning": "head"}, "--tuning head: a language model has no head"),
     ],
 )
-def test_bad_input(changes, complaint, arm_settings, tiny_llama, capsys):
+def test_bad_input(changes, complaint, arm_settings, tiny_llama, tmp_path, capsys):
     changes = {k: str(tiny_llama) if v == "DENSE" else v for k, v in changes.items()}
     changes |= {"experts": 8} if changes.get("model") == str(tiny_llama) else {}
     values = arm_settings(**changes).model_dump(exclude_defaults=True)
@@ -53,11 +53,25 @@ def test_bad_input(changes, complaint, arm_settings, tiny_llama, capsys):
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists() or "learning_rate" in changes  # which is too large in training alone
 
 
-def test_a_moduleformer_is_told_what_to_do(arm_settings, tmp_path):
+@pytest.mark.parametrize("there", [False, True])
+def test_a_moduleformer_is_told_what_to_do(there, arm_settings, tmp_path):
+    """And nothing is left, but for an empty folder that was there."""
+    model, output = moduleformer(tmp_path / "model", "mlp"), tmp_path / "runs" / "one"
+    if there:
+        output.mkdir(parents=True)
     with pytest.raises(UserError, match=r"a ModuleFormer is born with experts.* plain text with `emoe tune`"):
-        finetune(arm_settings(model=str(moduleformer(tmp_path / "model", "mlp")), output=str(tmp_path / "run")))
+        finetune(arm_settings(model=str(model), output=str(output), seeds="0,1"))
+    left = {path for path in tmp_path.rglob("*") if not path.is_relative_to(model)}
+    assert left == ({output.parent, output} if there else set())
+
+
+def test_a_link_to_nowhere_is_no_output(arm_settings, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"--output: .*out is a file; choose another name"):
+        finetune(arm_settings())
 
 
 @pytest.mark.parametrize(
