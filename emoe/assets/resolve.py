@@ -6,6 +6,7 @@ its checksum is pinned here); an alias or ``org/name`` on the hub, through huggi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def resolve_model(
     Raises:
         UserError: unknown name, unreachable or gated hub, licence not accepted, failed download or checksum.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir() and (path / "config.json").is_file():
         return Resolved(path, f"folder {path.resolve()}", "folder", None)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -115,7 +116,7 @@ def resolve_model(
 
 def check_name(name: str) -> None:
     """Raise as `resolve_model` does for what names no model; nothing is fetched or converted."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_gguf = path.suffix.lower() == ".gguf"
     on_hub = re.fullmatch(_HUB_ID, name) and not (path.exists() or is_gguf or name.startswith(_LOCAL))
     if not (on_hub or name.lower() in ALIASES or (is_gguf and path.is_file())):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again", 
 
 def check_source(source: str, flag: str = "--calibration") -> None:
     """Raise `UserError` for a source that cannot be read, as far as that shows without reading it."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source in (BUILTIN, BUILTIN_CODE) or path.exists():
         return
     if source.startswith(CORPUS):
@@ -92,7 +93,7 @@ def read_source(source: str, flag: str = "--calibration") -> Iterator[str]:
         UserError: nothing of that name, or text that is not UTF-8.
     """
     check_source(source, flag)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == BUILTIN:
         from pydoc_data.topics import topics
 
@@ -259,7 +260,7 @@ def held_out_blocks(source: str, tokenizer: Any, length: int, tokens: int) -> li
 
 def _same_text(one: str, other: str) -> bool:
     """Whether two sources are one by name or, of files and folders, on the disk."""
-    paths = Path(one).expanduser(), Path(other).expanduser()
+    paths = Path(os.path.expanduser(one)), Path(os.path.expanduser(other))
     return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 

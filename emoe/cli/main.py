@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -84,6 +85,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    arguments = [_from_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="emoe", standalone_mode=False)
         if status == INTERRUPTED:  # typer 0.29 makes a status of the exception
@@ -111,10 +113,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
-def _how_to_go_on(arguments: list[str] | None) -> str:
+def _from_home(argument: str) -> str:
+    """An argument with ``~`` expanded, which a shell leaves alone within quotes and in ``--model=~/x``."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
     """What a command can do with work that was interrupted."""
-    given = sys.argv[1:] if arguments is None else arguments
-    command = typer.main.get_command(app).commands.get(next(iter(given), ""))
+    command = typer.main.get_command(app).commands.get(next(iter(arguments), ""))
     if command is not None and any("--resume" in option.opts for option in command.params):
         return "; --resume goes on with unfinished work"
     return "; the same command goes on with unfinished work" if command and command.name == "sweep" else ""

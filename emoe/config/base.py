@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CORPUS_NAMES = ("fiction", "brown", "essays", "computing", "definitions", "python", "german", "quotes", "french")
 """Built-in corpora, those of `emoe.assets.corpora`, which printing a command's help need not import."""
@@ -29,6 +30,12 @@ class Settings(BaseModel):
     """Settings of a command. A field's description is its help text in the command line and states its unit."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @field_validator("model", "output", check_fields=False)
+    @classmethod
+    def _from_home(cls, given: str) -> str:
+        """Files and Python functions know ``~``, too."""
+        return os.path.expanduser(given)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that the result depends on."""

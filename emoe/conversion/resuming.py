@@ -6,6 +6,7 @@ The path of a model or a text stays the same when somebody puts another file the
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -86,7 +87,7 @@ def _placed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     head, equals, path = value.rpartition("=")  # "code=corpus/code.txt"
-    there = Path(path).expanduser()
+    there = Path(os.path.expanduser(path))
     return f"{head}{equals}{there.resolve()}" if path and there.exists() else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def export(
             the way, no room, or an export that does not compute what its source does.
     """
     format = get(to)
-    model, output = Path(model), Path(output)
+    model, output = Path(os.path.expanduser(model)), Path(os.path.expanduser(output))
     if verify_tokens < 0 or verify_tokens == 1:
         raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
     from emoe.conversion.workspace import Workspace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def _find(config: EvalConfig) -> tuple[dict[str, Any] | None, Path]:
     """The run's record, if it is one, and the folder with the model."""
     if not config.model:
         raise UserError("--model: missing; give the folder of a run (OUTPUT/seed-S) or of a model")
-    folder = Path(config.model).expanduser()
+    folder = Path(config.model)
     if (folder / "model").is_dir() and (folder / RECORD).is_file():
         return read_json(folder / RECORD), folder / "model"
     if (folder / RECORD).is_file():
@@ -106,7 +107,7 @@ def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: An
         data = _as_trained_on(config, record, task, known, say)
     else:
         data_dir = config.data_dir or (record["settings"].get("data_dir") if record else None)
-        where = Where(Path(data_dir).expanduser() if data_dir else None, say)
+        where = Where(Path(os.path.expanduser(data_dir)) if data_dir else None, say)
         data = load_task(task, domains=known, test_limit=config.limit, where=where, cleaned_of=[])
     for note in data.notes:
         say(note)
@@ -145,7 +146,7 @@ def _as_trained_on(
         domains=domains,
         train_limit=settings.get("train_limit"),
         test_limit=config.limit,
-        where=Where(Path(data_dir).expanduser() if data_dir else None, say),
+        where=Where(Path(os.path.expanduser(data_dir)) if data_dir else None, say),
         cleaned_of=record.get("duplicates_removed"),
     )
 

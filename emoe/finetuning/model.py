@@ -60,7 +60,7 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
     """
     if not config.model:
         raise UserError("--model: missing; give an alias (see `emoe models`), a folder or a hub id")
-    given = Path(config.model).expanduser()
+    given = Path(config.model)
     if (given / "config.json").is_file():
         facts = read_json(given / "config.json")
         if str(facts.get("model_type", "")).startswith("emoe_"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,7 +137,7 @@ def located(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run with absolute paths for what are paths here, so that they mean the same in every folder."""
     found = dict(settings)
     for key in {"model", "task", "data_dir"} & settings.keys():
-        path = Path(settings[key] or "").expanduser()
+        path = Path(os.path.expanduser(settings[key] or ""))
         is_path = {
             "model": (path / "config.json").is_file() or path.is_file(),
             "task": path.suffix in (".yaml", ".yml", ".json", ".jsonl"),

@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     if todo := _left(config, seeds):
         if config.model:
             check_name(config.model)
-        where = Where(Path(config.data_dir).expanduser() if config.data_dir else None, say)
+        where = Where(Path(os.path.expanduser(config.data_dir)) if config.data_dir else None, say)
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
             say(note)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Domain:
         if self.source is None:
             files = corpus_files(self.name)
         else:
-            path = Path(self.source).expanduser()
+            path = Path(os.path.expanduser(self.source))
             files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return hashlib.sha256(json.dumps([self.source, facts]).encode()).hexdigest()

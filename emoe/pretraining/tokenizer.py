@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def load_tokenizer(config: PretrainConfig, domains: list[Domain], folder: Path) 
 def _existing(name: str) -> Any:
     from emoe.assets import resolve_model
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         folder = path if (path / "tokenizer.json").is_file() else resolve_model(name).folder
     except UserError as error:

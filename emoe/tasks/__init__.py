@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from emoe.errors import UserError, nearest
@@ -22,7 +23,7 @@ def get(name: str) -> Task:
     """
     if not name:
         raise UserError(f"--task: missing; known tasks: {', '.join(TASKS)}, or a .yaml file of your own")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix in (".yaml", ".yml"):
         return task_from_yaml(path)
     if path.suffix in (".json", ".jsonl"):
