@@ -28,8 +28,8 @@ def report(
         int | None,
         typer.Option(
             "--tokens",
-            help="Tokens of each text; 0 for no pictures of experts. [default: 1024, of ModuleFormers and of models "
-            "after surgery 0]",
+            help="Tokens of each text; 0 for no pictures of experts. [default: 1024; 0 of ModuleFormers, of models "
+            "after surgery and of those without a tokenizer]",
         ),
     ] = None,
     json_output: Json = False,
