@@ -33,6 +33,9 @@ BUILTIN = "builtin"
 PIECE = 1 << 16
 """Characters tokenised at a time, so that a file of one endless line costs no more memory than any other."""
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+"""Patterns of the files, one of which every tokenizer has."""
+
 POOL = 4
 """Blocks read for each block used: calibration is drawn at random from all but the end, held-out text is the end."""
 
@@ -63,6 +66,8 @@ def read_tokenizer(folder: Path, advice: str = "copy or fetch the model again", 
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            problem = "there is none"  # transformers names the files that it tried, of which it has found none
         raise UserError(f"{flag}: no usable tokenizer in {folder} ({problem}); {advice}") from None
 
 

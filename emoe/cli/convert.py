@@ -33,7 +33,8 @@ def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
         if not quiet:
             print("dry run: every check passed, nothing was written", file=sys.stderr)
         return
-    with progress_bar(quiet) as show:
+    # The survey and the conversion each go through the layers, and both take their time.
+    with progress_bar(quiet, "layers in two passes" if plan.needs_survey else "layers") as show:
         report = run(plan, show)
     if json_output:
         print(json.dumps(report, indent=2))

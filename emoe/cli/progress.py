@@ -15,6 +15,9 @@ LINE_SECONDS = 10.0
 FINETUNING = {"cutting": "layers", "scoring": "sets"}
 """Stages of `emoe finetune` that count no steps, and what they count."""
 
+COMPARING = dict.fromkeys(("reading", "resampling"), "domains")
+"""Stages of `emoe report` that count no layers."""
+
 
 @contextlib.contextmanager
 def progress_bar(

@@ -28,21 +28,21 @@ def report(
         int | None,
         typer.Option(
             "--tokens",
-            help="Tokens of each text; 0 for no pictures of experts. [default: 1024, of ModuleFormers and of models "
-            "after surgery 0]",
+            help="Tokens of each text; 0 for no pictures of experts. [default: 1024; 0 of ModuleFormers, of models "
+            "after surgery and of those without a tokenizer]",
         ),
     ] = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page on conversions, frontiers and fine-tuned runs, to be read without a network."""
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import COMPARING, progress_bar, silence_libraries
 
     silence_libraries()
     from emoe.report.page import TEXTS
     from emoe.report.page import report as write
 
-    with progress_bar(quiet) as show:
+    with progress_bar(quiet, others=COMPARING) as show:
         found = write(paths, html, text or TEXTS, tokens, show)
     if json_output:
         print(json.dumps(found, indent=2))

@@ -38,7 +38,7 @@ CALIBRATION, DENSE = "calibration", "dense"
 SURVEY, CONVERT = "survey", "convert"
 
 Progress = Callable[[str, int, int], None]
-"""Called as (what happens now, layers done, layers in all)."""
+"""Called as (what happens now, layers done, layers in all); a layer counts once in each pass that it takes part in."""
 
 Sink = Callable[[int, dict[str, torch.Tensor]], None]
 """Takes the tensors of a finished layer."""

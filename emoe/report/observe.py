@@ -18,9 +18,10 @@ import torch
 
 from emoe.calibration.statistics import TOP_FRACTION
 from emoe.calibration.stream import StreamedModel
-from emoe.calibration.text import load_blocks
+from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import source_config
 from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition, order_of
 from emoe.checkpoint.reader import CheckpointReader
@@ -82,11 +83,12 @@ def observe(folder: Path, texts: list[str], tokens: int, progress: Callable[[str
     """Stream `tokens` tokens of each text through a converted checkpoint.
 
     Raises:
-        UserError: too many tokens, unreadable text, a damaged checkpoint, or one whose layers differ in width.
+        UserError: too many tokens, unreadable text, damaged weights or other files, or layers that differ in width.
     """
     if not 64 <= tokens * len(texts) <= MOST_TOKENS:
         raise UserError(f"--tokens: {tokens} of {len(texts)} texts; take 64 to {MOST_TOKENS} in all, or 0 for none")
     config = _observable(folder)
+    _check_weights(folder)
     partition = Partition.load(folder / PARTITION)
     reader = CheckpointReader(folder, source_config(config))
     stream = StreamedModel(reader, dtype=_dtype(reader), batch_tokens=1024)
@@ -145,6 +147,14 @@ def _observable(folder: Path) -> dict[str, Any]:
     return read_converted(folder, "report")
 
 
+def _check_weights(folder: Path) -> None:
+    """Raise `UserError` where the weights are not what was written: the page would show what the damage does."""
+    try:
+        check_digests(folder, "report")
+    except UserError as error:
+        raise UserError(f"{error}; --tokens 0 leaves out what its experts do") from None
+
+
 def _dtype(reader: CheckpointReader) -> torch.dtype:
     """The checkpoint's; float16 has no fast kernels on a CPU."""
     return torch.float32 if reader.dtype == torch.float16 else reader.dtype
@@ -154,13 +164,7 @@ def _read_texts(
     folder: Path, texts: list[str], tokens: int, reader: CheckpointReader
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of all texts, and the number of the text that each is of."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"report: no usable tokenizer in {folder} ({problem}); add --tokens 0") from None
+    tokenizer = read_tokenizer(folder, "add --tokens 0", "report")
     longest = getattr(reader.config, "max_position_embeddings", None) or tokens
     length = max(8, min(256, tokens, longest - reader.spec.position_offset))
     parts = [

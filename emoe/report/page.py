@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe
+from emoe.calibration.text import read_tokenizer
 from emoe.conversion.workspace import EXPORTED
 from emoe.errors import UserError
 from emoe.report import sections
@@ -45,10 +46,10 @@ def report(
     models, frontiers, runs = _sort(paths)
     converted, notes = [], []
     for folder in models:
-        kind = unwatchable(folder) if tokens is None else None
-        if kind:
-            notes.append(f"{folder} is {kind}: no pictures of experts on text; emoe analyze shows their use")
-        wanted = 0 if kind else TOKENS if tokens is None else tokens
+        why_not = _unwatched(folder) if tokens is None else None
+        if why_not:
+            notes.append(why_not)
+        wanted = 0 if why_not else TOKENS if tokens is None else tokens
         part = sections.conversion(folder) | {"recovery": sections.recovery(folder)}
         seen = observe(folder, list(dict.fromkeys(texts)), wanted, progress) if wanted else None
         converted.append(part | {"seen": sections.observation(seen) if seen else None})
@@ -62,6 +63,17 @@ def report(
         "written": [str(output)],
         "notes": notes,
     }
+
+
+def _unwatched(folder: Path) -> str | None:
+    """Why a model's experts are not watched unless that is asked for; None if they are."""
+    if kind := unwatchable(folder):
+        return f"{folder} is {kind}: no pictures of experts on text; emoe analyze shows their use"
+    try:
+        read_tokenizer(folder, "no pictures of experts on text", "report")
+    except UserError as error:
+        return str(error).removeprefix("report: ")
+    return None
 
 
 def _sort(paths: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:

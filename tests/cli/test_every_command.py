@@ -264,6 +264,26 @@ def test_lines_show_time_left(monkeypatch, capsys):
     assert "3/9 layers, clustering, 30 s, about 60 s left" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "counted"), [((), "7/7 layers in two passes, done"), (("--preset", "finetune"), "4/4 layers, done")]
+)
+def test_a_conversion_says_how_often_it_counts_layers(flags, counted, tiny_llama, text_file, tmp_path, capsys):
+    """The survey ends with the last converted one of the four, the second pass with the model."""
+    reading = ("--calibration-tokens", "2048", "--held-out-tokens", "0", "--sequence-length", "64")
+    given = ["--experts", "8", "--layers", "0,2", "--calibration", str(text_file), *reading, *flags]
+    assert main(["convert", "--model", str(tiny_llama), "--output", str(tmp_path / "out"), *given]) == 0
+    assert counted in capsys.readouterr().err
+
+
+def test_a_report_on_runs_counts_domains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("emoe.cli.progress.LINE_SECONDS", 0.0)
+    both = [str(runs(tmp_path, "vanilla")), str(runs(tmp_path, "emoe"))]
+    assert main(["report", *both, "--html", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"\d/\d domains, reading ", said)
+    assert " layers, " not in said
+
+
 def test_each_stage_counts_its_own(monkeypatch, capsys):
     """Sets are no steps, and take their own time; so does the next seed."""
     from emoe.cli import progress

@@ -173,6 +173,15 @@ def test_charts_take_any_numbers(log, level):
         chart([Line("two", [(x, y), (y, x)])], "x", "y", log=log)
 
 
+def _flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+WATCHING = ("no usable tokenizer", "is not what was written")
+"""Complaints of watching experts alone: --tokens 0 does without."""
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -182,18 +191,32 @@ def test_charts_take_any_numbers(log, level):
         (lambda f: (f / "frontier.json").write_text('{"cells": [{}]}'), "frontier.json: "),
         (lambda f: (f / "emoe_recover.json").write_text('{"dense": []}'), "emoe_recover.json: steps: "),
         (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
+        (lambda f: _flip(next(f.glob("model-*.safetensors"))), "is not what was written"),
     ],
 )
 def test_bad_input_is_one_line(change, complaint, converted_llama, tmp_path, capsys):
     folder = Path(shutil.copytree(converted_llama, tmp_path / "model"))
     change(folder)
-    tokens = "64" if complaint == "no usable tokenizer" else "0"
+    tokens = "64" if complaint in WATCHING else "0"
     arguments = ["report", str(folder), "--html", str(tmp_path / "r.html"), "--tokens", tokens, "--quiet"]
     assert main(arguments) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("emoe: ")]
     assert len(error) == 1
     assert complaint in error[0]
     assert not (tmp_path / "r.html").exists()
+    if complaint in WATCHING:
+        assert "--tokens 0" in error[0]
+        assert write(tmp_path, folder) == 0
+
+
+def test_without_a_tokenizer_the_rest_is_shown(converted_llama, tmp_path, capsys):
+    folder = Path(shutil.copytree(converted_llama, tmp_path / "model"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert main(["report", str(folder), "--html", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().out
+    assert f"note: no usable tokenizer in {folder} (there is none); no pictures of experts on text" in said
+    assert "<h2>Quality" in (tmp_path / "r.html").read_text()
 
 
 def write(folder: Path, *models: Path, tokens: int = 0) -> int:
