@@ -69,7 +69,13 @@ def convert(
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict:
-    """Convert ``model`` into ``output``; ``settings`` are the fields of `ConvertConfig`. Returns the report.
+    """Convert ``model`` into ``output``, by default the model's name and "-emoe", here. Returns the report.
+
+    Args:
+        model: an alias, a folder, a .gguf file or a hub id.
+        output: the folder to write.
+        progress: called with stage, done, total.
+        settings: the fields of `ConvertConfig`.
 
     Raises:
         UserError: bad input; the message names the command's flag for the setting.
