@@ -4,9 +4,10 @@
     python scripts/make_checkpoint.py --like llama2-7b --layers 4 --output /tmp/four
     python scripts/make_checkpoint.py --like gpt2 --dtype float32 --output /tmp/gpt2
 
-Sharded safetensors of bf16 values, a layer a shard, and a real tokenizer whose vocabulary fits. Each matrix is low-rank plus
-noise, and the neurons of an FFN come in families: rows of the input matrix share a direction with the others of their
-family, so that clustering finds groups and calibration finds neurons that fire together. The model's text is nonsense.
+Sharded safetensors of bf16 values, a layer a shard, and a real tokenizer whose vocabulary fits. Each matrix is low-rank
+plus noise, and the neurons of an FFN come in families: rows of the input matrix share a direction with the others of
+their family, so that clustering finds groups and calibration finds neurons that fire together. The model's text is
+nonsense.
 
 Every tensor is drawn from its own name and the seed: a short checkpoint has the first layers of a long one.
 """
