@@ -42,16 +42,17 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
     Raises:
         UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
     """
-    from huggingface_hub import HfApi, logging
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
-
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
     message = _message(folder)
     check_repository(repo, flag)
+
+    from huggingface_hub import HfApi, logging
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
     logging.set_verbosity_error()
     if quiet:
         disable_progress_bars()

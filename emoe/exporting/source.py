@@ -26,18 +26,10 @@ ALIGNMENT = 8
 """Neurons of an expert are filled up to a multiple of this with zeros, which changes nothing: transformers' grouped
 matrix product wants rows of whole 16 bytes, and Llama-2-7B's 64 experts have 172 neurons, 344 bytes."""
 
-ELEMENT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def element_type(name: str | None) -> torch.dtype | None:
-    """The type of a name; None stays None.
-
-    Raises:
-        UserError: no element type of that name.
-    """
-    if name is not None and name not in ELEMENT_TYPES:
-        raise UserError(f"--dtype: unknown element type '{name}'; known: {', '.join(ELEMENT_TYPES)}")
-    return ELEMENT_TYPES[name] if name else None
+    """The type of a name among `emoe.exporting.ELEMENT_TYPES`; None stays None."""
+    return getattr(torch, name) if name else None
 
 
 class Experts(NamedTuple):
