@@ -43,7 +43,6 @@ OTHERS = [
     (["sweep", NOWHERE], "does not exist"),
     (["fetch", NOWHERE], "does not exist"),
     (["pretrain"], "--output: missing"),
-    (["convert", "--model", "smollm2-135m"], "--output: missing"),
     (["frontier", "--model", "smollm2-135m", "--experts", "0", *OUT], "--experts: must be at least 1"),
     (["frontier", "--model", "smollm2-135m", "--active", "half", *OUT], "--active: 'half' is not a list of numbers"),
     (["finetune", "--task", "spam", "--method", "moe", *OUT], "unknown method 'moe'"),
