@@ -153,7 +153,7 @@ class EvalConfig(Settings):
 
     model: str = setting(
         "",
-        "Folder of a run (OUTPUT/seed-S), or of a model with a classification head; with --lm-eval of a causal one.",
+        "Folder of a run (OUTPUT/seed-S), or of a model with a classification head (with --lm-eval a language model).",
     )
     task: str = setting("", "Task to score; as for `emoe finetune`. [default: the run's own]")
     domains: str | None = setting(None, "Sets to score, by commas. [default: all but the validation set]")
