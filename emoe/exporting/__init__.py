@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "dense": "the source's own architecture, neurons in their original order; exact",
-    "granitemoe": "GraniteMoE, all layers, average-key gate; exact",
-    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact",
+    "granitemoe": "GraniteMoE, all layers, average-key gate; exact in float32",
+    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact in float32",
     "qwen2_moe": "Qwen2-MoE, some layers or all, shared experts, average-key gate; near",
     "mixtral": "Mixtral, all layers, average-key gate; near, with --approximate",
     "gguf": "GGUF of the dense model for llama.cpp; exact",
@@ -78,7 +78,8 @@ def export(
         say: called with the cost, a line, before anything is written.
 
     Returns:
-        The report: format, bytes, exactness, "comparisons", and what the format itself tells ("layers", "identical").
+        The report: format, dtype, bytes, exactness, "comparisons", and what the format itself tells ("layers",
+        "identical").
 
     Raises:
         UserError: unknown format, not a converted checkpoint, a model that the format cannot represent, an output in

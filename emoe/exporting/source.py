@@ -32,6 +32,11 @@ def element_type(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" and so on, as config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Experts(NamedTuple):
     """The FFN of a converted layer, cut into its experts."""
 
@@ -153,10 +158,28 @@ class Source:
         """The others."""
         return [i for i in range(self.reader.num_layers) if i not in set(self.layers)]
 
+    @cached_property
+    def written(self) -> torch.dtype:
+        """The element type that is written."""
+        return self.dtype or self.reader.dtype
+
+    @cached_property
+    def compared(self) -> torch.dtype:
+        """The element type in which the checkpoint is run beside the export: its own, or the one that is written where
+        that loses nothing."""
+        return torch.promote_types(self.written, self.reader.dtype)
+
     @property
     def narrow(self) -> bool:
         """Whether the written weights have 16 bits."""
-        return (self.dtype or self.reader.dtype) != torch.float32
+        return self.written != torch.float32
+
+    @property
+    def fidelity(self) -> str:
+        """What the cast leaves of a weight, in words."""
+        if self.written == self.reader.dtype:
+            return "bit for bit"
+        return f"{'the same in' if self.written == self.compared else 'rounded to'} {dtype_name(self.written)}"
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the element type that is written."""
