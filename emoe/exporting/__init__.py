@@ -80,6 +80,7 @@ def export(
     model, output = Path(os.path.expanduser(model)), Path(os.path.expanduser(output))
     if verify_tokens < 0 or verify_tokens == 1:
         raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
+    from emoe.checkpoint.companions import check_companions
     from emoe.conversion.workspace import Workspace
     from emoe.exporting.run import run
     from emoe.exporting.source import Source, element_type
@@ -87,6 +88,7 @@ def export(
     workspace = Workspace(output, model, resume=False, overwrite=overwrite)
     workspace.check_early()
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
+    check_companions(model)
     try:
         return run(
             source,
