@@ -19,6 +19,8 @@ import emoe
 from emoe.assets.resolve import Resolved
 from emoe.checkpoint.companions import licence_fields, licence_of, title_of
 from emoe.cli.main import main
+from emoe.conversion.workspace import is_ours
+from emoe.exporting.hub import packed
 from emoe.report import card
 
 GIVEN = {"license": "other", "license_name": "our-own", "license_link": "LICENSE"}
@@ -78,6 +80,9 @@ def test_what_is_made_from_it_has_a_card(name, licensed, text_file, tmp_path):
 
 
 def check_card(folder: Path, verb: str) -> None:
+    """And all of the folder may be uploaded."""
+    assert is_ours(folder)
+    assert packed(folder).left_out == []
     assert GIVEN.items() <= front(folder).items()
     text = (folder / "README.md").read_text()
     assert re.search(rf"^1\. {verb}; ", text, re.MULTILINE)
