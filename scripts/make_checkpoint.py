@@ -2,10 +2,12 @@
 
     python scripts/make_checkpoint.py --like llama2-7b --output /tmp/llama2-7b        # 12.6 GiB
     python scripts/make_checkpoint.py --like llama2-7b --layers 4 --output /tmp/four
+    python scripts/make_checkpoint.py --like gpt2 --dtype float32 --output /tmp/gpt2
 
-Sharded bf16 safetensors, a layer a shard, and a real tokenizer whose vocabulary fits. Each matrix is low-rank plus
-noise, and the neurons of an FFN come in families: rows of the input matrix share a direction with the others of their
-family, so that clustering finds groups and calibration finds neurons that fire together. The model's text is nonsense.
+Sharded safetensors of bf16 values, a layer a shard, and a real tokenizer whose vocabulary fits. Each matrix is low-rank
+plus noise, and the neurons of an FFN come in families: rows of the input matrix share a direction with the others of
+their family, so that clustering finds groups and calibration finds neurons that fire together. The model's text is
+nonsense.
 
 Every tensor is drawn from its own name and the seed: a short checkpoint has the first layers of a long one.
 """
@@ -43,16 +45,17 @@ def main() -> None:
     parser.add_argument("--like", required=True, metavar="ALIAS", help="shape to take; `emoe models` lists the aliases")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer or more layers than the model has")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the values are the same")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        make(arguments.like, arguments.output, layers=arguments.layers, seed=arguments.seed)
+        make(arguments.like, arguments.output, layers=arguments.layers, seed=arguments.seed, dtype=arguments.dtype)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
-def make(like: str, output: Path, *, layers: int | None = None, seed: int = 0) -> None:
+def make(like: str, output: Path, *, layers: int | None = None, seed: int = 0, dtype: str = "bfloat16") -> None:
     """Write the checkpoint; `UserError` names the flag that cannot be."""
     alias = ALIASES.get(like.lower())
     if alias is None:
@@ -65,15 +68,17 @@ def make(like: str, output: Path, *, layers: int | None = None, seed: int = 0) -
     config = CONFIG_MAPPING[alias.family].from_dict(alias.shape if layers is None else with_layers(alias, layers))
     tokenizer = tokenizer_for(config)
     shapes = parameter_shapes(spec, config)
-    require_space(output.parent, 2 * sum(map(math.prod, shapes.values())), "--output")
+    stored = getattr(torch, dtype)
+    require_space(output.parent, stored.itemsize * sum(map(math.prod, shapes.values())), "--output")
     shards = by_layer(shapes, f"{spec.base_prefix}.{spec.layers}.")
     with atomic_directory(output) as folder:
         writer = ShardWriter(folder, len(shards))
         for number in track(range(len(shards)), description=f"writing {len(shards)} shards"):
-            writer.write(number, {name: tensor(name, shapes[name], spec, seed) for name in shards[number]})
+            values = {name: tensor(name, shapes[name], spec, seed).to(stored) for name in shards[number]}
+            writer.write(number, values)
         writer.finish()
         tokenizer.save_pretrained(folder)
-        config.architectures, config.dtype = [stock_classes(alias.family)["AutoModelForCausalLM"]], "bfloat16"
+        config.architectures, config.dtype = [stock_classes(alias.family)["AutoModelForCausalLM"]], dtype
         write_text(folder / "config.json", config.to_json_string(use_diff=True))
 
 

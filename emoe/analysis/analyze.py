@@ -25,6 +25,7 @@ from emoe.analysis.collect import DomainUse
 from emoe.analysis.findings import describe_domains, findings
 from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.digests import check_digests
+from emoe.checkpoint.given import WITH_EXPERTS, given_model, given_output
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
 from emoe.conversion.resuming import Work, refuse_finished, require_same_settings, require_same_sources
@@ -47,9 +48,7 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
         UserError: domains that are not named or too short, a model without experts or with damaged weights, an output
             in the way.
     """
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a checkpoint with experts")
-    folder, domains = Path(config.model), domain_sources(config.domains)
+    folder, domains = given_model(config.model, WITH_EXPERTS), domain_sources(config.domains)
     anatomy = anatomy_of(folder)
     check_budget(folder, config.top_k)
     check_digests(folder)
@@ -91,9 +90,7 @@ class _State:
     """A hidden folder beside the output that --resume starts from; it goes when the output is complete."""
 
     def __init__(self, config: AnalyzeConfig) -> None:
-        if not config.output:
-            raise UserError("--output: missing; name the folder to write")
-        self.config, self.output = config, Path(config.output).absolute()
+        self.config, self.output = config, given_output(config.output).absolute()
         self.folder = self.output.with_name(f".{self.output.name}.emoe-analysis")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output: {self.output} is a file; choose another name")

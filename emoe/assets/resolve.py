@@ -81,8 +81,10 @@ def resolve_model(
         progress: called with one line when something slow starts.
 
     Raises:
-        UserError: unknown name, unreachable or gated hub, licence not accepted, failed download or checksum.
+        UserError: no or unknown name, unreachable or gated hub, licence not accepted, failed download or checksum.
     """
+    if not name:
+        raise UserError("--model: missing; give an alias (see `emoe models`), a folder, a .gguf file or a hub id")
     path = Path(os.path.expanduser(name))
     if path.is_dir() and (path / "config.json").is_file():
         return Resolved(path, f"folder {path.resolve()}", "folder", None)

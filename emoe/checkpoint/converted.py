@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from emoe.checkpoint.given import require_folder
 from emoe.checkpoint.limits import LARGEST, check_sizes
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
@@ -88,8 +89,7 @@ def read_converted(folder: Path, flag: str = "--model") -> dict[str, Any]:
     Raises:
         UserError: not a converted checkpoint, or one whose config.json was damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"{flag}: {folder} is not a folder; give the folder of a converted checkpoint")
+    require_folder(folder, flag)
     path = folder / "config.json"
     config = read_json(path, flag)
     model_type = str(config.get("model_type", ""))

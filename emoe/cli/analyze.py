@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from emoe.checkpoint.given import WITH_EXPERTS
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
+from emoe.cli.training import check_early
 from emoe.config import AnalyzeConfig, merge_settings
 
 
@@ -24,6 +26,7 @@ def analyze(
     if more:
         flags["domains"] = [*flags.get("domains", []), *more]
     settings = merge_settings(AnalyzeConfig, flags, config)
+    check_early(settings, WITH_EXPERTS)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

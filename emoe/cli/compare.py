@@ -44,14 +44,20 @@ def compare(
             raise UserError(f"--json: standard output has room for one format, --format {format}; add --output")
         format = "json"
 
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: {output.parent} is not a folder; make it first")
+
+    from emoe.evaluation.runs import read_runs
+
+    found = read_runs(runs, reading)
+
     from emoe.cli.progress import progress_bar
     from emoe.evaluation.compare import compare as compute
-    from emoe.evaluation.runs import read_runs
     from emoe.report.comparison import formats, print_comparison
     from emoe.runtime import write_text
 
     with progress_bar(quiet, unit="domains") as show:
-        found = compute(read_runs(runs, reading), baseline, resamples, seed, show)
+        found = compute(found, baseline, resamples, seed, show)
     if format is None:
         if not quiet:
             print_comparison(found, per_seed)
@@ -60,8 +66,6 @@ def compare(
     if output is None:
         print(text, end="")
         return
-    if not output.parent.is_dir():
-        raise UserError(f"--output: {output.parent} is not a folder; make it first")
     write_text(output, text)
     if json_output:
         print(formats()["json"](found), end="")

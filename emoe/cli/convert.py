@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+from emoe.assets.resolve import check_name
+from emoe.checkpoint.given import given_output
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import resolve_config
 
@@ -14,6 +16,8 @@ from emoe.config import resolve_config
 def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Convert a dense checkpoint into its Emergent Mixture-of-Experts."""
     settings, note = resolve_config(flags, config)
+    check_name(settings.model)
+    given_output(settings.output)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

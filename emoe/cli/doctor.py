@@ -143,7 +143,8 @@ def _print(found: dict[str, Any]) -> None:
     print("EMOE_KERNELS: " + (f"{asked}" if asked else "not set; the fastest that runs here is taken"))
     print("versions:     " + ", ".join(f"{k} {v or 'not installed'}" for k, v in found["versions"].items()))
     extras = [flag for flag in ("avx512_bf16", "amx_bf16") if cpu[flag]]
-    print(f"processor:    {cpu['name']}; {cpu['threads']} threads on {cpu['cores']} cores")
+    threads, cores = (f"{cpu[what]} {what[:-1] if cpu[what] == 1 else what}" for what in ("threads", "cores"))
+    print(f"processor:    {cpu['name']}; {threads} on {cores}")
     if cpu["threads"] > cpu["cores"]:
         print("              more threads than cores wait for each other; set OMP_NUM_THREADS to the number of cores")
     print("instructions: " + ", ".join([cpu["capability"], *extras]))

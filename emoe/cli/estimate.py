@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from emoe.assets.resolve import check_name
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import resolve_config
 
@@ -15,6 +16,7 @@ _NOT_HERE = frozenset({"output", "resume", "overwrite", "dry_run", "checkpoint_s
 def estimate(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Say what a conversion will take, before anything is loaded; with --quiet only whether it is possible."""
     settings, note = resolve_config(flags, config)
+    check_name(settings.model)
 
     from emoe.cli.progress import silence_libraries
 

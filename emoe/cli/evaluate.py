@@ -10,6 +10,7 @@ import typer
 
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import merge_settings
+from emoe.finetuning.record import find_run
 from emoe.finetuning.settings import EvalConfig
 
 _As = Annotated[str | None, typer.Option("--as", help="Short for --read-as.", metavar="TEXT")]
@@ -25,6 +26,7 @@ def evaluate(
 ) -> None:
     """Score a fine-tuned model again: on other sets, read as dense or as EMoE, or on the benchmarks of lm-eval."""
     settings = merge_settings(EvalConfig, flags | ({"read_as": read_as_too} if read_as_too else {}), config)
+    find_run(settings.model)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+from emoe.assets.resolve import check_name
+from emoe.checkpoint.given import given_output
 from emoe.cli.options import ConfigFile, Json, Quiet, with_settings
 from emoe.config import merge_settings
 from emoe.finetuning.settings import FinetuneConfig
@@ -15,6 +17,7 @@ from emoe.finetuning.settings import FinetuneConfig
 def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json = False, quiet: Quiet = False) -> None:
     """Fine-tune on a labelled task, dense or as a mixture of experts, and score in and out of domain."""
     settings = merge_settings(FinetuneConfig, flags, config)
+    _refuse_early(settings)
 
     from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
 
@@ -30,3 +33,15 @@ def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
 
         print_runs(records)
         print(f"written: {settings.output}")
+
+
+def _refuse_early(settings: FinetuneConfig) -> None:
+    """Raise `UserError` for names that nothing has, before torch is imported."""
+    from emoe import tasks
+    from emoe.finetuning import arms
+
+    arms.get(settings.method)
+    tasks.get(settings.task)
+    given_output(settings.output)
+    if not settings.resume:  # what is finished needs its model no more
+        check_name(settings.model)

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from emoe.assets.resolve import check_name
 from emoe.cli.options import Json, Quiet, with_settings
+from emoe.config import resolve_config
 from emoe.errors import UserError
 
 _NOT_HERE = frozenset(
@@ -31,21 +33,24 @@ def frontier(
     quiet: Quiet = False,
 ) -> None:
     """Measure many ways of converting one model: a table and a plot of quality against active experts."""
+    if bool(splits) != bool(gates):
+        raise UserError("--splits and --gates are crossed with each other; give both or neither")
+    try:
+        actives = [float(a) for a in _listed(active)]
+    except ValueError:
+        raise UserError(f"--active: '{active}' is not a list of numbers such as 0.25,0.5,0.75") from None
+    resolve_config(flags)
+    check_name(flags.get("model", ""))
+
     from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
     from emoe.conversion.frontier import frontier as compute
     from emoe.conversion.frontier import known_methods, read_grid
 
-    if bool(splits) != bool(gates):
-        raise UserError("--splits and --gates are crossed with each other; give both or neither")
     ways = {f"{s} + {g}": {"split": s, "gate": g} for s in _listed(splits) for g in _listed(gates)}
     ways |= known_methods(_listed(methods)) if methods else {}
     ways |= read_grid(grid) if grid else {}
-    try:
-        actives = [float(a) for a in _listed(active)]
-    except ValueError:
-        raise UserError(f"--active: '{active}' is not a list of numbers such as 0.25,0.5,0.75") from None
     with progress_bar(quiet, unit="% of a cell") as show:
         report = compute(flags, ways or known_methods(["emoe"]), actives, output, show)
     if json_output:

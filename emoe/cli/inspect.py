@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emoe.checkpoint.given import require_folder
 from emoe.cli.options import Json, Quiet
 
 
@@ -21,6 +22,7 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show what is in a checkpoint that emoe wrote: layers, experts, gate, provenance, quality, what an export is."""
+    require_folder(folder, "inspect")
     from emoe.report.inspect import describe
     from emoe.report.tables import print_inspection
 

@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+from emoe._on_import import after_import
+
 LINE_SECONDS = 10.0
 """Least seconds between two lines where there is no terminal."""
 
@@ -96,13 +98,23 @@ def silence_libraries() -> None:
     # `datasets` reads these when it is imported, which only some commands need.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
-    import transformers
-
     # peft asks for what transformers has renamed: nothing that our user could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # Qwen2-MoE without shared experts has such tensors
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op", category=UserWarning)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    # Importing transformers takes seconds, which a call that is refused need not.
+    after_import("transformers.utils.logging", _silence_transformers)
+    after_import("huggingface_hub.utils.logging", _silence_hub)
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _silence_hub() -> None:
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.given import given_model, given_output, require_folder
 from emoe.cli.idle import refuse_idle
 from emoe.config import Settings, merge_settings
+from emoe.plainfiles import read_json
 
 
 def perform(
@@ -21,6 +24,8 @@ def perform(
     run: str,
     show: str,
     *,
+    model: str = "",
+    check: Callable[[Any], None] = lambda settings: None,
     says: bool = False,
 ) -> None:
     """Run a verb and print its report.
@@ -32,10 +37,14 @@ def perform(
         run: ``module:function`` that takes settings and progress and returns the report; imported late, so that
             ``--help`` and bad settings answer at once.
         show: name of the function in `emoe.report.tables` that prints the report.
+        model: what ``--model`` is the folder of; empty for a verb without one.
+        check: raises `UserError` for settings that fit no model.
         says: whether the function also takes ``say``, which prints a line.
     """
     settings = merge_settings(kind, flags, config)
     refuse_idle(settings)
+    check(settings)
+    check_early(settings, model)
 
     from emoe.cli.progress import progress_bar, silence_libraries
 
@@ -52,3 +61,18 @@ def perform(
         for note in report.get("notes", []):
             print(f"note: {note}")
         print(f"written: {settings.output}")
+
+
+def check_early(settings: Any, model: str) -> None:
+    """Raise `UserError` for a model that is not there and an output that has no name, before torch is imported.
+
+    Args:
+        settings: those of a verb.
+        model: as for `perform`.
+    """
+    if model:
+        folder = given_model(settings.model, model)
+        if not getattr(settings, "resume", False):  # what is finished needs its model no more
+            require_folder(folder, kind=model)
+            read_json(folder / "config.json")
+    given_output(settings.output)

@@ -14,7 +14,10 @@ class ConvertConfig(Settings):
 
     model: str = setting("", "Dense checkpoint: an alias (see `emoe models`), a folder, a .gguf file or a hub id.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
-    output: str = setting("", "Folder to write; must not exist unless --overwrite or --resume is given.")
+    output: str = setting(
+        "",
+        "Folder to write; must not exist unless --overwrite or --resume is given. Default: the model's name and -emoe.",
+    )
     preset: str | None = setting(None, "Settings to start from: 'fast' (all layers) or 'finetune' (the paper's).")
 
     experts: int = setting(64, "E: experts a layer, equal blocks of neurons.", ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -115,4 +116,12 @@ def resolve_config(flags: dict[str, Any], config_file: Path | None = None) -> tu
         )
     why = "--preset" if given.get("preset") else WHY_DEFAULT_PRESET
     under = read_config_file(known[preset], "--preset")
-    return merge_settings(ConvertConfig, {**given, "preset": preset}, under=under), f"preset '{preset}': {why}"
+    config = merge_settings(ConvertConfig, {**given, "preset": preset}, under=under)
+    if config.model and not config.output:
+        config = config.model_copy(update={"output": default_output(config.model)})
+    return config, f"preset '{preset}': {why}"
+
+
+def default_output(model: str) -> str:
+    """Where a conversion goes when nobody says so: "org/Llama-2-7b" and "x/Llama-2-7b.gguf" → "Llama-2-7b-emoe"."""
+    return f"{os.path.basename(os.path.abspath(model)).removesuffix('.gguf')}-emoe"

@@ -13,6 +13,7 @@ import torch
 from emoe.calibration.text import check_source
 from emoe.checkpoint.companions import licence_fields, licence_of
 from emoe.checkpoint.digests import write_digests
+from emoe.checkpoint.given import given_output
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
 from emoe.checkpoint.reader import CheckpointReader
@@ -50,8 +51,6 @@ def prepare(
     """
     from emoe.assets import resolve_model
 
-    if not config.model:
-        raise UserError("--model: missing; give an alias (see `emoe models`), a folder, a .gguf file or a hub id")
     for flag, sources in (("--calibration", config.calibration), ("--held-out", config.held_out)):
         for source in sources:
             check_source(source, flag)
@@ -69,7 +68,13 @@ def convert(
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict:
-    """Convert ``model`` into ``output``; ``settings`` are the fields of `ConvertConfig`. Returns the report.
+    """Convert ``model`` into ``output``, by default the model's name and "-emoe", here. Returns the report.
+
+    Args:
+        model: an alias, a folder, a .gguf file or a hub id.
+        output: the folder to write.
+        progress: called with stage, done, total.
+        settings: the fields of `ConvertConfig`.
 
     Raises:
         UserError: bad input; the message names the command's flag for the setting.
@@ -81,11 +86,10 @@ def convert(
 def workspace_of(plan: Plan, group: Group | None = None) -> Workspace:
     """Where a plan's output will grow; raises `UserError` when the plan names none."""
     c = plan.config
-    if not c.output:
-        raise UserError("--output: missing; name the folder to write")
+    output = given_output(c.output)
     rank = group.rank if group else 0
     work = Work("conversion", c, SETTINGS, REPORT)  # surgery hands the settings on
-    return Workspace(Path(c.output), plan.reader.folder, resume=c.resume, overwrite=c.overwrite, work=work, rank=rank)
+    return Workspace(output, plan.reader.folder, resume=c.resume, overwrite=c.overwrite, work=work, rank=rank)
 
 
 def run(plan: Plan, progress: Progress) -> dict:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from emoe import clustering, gating
+from emoe.assets.resolve import check_name
 from emoe.calibration.statistics import FEATURE_WIDTH
 from emoe.clustering.balanced import ROUGH_ITERATIONS
 from emoe.config import ConvertConfig
@@ -81,7 +82,6 @@ def shape_of(model: str) -> tuple[Any, int]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from emoe.assets import ALIASES, resolve_model
-    from emoe.assets.resolve import check_name
     from emoe.checkpoint.reader import CheckpointReader
 
     if Path(model).is_dir():
@@ -90,10 +90,9 @@ def shape_of(model: str) -> tuple[Any, int]:
     alias = ALIASES.get(model.lower())
     if alias is not None:
         return CONFIG_MAPPING[alias.family].from_dict(alias.shape), 4 if alias.package else 2
-    check_name(model)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
         return _hub_config(model), 2
-    reader = CheckpointReader(resolve_model(model).folder)  # a .gguf file, or a name that nobody knows
+    reader = CheckpointReader(resolve_model(model).folder)  # a .gguf file
     return reader.config, reader.dtype.itemsize
 
 
@@ -185,8 +184,7 @@ def estimate(settings: ConvertConfig) -> Estimate:
     Raises:
         UserError: unknown model, or settings that do not fit it.
     """
-    if not settings.model:
-        raise UserError("--model: missing; give an alias (see `emoe models`), a folder or a hub id")
+    check_name(settings.model)
     settings = with_budget(settings)
     config, item = shape_of(settings.model)
     spec = family(config.model_type)

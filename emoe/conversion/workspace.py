@@ -14,17 +14,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-
-from emoe.checkpoint.writer import save_tensors
 from emoe.conversion.resuming import Work, refuse_finished, refuse_other_settings
-from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
+
+if TYPE_CHECKING:  # what is named and looked at here is also asked before torch is imported
+    import torch
+
+    from emoe.distributed import Group
 
 STATE = "state.json"
 
@@ -213,12 +213,16 @@ class Workspace:
 
     def state_tensors(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of this process's state, one at a time."""
+        from safetensors import safe_open
+
         with safe_open(self.state_folder / f"{state['tensors']}-{self.rank}.safetensors", framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
 
     def save_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: Group) -> None:
         """Replace the state in one step: the tensors of all processes first, then the JSON that names them."""
+        from emoe.checkpoint.writer import save_tensors
+
         name = f"state-{state['phase']}-{state['next_layer']}"
         save_tensors(self.state_folder / f"{name}-{self.rank}.safetensors", tensors)
         group.wait()

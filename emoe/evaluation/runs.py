@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from emoe.checkpoint.reader import read_json
 from emoe.errors import UserError, nearest
 from emoe.finetuning.arms import ARMS
+from emoe.plainfiles import read_json
 
 AS_TRAINED = "as-trained"
 OOD, ID_TEST, VALIDATION = "ood", "id-test", "id-validation"

@@ -75,8 +75,6 @@ def _check(arm: str, settings: Any) -> None:
             raise UserError(
                 f"--domains: task '{task.name}' has no domain '{name}'{nearest(name, known)}; it has {', '.join(known)}"
             )
-    if not settings.model:
-        raise UserError("--model: missing; give an alias (see `emoe models`), a folder or a hub id")
     check_name(settings.model)
 
 

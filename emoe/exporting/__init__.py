@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoe.checkpoint.given import require_folder
 from emoe.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "dense": "the source's own architecture, neurons in their original order; exact",
-    "granitemoe": "GraniteMoE, all layers, average-key gate; exact",
-    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact",
+    "granitemoe": "GraniteMoE, all layers, average-key gate; exact in float32",
+    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact in float32",
     "qwen2_moe": "Qwen2-MoE, some layers or all, shared experts, average-key gate; near",
     "mixtral": "Mixtral, all layers, average-key gate; near, with --approximate",
     "gguf": "GGUF of the dense model for llama.cpp; exact",
 }
 """Name, which is also that of the file in this folder → what it is."""
+
+ELEMENT_TYPES = ("float32", "bfloat16", "float16")
+"""What weights may be written in, as torch calls them."""
 
 VERIFY_TOKENS = 4096
 """Tokens of real text on which an export is compared with its source, unless told otherwise."""
@@ -33,9 +37,13 @@ def get(name: str) -> Format:
     Raises:
         UserError: no format of that name.
     """
+    _check_name(name)
+    return importlib.import_module(f"emoe.exporting.{name}").FORMAT
+
+
+def _check_name(name: str) -> None:
     if name not in FORMATS:
         raise UserError(f"--to: unknown format '{name}'{nearest(name, FORMATS)}. Known formats: {', '.join(FORMATS)}")
-    return importlib.import_module(f"emoe.exporting.{name}").FORMAT
 
 
 def export(
@@ -70,29 +78,34 @@ def export(
         say: called with the cost, a line, before anything is written.
 
     Returns:
-        The report: format, bytes, exactness, "comparisons", and what the format itself tells ("layers", "identical").
+        The report: format, dtype, bytes, exactness, "comparisons", and what the format itself tells ("layers",
+        "identical").
 
     Raises:
         UserError: unknown format, not a converted checkpoint, a model that the format cannot represent, an output in
             the way, no room, or an export that does not compute what its source does.
     """
-    format = get(to)
-    model, output = Path(os.path.expanduser(model)), Path(os.path.expanduser(output))
+    _check_name(to)
+    if dtype is not None and dtype not in ELEMENT_TYPES:
+        raise UserError(f"--dtype: unknown element type '{dtype}'; known: {', '.join(ELEMENT_TYPES)}")
     if verify_tokens < 0 or verify_tokens == 1:
         raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
+    model, output = Path(os.path.expanduser(model)), Path(os.path.expanduser(output))
+    require_folder(model)
     from emoe.checkpoint.companions import check_companions
     from emoe.conversion.workspace import Workspace
-    from emoe.exporting.run import run
-    from emoe.exporting.source import Source, element_type
 
     workspace = Workspace(output, model, resume=False, overwrite=overwrite)
     workspace.check_early()
+    from emoe.exporting.run import run
+    from emoe.exporting.source import Source, element_type
+
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
     check_companions(model)
     try:
         return run(
             source,
-            format,
+            get(to),
             workspace,
             verify_tokens,
             verify_text,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.partition import digest_ffn, inverse_of, order_of
 from emoe.checkpoint.writer import ShardWriter
-from emoe.exporting.source import Source
+from emoe.exporting.source import Source, dtype_name
 from emoe.exporting.spec import Cost, Format, Progress, load_stock
 from emoe.families import FamilySpec
 from emoe.families.neurons import neuron_axis, reorder
@@ -37,9 +38,9 @@ def refusal(source: Source) -> str | None:
 
 def cost(source: Source) -> Cost:
     """The source's own tensors, and zeros."""
-    exact = "bit for bit the source where nothing has been trained since" if source.dtype is None else None
     gates = "added experts are on for every token" if source.extended else "the gates go"
-    return Cost(source.nbytes(_zeros(source)), f"{exact or f'rounded to {source.dtype}'}; {gates}")
+    exact = f"the source's weights {source.fidelity}, but for what has been trained since; {gates}"
+    return Cost(source.nbytes(_zeros(source)), exact)
 
 
 def _zeros(source: Source) -> int:
@@ -55,8 +56,11 @@ def _zeros(source: Source) -> int:
     return entries
 
 
-def restored(source: Source, index: int) -> tuple[dict[str, Any], bool]:
-    """A layer's tensors as the source had them, in the stored element type, and whether they equal the source's."""
+def restored(
+    source: Source, index: int, cast: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """A layer's tensors as the source had them, in the stored element type, and whether they are the source's numbers,
+    also after the cast."""
     reader, partition = source.reader, source.partition
     names = [name for name in reader.layer_names(index) if ".router." not in name]
     tensors = reader.read(names)
@@ -66,22 +70,23 @@ def restored(source: Source, index: int) -> tuple[dict[str, Any], bool]:
     back_F = torch.cat([back_F, torch.arange(len(back_F), source.widths[index])])  # added neurons stay behind
     roles = reader.ffn_tensors(index)
     ffn = {name: reorder(reader.spec, *roles[name], tensors[name], back_F) for name in roles}
-    return tensors | ffn, digest_ffn(roles, ffn) == partition.digests[index]
+    lossless = all(torch.equal(cast(tensor).to(tensor.dtype), tensor) for tensor in ffn.values())
+    return tensors | ffn, lossless and digest_ffn(roles, ffn) == partition.digests[index]
 
 
 def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     """The stock checkpoint that the converted one was made from, or became in fine-tuning or surgery.
 
     Returns:
-        ``{"layers": converted layers, "identical": how many of them have the source's weights bit for bit}``; the rest
-        have been trained since. After surgery also ``{"width": F, "padded": neurons of zeros}``.
+        ``{"layers": converted layers, "identical": how many of them have exactly the source's weights}``; the rest
+        have been trained since, or rounded. After surgery also ``{"width": F, "padded": neurons of zeros}``.
     """
     reader, identical = source.reader, 0
     writer = ShardWriter(folder, reader.num_layers + 1)
     writer.write(0, source.outside())
     for index in range(reader.num_layers):
         progress("writing", index, reader.num_layers)
-        tensors, same = restored(source, index)
+        tensors, same = restored(source, index, source.cast)
         identical += same
         roles = reader.ffn_tensors(index)
         tensors |= {name: _padded(reader.spec, *roles[name], tensors[name], source.width) for name in roles}
@@ -92,7 +97,7 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     if source.width != own:
         config[reader.spec.width_key(config)] = source.width
     if source.dtype:
-        config["dtype"] = str(source.dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(source.dtype)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_companions(source.folder, folder)
     progress("done", reader.num_layers, reader.num_layers)

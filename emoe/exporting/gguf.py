@@ -20,12 +20,15 @@ from emoe.errors import UserError
 from emoe.exporting.dense import restored
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Cost, Format, Progress
-from emoe.exporting.stock import has_window
+from emoe.exporting.stock import SILU, activation, has_window
 from emoe.exporting.verify import auto_class
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
 """Families whose GGUF transformers reads back as the same model, and their architecture there."""
+
+ACTIVATIONS = {"llama": SILU, "qwen2": SILU, "gpt2": ("gelu_new", "gelu_pytorch_tanh")}
+"""Architecture → transformers' names of the activation that llama.cpp computes for it, whatever the model's own."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,7 +60,15 @@ def refusal(source: Source) -> str | None:
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (family not in ARCHITECTURES, f"only {', '.join(ARCHITECTURES)} can be read back; use --to dense"),
         (auto_class(source) != "AutoModelForCausalLM", "the model has no language head; use --to dense"),
-        (rope.get("rope_type", "default") != "default", "rope scaling would be lost; use --to dense"),
+        (
+            rope.get("rope_type", "default") != "default",
+            f"transformers reads no RoPE scaling ('{rope.get('rope_type')}') back from GGUF, so that it could not be "
+            "checked; use --to dense and llama.cpp's own converter",
+        ),
+        (
+            activation(source) not in ACTIVATIONS.get(ARCHITECTURES.get(family), ()),
+            f"GGUF cannot say that the FFN's activation is {activation(source)}; use --to dense",
+        ),
         (
             ARCHITECTURES.get(family) == "llama" and (getattr(config, "attention_bias", False) or _mlp_bias(source)),
             "its biases would be lost; use --to dense",
@@ -65,6 +76,10 @@ def refusal(source: Source) -> str | None:
         (
             family == "gpt2" and (config.n_positions != 1024 or source.reader.hidden_width != 4 * config.hidden_size),
             "transformers reads back only GPT-2's own 1,024 positions and FFN of four times the width; use --to dense",
+        ),
+        (
+            family == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights),
+            "its attention's own scale would be lost; use --to dense",
         ),
         (has_window(config), "attention within a window would be lost; use --to dense"),
     ]
@@ -103,7 +118,8 @@ def _mlp_bias(source: Source) -> bool:
 
 def cost(source: Source) -> Cost:
     """The dense model's tensors and the tokenizer."""
-    return Cost(source.nbytes(), "the dense model, matrices bit for bit; nothing is quantised, and no experts are left")
+    matrices = f"the dense model, matrices {source.fidelity}"
+    return Cost(source.nbytes(), f"{matrices}; nothing is quantised, and no experts are left")
 
 
 def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -131,8 +147,11 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     for index in [None, *range(layers)]:
         progress("writing", 0 if index is None else index, layers)
         names_here = [name for name in pieces if name in set(source.reader.layer_names(index))]
-        tensors, same = (source.reader.read(names_here), False) if index is None else restored(source, index)
-        identical += same
+        if index is None:
+            tensors = source.reader.read(names_here)
+        else:
+            tensors, same = restored(source, index, lambda tensor: tensor.to(_element_type(source, tensor.ndim)))
+            identical += same
         for name in names_here:
             writer.write_tensor_data(_bytes(source, name, tensors[name]))
     writer.close()
@@ -179,7 +198,7 @@ def _gguf_name(names: Any, name: str) -> str:
 
 
 def _element_type(source: Source, dimensions: int) -> torch.dtype:
-    return torch.float32 if dimensions == 1 else source.dtype or source.reader.dtype
+    return torch.float32 if dimensions == 1 else source.written
 
 
 def _transposed(source: Source, name: str) -> bool:

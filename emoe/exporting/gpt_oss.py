@@ -16,7 +16,9 @@ from emoe.exporting import stock
 from emoe.exporting.source import Source
 from emoe.exporting.spec import Capabilities, Cost, Format, Progress, load_stock
 
-CAN = Capabilities(router_bias=True, compensation=True, query_bias=True, output_bias=True, window=True)
+CAN = Capabilities(
+    router_bias=True, compensation=True, query_bias=True, output_bias=True, window=True, activation=False
+)
 UP_SCALE = 2.0**20
 NO_LIMIT = 1e30
 NO_SINK = -1e4
@@ -27,8 +29,7 @@ def cost(source: Source) -> Cost:
     """Router, its bias, three biases of each expert, and a sink for each attention head."""
     config, biases = source.reader.config, 2 * source.neurons + source.reader.config.hidden_size + 1
     layer = source.num_experts * (config.hidden_size + biases) + config.num_attention_heads
-    exact = f"same experts chosen from the same logits; output matrices are times {source.top_k}"
-    exact += ", rounded to 16 bits as the router is" if source.narrow else ""
+    exact = stock.raw_exactness(source)
     exact += "; needs a runtime that reads swiglu_alpha and swiglu_limit, as transformers 5.23 does; attention 'eager'"
     return Cost(source.moe_nbytes(layer), exact)
 

@@ -20,9 +20,8 @@ CAN = Capabilities(query_bias=True, output_bias=True)
 
 def cost(source: Source) -> Cost:
     """The router is new; it has E rows of D in each layer."""
-    exact = "same experts chosen from the same logits, weights equal to the last bit; output matrices are times "
-    exact += f"{source.top_k}" + (", rounded to 16 bits as the router is" if source.narrow else "")
-    return Cost(source.moe_nbytes(source.num_experts * source.reader.config.hidden_size), exact)
+    router = source.num_experts * source.reader.config.hidden_size
+    return Cost(source.moe_nbytes(router), stock.raw_exactness(source))
 
 
 def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:

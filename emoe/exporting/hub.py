@@ -18,7 +18,6 @@ import yaml
 from emoe.checkpoint.companions import COPIED, is_named, lies_within
 from emoe.checkpoint.digests import NAME as DIGESTS
 from emoe.checkpoint.names import names_only
-from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.conversion.workspace import EXPORTED, is_ours
 from emoe.errors import UserError
 from emoe.plainfiles import read_json, read_yaml
@@ -28,8 +27,8 @@ RECORDS = ("emoe_*.json", "emoe_*.yaml")
 """Our own reports and settings."""
 
 KNOWN = (
-    *("model*.safetensors", "model.safetensors.index.json", "model*.gguf", PARTITION, DIGESTS, "config.json"),
-    *("README.md", "emoe_*.png", "log.jsonl", *RECORDS, *COPIED),
+    *("model*.safetensors", "model.safetensors.index.json", "model*.gguf", "partition.safetensors", DIGESTS),
+    *("config.json", "README.md", "emoe_*.png", "log.jsonl", *RECORDS, *COPIED),
 )
 """Files that go along, beside our code; none from folders within the folder."""
 
@@ -95,10 +94,6 @@ def push(
     Raises:
         UserError: no checkpoint of ours, no model card, a name that is none, no token, or a hub that refuses.
     """
-    from huggingface_hub import HfApi, logging
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
-
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
     if not is_ours(folder):
@@ -106,10 +101,15 @@ def push(
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
     message = _message(folder)
-    parcel = packed(folder)
     check_repository(repo, flag)
+    parcel = packed(folder)
     if say:
         say(parcel.line(repo))
+
+    from huggingface_hub import HfApi, logging
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
     logging.set_verbosity_error()
     if quiet:
         disable_progress_bars()

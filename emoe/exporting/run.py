@@ -12,8 +12,15 @@ from emoe.checkpoint.digests import check_digests
 from emoe.conversion.workspace import EXPORTED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError
-from emoe.exporting.source import Source
-from emoe.exporting.spec import NARROW_TOLERANCE, RELATIVE_TOLERANCE, Format, Progress
+from emoe.exporting.source import Source, dtype_name
+from emoe.exporting.spec import (
+    NARROW_MARGIN,
+    NARROW_RELATIVE_TOLERANCE,
+    NARROW_TOLERANCE,
+    RELATIVE_TOLERANCE,
+    Format,
+    Progress,
+)
 from emoe.exporting.verify import Comparison, verify
 from emoe.runtime import format_bytes, require_space, settle_folder, write_text
 from emoe.surgery.history import entry, provenance_of, with_entry
@@ -51,6 +58,7 @@ def run(
             facts = format.write(source, workspace.folder, progress)
             report = {
                 "format": format.name,
+                "dtype": dtype_name(source.written),
                 "bytes": cost.nbytes,
                 "exactness": cost.exactness,
                 "experts": source.num_experts,
@@ -96,26 +104,35 @@ def _check(comparisons: list[Comparison], source: Source, format: Format) -> Non
     """Raise `UserError` when a format computes something else than it is said to: something in this model is unlike its
     family. Formats that choose experts are judged on the same choices; these must be as good as the model's own."""
     comparison = comparisons[-1] if format.routes else comparisons[0]
-    limit = NARROW_TOLERANCE if source.narrow else format.tolerance
     wrong = None
-    if not all(comparison.finite for comparison in comparisons):
+    if not all(found.finite for found in comparisons):
         wrong = "numbers that are not finite, in the model's output or in the export's"
-    elif _drops_gates(source, format) and source.approximate:
-        return
-    elif comparison.kl is None:
-        if comparison.relative > RELATIVE_TOLERANCE and not source.narrow:
-            wrong = f"its output is off by {comparison.relative:.2g} of its length, at most {RELATIVE_TOLERANCE:g} was "
-            wrong += "expected"
-    elif comparison.kl > limit:
-        wrong = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected; largest difference of a logit "
-        wrong += f"{comparison.max_difference:.2g}"
-    elif format.routes and not source.narrow and comparison.margin > format.margin:
-        wrong = f"it chose an expert {comparison.margin:.2g} standard deviations behind one it left out"
+    elif not (_drops_gates(source, format) and source.approximate):
+        wrong = _excess(comparison, source, format)
     if wrong and _drops_gates(source, format):
         raise UserError(f"--to: the {format.name} export computes something else than the model ({wrong}): {ADDED}")
     if wrong:
-        instead = ", or --to dense" if format.routes else ""
+        ways = ["--dtype float32"] * source.narrow + ["--to dense"] * format.routes
         raise UserError(
-            f"--to: the {format.name} export computes something else than the model ({wrong}); nothing was written. "
-            f"Try --dtype float32{instead}"
+            f"--to: the {format.name} export computes something else than the model ({wrong}); nothing was written"
+            + (f". Try {', or '.join(ways)}" if ways else "")
         )
+
+
+def _excess(comparison: Comparison, source: Source, format: Format) -> str | None:
+    """In words, what is further off than rounding explains; None where nothing is."""
+    narrow = source.narrow
+    if comparison.kl is None:
+        limit = NARROW_RELATIVE_TOLERANCE if narrow else RELATIVE_TOLERANCE
+        if comparison.relative > limit:
+            return f"its output is off by {comparison.relative:.2g} of its length, at most {limit:g} was expected"
+        return None
+    limit = NARROW_TOLERANCE if narrow else format.tolerance
+    if comparison.kl > limit:
+        found = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected"
+        return f"{found}; largest difference of a logit {comparison.max_difference:.2g}"
+    limit = NARROW_MARGIN if narrow else format.margin
+    if format.routes and comparison.margin > limit:
+        found = f"it chose an expert {comparison.margin:.2g} standard deviations behind one it left out"
+        return f"{found}, at most {limit:g} was expected"
+    return None

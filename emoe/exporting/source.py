@@ -26,18 +26,15 @@ ALIGNMENT = 8
 """Neurons of an expert are filled up to a multiple of this with zeros, which changes nothing: transformers' grouped
 matrix product wants rows of whole 16 bytes, and Llama-2-7B's 64 experts have 172 neurons, 344 bytes."""
 
-ELEMENT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def element_type(name: str | None) -> torch.dtype | None:
-    """The type of a name; None stays None.
+    """The type of a name among `emoe.exporting.ELEMENT_TYPES`; None stays None."""
+    return getattr(torch, name) if name else None
 
-    Raises:
-        UserError: no element type of that name.
-    """
-    if name is not None and name not in ELEMENT_TYPES:
-        raise UserError(f"--dtype: unknown element type '{name}'; known: {', '.join(ELEMENT_TYPES)}")
-    return ELEMENT_TYPES[name] if name else None
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" and so on, as config.json has it."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Experts(NamedTuple):
@@ -161,10 +158,28 @@ class Source:
         """The others."""
         return [i for i in range(self.reader.num_layers) if i not in set(self.layers)]
 
+    @cached_property
+    def written(self) -> torch.dtype:
+        """The element type that is written."""
+        return self.dtype or self.reader.dtype
+
+    @cached_property
+    def compared(self) -> torch.dtype:
+        """The element type in which the checkpoint is run beside the export: its own, or the one that is written where
+        that loses nothing."""
+        return torch.promote_types(self.written, self.reader.dtype)
+
     @property
     def narrow(self) -> bool:
         """Whether the written weights have 16 bits."""
-        return (self.dtype or self.reader.dtype) != torch.float32
+        return self.written != torch.float32
+
+    @property
+    def fidelity(self) -> str:
+        """What the cast leaves of a weight, in words."""
+        if self.written == self.reader.dtype:
+            return "bit for bit"
+        return f"{'the same in' if self.written == self.compared else 'rounded to'} {dtype_name(self.written)}"
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the element type that is written."""

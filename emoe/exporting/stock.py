@@ -14,12 +14,16 @@ import torch
 
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.writer import ShardWriter
-from emoe.exporting.source import Source, Table
+from emoe.exporting.source import Source, Table, dtype_name
 from emoe.exporting.spec import Capabilities, Progress
+from emoe.exporting.verify import auto_class
 from emoe.runtime import write_text
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose decoder differs from the stock formats' by the FFN alone."""
+
+SILU = ("silu", "swish")
+"""transformers' names of it."""
 
 RAW_SCALE = 2.0**-40
 """Factor on routers that choose by raw logits and weigh by a softmax over the chosen: a power of two keeps the order,
@@ -44,16 +48,22 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             f"the decoder of {reader.spec.model_type} is not {name}'s (only {', '.join(FAMILIES)}); use --to dense",
         ),
         (
-            reader.prefix != f"{reader.spec.base_prefix}." or not _is_causal(source),
+            reader.prefix != f"{reader.spec.base_prefix}." or auto_class(source) != "AutoModelForCausalLM",
             "the model has no language head; use --to dense",
         ),
         (
-            (source.dtype or reader.dtype) == torch.float16,
+            source.written == torch.float16,
             "float16 has no room for the router's factors; add --dtype bfloat16 or --dtype float32",
         ),
         (
             any(kind == "bias" for _, kind in reader.ffn_tensors(0).values()),
             "its FFN has biases, which the experts of this format have not; use --to dense",
+        ),
+        (
+            not can.activation and activation(source) not in SILU,
+            f"its FFN's activation is {activation(source)}, {name} computes SiLU whatever config.json says; "
+            + ("" if config["emoe_gate"] == "average-key" else f"use --to dense, or {again} --gate average-key and ")
+            + f"use --to {'qwen2_moe' if source.dense_layers else 'granitemoe'}",
         ),
         (
             config["emoe_gate"] not in ("average-key", "discriminant"),
@@ -113,8 +123,9 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
     return next((why for wrong, why in ways if wrong), None)
 
 
-def _is_causal(source: Source) -> bool:
-    return any(name.endswith("ForCausalLM") for name in source.config["emoe_source"].get("architectures") or [])
+def activation(source: Source) -> str:
+    """The FFN's activation by transformers' name."""
+    return getattr(source.reader.config, source.reader.spec.activation_key)
 
 
 def layer_types(config: Any) -> list[str]:
@@ -135,7 +146,7 @@ def decoder_fields(source: Source) -> dict[str, Any]:
     config = source.reader.config
     found = {name: getattr(config, name) for name in DECODER_FIELDS if getattr(config, name, None) is not None}
     found.setdefault("head_dim", config.hidden_size // config.num_attention_heads)
-    found["dtype"] = str(source.dtype or source.reader.dtype).removeprefix("torch.")
+    found["dtype"] = dtype_name(source.written)
     return found
 
 
@@ -156,8 +167,7 @@ def write(
         tensors = source.rest(index)
         if index in source.partition.labels:
             made = layer(index)
-            dtype = source.dtype or reader.dtype
-            tensors |= {reader.layer_prefix(index) + name: tensor.to(dtype) for name, tensor in made.items()}
+            tensors |= {reader.layer_prefix(index) + name: tensor.to(source.written) for name, tensor in made.items()}
         writer.write(index + 1, tensors, wait=False)
     writer.flush()
     writer.finish()
@@ -202,4 +212,20 @@ def softmax_first_exactness(source: Source) -> str:
     """What `softmax_first` costs, in words."""
     found = "not exact: a softmax before the choice; weights of the chosen differ by parts in a thousand, near-ties "
     found += "may go to other experts"
-    return found + (", many of them in 16 bits: --dtype float32 keeps them apart" if source.narrow else "")
+    many = f", many of them in 16 bits: --dtype float32 keeps them apart; {_rounding(source)}"
+    return found + (many if source.narrow else "")
+
+
+def raw_exactness(source: Source) -> str:
+    """What formats cost that choose by raw logits times `RAW_SCALE`, in words."""
+    if source.narrow:
+        name = dtype_name(source.written)
+        found = f"router and logits in {name}, so that near-ties go to other experts: --dtype float32 keeps them apart"
+        return f"{found}; {_rounding(source)}"
+    found = "same experts chosen from the same logits, weights equal to the last bit"
+    return f"{found}; output matrices are times {source.top_k}"
+
+
+def _rounding(source: Source) -> str:
+    """What 16 bits do to the weights."""
+    return f"output matrices are times {source.top_k}, rounded; other weights {source.fidelity}"

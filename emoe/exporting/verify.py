@@ -18,7 +18,7 @@ from emoe.calibration.text import BUILTIN, read_blocks, read_tokenizer
 from emoe.checkpoint.companions import source_config
 from emoe.errors import UserError
 from emoe.exporting.choices import Choices
-from emoe.exporting.source import Source
+from emoe.exporting.source import Source, dtype_name
 from emoe.exporting.spec import Format, Progress
 
 LENGTH = 512
@@ -137,20 +137,20 @@ def verify(
     The first comparison is with the model that was to be written: fixed K under ``fix_k``, all experts for a format
     that does not route. If that is not what the checkpoint does by itself, a second one says how far it is from that.
     The last one is with the model that has to choose as the export did: what is left is arithmetic, without ties.
-    Memory: both models, and two sequences' logits.
+    The export runs in the element type that is written, the model in `Source.compared`: what ``dtype`` rounds counts.
+    Memory: both models, each in its type, and two sequences' logits.
 
     Raises:
         UserError: no usable tokenizer, or too little text.
     """
     auto = auto_class(source)
-    dtype = source.dtype or source.reader.dtype
     blocks = _text(source, tokens, text)
-    theirs = format.load(folder, dtype) if format.name != "dense" else format.load(folder, dtype, auto)
-    ours = _converted(source, auto, dtype)
+    theirs = format.load(folder, source.written, *([auto] if format.name == "dense" else []))
+    ours = _converted(source, auto)
     language = auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
     causal = auto == "AutoModelForCausalLM"
     wanted = _Sums(_what(source, format), language, causal)
-    native = _Sums("the converted model as it routes", language, causal) if format.routes and source.fix_k else None
+    native = _Sums(f"{_model(source)} as it routes", language, causal) if format.routes and source.fix_k else None
     same = _Sums(IMPOSED, language, causal) if format.routes else None
     choices = Choices(theirs, ours, source.shared) if format.routes else None
     for number, block in enumerate(blocks):
@@ -180,12 +180,13 @@ def auto_class(source: Source) -> str:
     return next((auto for auto, name in known.items() if name in saved), "AutoModel")
 
 
-def _converted(source: Source, auto: str, dtype: torch.dtype) -> Any:
+def _converted(source: Source, auto: str) -> Any:
     import transformers
 
     import emoe  # noqa: F401 - teaches the Auto classes
 
-    return getattr(transformers, auto).from_pretrained(source.folder, dtype=dtype, trust_remote_code=False).eval()
+    loader = getattr(transformers, auto)
+    return loader.from_pretrained(source.folder, dtype=source.compared, trust_remote_code=False).eval()
 
 
 def _text(source: Source, tokens: int, text: str | None) -> list[list[int]]:
@@ -212,8 +213,14 @@ def _run(model: Any, tokens_1N: torch.Tensor) -> torch.Tensor:
 def _what(source: Source, format: Format) -> str:
     if not format.routes:
         added = ", those that were added as their gates say" if source.extended else ""
-        return f"the converted model with all experts on{added}"
-    return f"the converted model, {source.top_k} experts for every token" if source.fix_k else "the converted model"
+        return f"{_model(source)} with all experts on{added}"
+    return f"{_model(source)}, {source.top_k} experts for every token" if source.fix_k else _model(source)
+
+
+def _model(source: Source) -> str:
+    """What the export is compared with, and in which element type where it was given another."""
+    other = source.written != source.reader.dtype
+    return f"the converted model in {dtype_name(source.compared)}" if other else "the converted model"
 
 
 @contextlib.contextmanager

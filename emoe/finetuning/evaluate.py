@@ -15,17 +15,16 @@ import transformers
 from safetensors import SafetensorError
 
 from emoe import clustering, gating, tasks
-from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetuning import arms
 from emoe.finetuning.model import build, converted_folder, load_tokenizer
 from emoe.finetuning.readings import AS_TRAINED, DENSE, budget_of, predict, score, write_predictions
+from emoe.finetuning.record import find_run
 from emoe.finetuning.settings import MAX_LENGTH, EvalConfig, FinetuneConfig, located, names_of
 from emoe.finetuning.texts import texts_of, usable_length
 from emoe.finetuning.trainer import scorer
-from emoe.finetuning.tune import RECORD
 from emoe.finetuning.tuning import choose_parameters
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.runtime import write_text
@@ -59,7 +58,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
         raise UserError("--lm-eval: needs the package lm-eval; pip install lm-eval")
     if config.output and Path(config.output).exists():
         raise UserError(f"--output: {config.output} exists; choose another folder")
-    record, folder = _find(config)
+    record, folder = find_run(config.model)
     report: dict[str, Any] = {"model": config.model, "reading": config.read_as, "sets": {}, "seen_in_training": {}}
     with tempfile.TemporaryDirectory() as work:
         if config.lm_eval:
@@ -79,23 +78,6 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
         Path(config.output).mkdir(parents=True, exist_ok=True)
         write_text(Path(config.output) / "eval.json", json.dumps(report, indent=2) + "\n")
     return report
-
-
-def _find(config: EvalConfig) -> tuple[dict[str, Any] | None, Path]:
-    """The run's record, if it is one, and the folder with the model."""
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a run (OUTPUT/seed-S) or of a model")
-    folder = Path(config.model)
-    if (folder / "model").is_dir() and (folder / RECORD).is_file():
-        return read_json(folder / RECORD), folder / "model"
-    if (folder / RECORD).is_file():
-        raise UserError(f"--model: the run {folder} was made with --discard-model; its weights are gone")
-    seeds = sorted(path.parent.name for path in folder.glob(f"seed-*/{RECORD}"))
-    if seeds:
-        raise UserError(f"--model: {folder} holds several runs; choose one, such as {folder / seeds[0]}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model: {folder} is not a model folder: it has neither {RECORD} nor config.json")
-    return None, folder
 
 
 def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: Any) -> TaskData:

@@ -59,8 +59,6 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
     Raises:
         UserError: no such model, or settings that do not fit it.
     """
-    if not config.model:
-        raise UserError("--model: missing; give an alias (see `emoe models`), a folder or a hub id")
     given = Path(config.model)
     if (given / "config.json").is_file():
         facts = read_json(given / "config.json")

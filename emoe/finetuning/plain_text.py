@@ -16,6 +16,7 @@ import emoe
 from emoe.calibration.text import load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
+from emoe.checkpoint.given import CAUSAL, given_model, given_output
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
@@ -62,12 +63,9 @@ def tune(config: TuneConfig, progress: Progress) -> dict[str, Any]:
         UserError: no causal language model, nothing of the kind to train, nothing that learns, too little text, an
             output in the way.
     """
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a causal language model")
-    if not config.output:
-        raise UserError("--output: missing; name the folder to write")
+    folder = given_model(config.model, CAUSAL)
+    given_output(config.output)
     factors = loss_factors(config.loss, LOSSES)
-    folder = Path(config.model)
     workspace_of(config, folder, "training", TUNED).check_early()
     check_losses(factors, config.train)
     check_budget(folder, config.top_k)

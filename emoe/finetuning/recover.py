@@ -25,6 +25,7 @@ from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import write_digests
+from emoe.checkpoint.given import CONVERTED, given_model, given_output
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import RecoverConfig
@@ -71,8 +72,7 @@ def recover(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         UserError: not a converted causal language model, too little text, an output in the way.
     """
     folder = _checked_model(config)
-    if not config.output:
-        raise UserError("--output: missing; name the folder to write")
+    given_output(config.output)
     if config.teacher:
         _teacher_folder(config.teacher)
     with training_into(config, folder, "recovery", RECOVERED) as (target, training):
@@ -135,9 +135,7 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
 
 def _checked_model(config: RecoverConfig) -> Path:
     """The model's folder, once everything is checked that takes no weights."""
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a converted checkpoint")
-    folder = Path(config.model)
+    folder = given_model(config.model, CONVERTED)
     facts = read_converted(folder)
     if family(facts["emoe_source"]["family"]).encoder:
         raise UserError(f"--model: {folder} is an encoder; recovery is for causal language models")

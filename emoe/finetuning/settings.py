@@ -151,7 +151,10 @@ def located(settings: dict[str, Any]) -> dict[str, Any]:
 class EvalConfig(Settings):
     """Settings of an evaluation."""
 
-    model: str = setting("", "Folder of a run (OUTPUT/seed-S), or of a model with a classification head.")
+    model: str = setting(
+        "",
+        "Folder of a run (OUTPUT/seed-S), or of a model with a classification head (with --lm-eval a language model).",
+    )
     task: str = setting("", "Task to score; as for `emoe finetune`. [default: the run's own]")
     domains: str | None = setting(None, "Sets to score, by commas. [default: all but the validation set]")
     data_dir: str | None = setting(None, "As for `emoe finetune`.")

@@ -24,6 +24,7 @@ import transformers
 import emoe
 from emoe import tasks
 from emoe.assets.resolve import check_name
+from emoe.checkpoint.given import given_output
 from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
 from emoe.conversion.resuming import difference_from_record
@@ -33,6 +34,7 @@ from emoe.finetuning import arms
 from emoe.finetuning.digests import BEGUN, digests_of, require_same_data
 from emoe.finetuning.model import build, converted_folder, hide_neurons, load_tokenizer
 from emoe.finetuning.readings import read_all, write_predictions
+from emoe.finetuning.record import RECORD
 from emoe.finetuning.settings import FinetuneConfig, located, names_of
 from emoe.finetuning.states import states, train_from
 from emoe.finetuning.texts import texts_of, usable_length
@@ -43,8 +45,6 @@ from emoe.runtime import processor, remove_unheld, scratch_directory, settle_fol
 from emoe.surgery.history import entry, now
 from emoe.tasks.data import TaskData, load_task
 from emoe.tasks.spec import Where
-
-RECORD = "run.json"
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any = None) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     for line in ignored(config, arm):
         say(line)
     group = Group()
-    output = _output(config)
+    output = given_output(config.output)
     if config.fsdp and group.size == 1:
         raise UserError(
             "--fsdp: one process has nobody to share weights with; start several: "
@@ -74,8 +74,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
     group.first_then_all(lambda: _check_output(config, seeds))
     group.first_then_all(lambda: _clear_finished(config, seeds))
     if todo := _left(config, seeds):
-        if config.model:
-            check_name(config.model)
+        check_name(config.model)
         where = Where(Path(os.path.expanduser(config.data_dir)) if config.data_dir else None, say)
         data = group.first_then_all(lambda: read_data(config, task, where))
         for note in data.notes:
@@ -105,12 +104,6 @@ def read_data(config: FinetuneConfig, task: tasks.Task, where: Where) -> TaskDat
     """The examples that runs of these settings train and are scored on."""
     limits = {"train_limit": config.train_limit, "test_limit": config.test_limit}
     return load_task(task, domains=names_of(config.domains), where=where, **limits)
-
-
-def _output(config: FinetuneConfig) -> Path:
-    if not config.output:
-        raise UserError("--output: missing; name the folder to write")
-    return Path(config.output)
 
 
 def _left(config: FinetuneConfig, seeds: list[int]) -> list[int]:

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 import emoe
 from emoe.checkpoint.digests import write_digests
+from emoe.checkpoint.given import given_output
 from emoe.config import PretrainConfig
 from emoe.conversion.resuming import Work, require_same_sources
 from emoe.conversion.workspace import PRETRAINED, Workspace
@@ -50,8 +51,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
         UserError: settings that do not fit each other, too little text, an output in the way, a loss that diverges, a
             disk that is full.
     """
-    if not config.output:
-        raise UserError("--output: missing; name the folder to write")
+    output = given_output(config.output)
     domains, group = parse_domains(config.corpus), Group()
     new_model_config(config.architecture)
     if config.tokens_per_step < config.sequence_length * group.size:
@@ -60,9 +60,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
             f"for each of {group.size} processes; raise it or lower --sequence-length"
         )
     work = Work("training", config, PRETRAINED)
-    workspace = Workspace(
-        Path(config.output), None, resume=config.resume, overwrite=config.overwrite, work=work, rank=group.rank
-    )
+    workspace = Workspace(output, None, resume=config.resume, overwrite=config.overwrite, work=work, rank=group.rank)
     training = workspace.state_folder / "training"
     with workspace.open(group), no_room_told(workspace.output):
         try:

@@ -54,6 +54,7 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
         size=format_bytes(report["bytes"]),
         provenance=provenance,
         config=config,
+        auto_class=_auto_class(config),
         licence=_front(licence),
         licence_name=_named(licence),
         title=title_of(provenance, source),

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
+from emoe.checkpoint.given import require_folder
 from emoe.checkpoint.moduleformer import read_moduleformer
 from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.partition import Partition
@@ -95,8 +96,7 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    if not folder.is_dir():
-        raise UserError(f"inspect: {folder} is not a folder; give the folder of a converted checkpoint")
+    require_folder(folder, "inspect")
     if is_our_stock_model(folder, "inspect"):
         return _describe_stock(folder) | {"files_verified": len(check_digests(folder, "inspect")) if verify else None}
     if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":

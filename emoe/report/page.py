@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import emoe
-from emoe.calibration.text import read_tokenizer
 from emoe.conversion.workspace import EXPORTED
 from emoe.errors import UserError
-from emoe.report import sections
-from emoe.report.observe import observe, unwatchable
 from emoe.runtime import write_text
 
 FRONTIER = "frontier.json"
@@ -44,6 +41,10 @@ def report(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--html: {output} is a folder or lies in none; name a file in an existing folder")
     models, frontiers, runs = _sort(paths)
+
+    from emoe.report import sections
+    from emoe.report.observe import observe
+
     converted, notes = [], []
     for folder in models:
         why_not = _unwatched(folder) if tokens is None else None
@@ -67,6 +68,9 @@ def report(
 
 def _unwatched(folder: Path) -> str | None:
     """Why a model's experts are not watched unless that is asked for; None if they are."""
+    from emoe.calibration.text import read_tokenizer
+    from emoe.report.observe import unwatchable
+
     if kind := unwatchable(folder):
         return f"{folder} is {kind}: no pictures of experts on text; emoe analyze shows their use"
     try:

@@ -246,7 +246,7 @@ def print_export(report: dict[str, Any]) -> None:
     console = terminal()
     if "identical" in report:
         same = f"{report['identical']} of {report['layers']}"
-        console.print(f"{same} converted layers equal the source bit for bit", highlight=False)
+        console.print(f"{same} converted layers have exactly the source's weights", highlight=False)
     if "width" in report:
         padding = f", {report['padded']:,} of them padding" if report["padded"] else ""
         console.print(f"FFNs of {report['width']:,} neurons{padding}", highlight=False)
@@ -255,7 +255,7 @@ def print_export(report: dict[str, Any]) -> None:
         return
     language = report["comparisons"][0]["kl"] is not None
     tokens = report["comparisons"][0]["tokens"]
-    table = Table(title=f"{report['format']} by stock transformers, {tokens} tokens")
+    table = Table(title=f"{report['format']} in {report['dtype']} by stock transformers, {tokens} tokens")
     headings = ("compared with", "largest |Δ logit|" if language else "largest |Δ|", "KL (nats)")
     for heading in (*headings, "same first choice" if language else "cosine", "perplexity", "the other's"):
         table.add_column(heading, justify="left" if heading == "compared with" else "right")

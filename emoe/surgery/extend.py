@@ -15,9 +15,9 @@ import torch
 
 from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.digests import check_digests
-from emoe.checkpoint.limits import LARGEST
 from emoe.config import FITTING, ExtendConfig
-from emoe.errors import UserError, shortened
+from emoe.errors import UserError
+from emoe.surgery.asked import check_extension
 from emoe.surgery.gates import fit_gates
 from emoe.surgery.history import entry
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, append
@@ -37,17 +37,8 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
         UserError: nothing to add, a kind of module that the model does not have, one text without the other, too little
             of it, a gate that cannot be fitted, damaged weights, an output in the way, no room for it.
     """
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a checkpoint with experts")
+    check_extension(config)
     wanted = {"ffn": config.experts, "attention": config.attention}
-    if not any(wanted.values()):
-        raise UserError("--experts: nothing to add; give --experts or --attention, at least 1")
-    if bool(config.text) != bool(config.old_text):
-        missing = "--old-text" if config.text else "--text"
-        raise UserError(f"{missing}: missing; gates are fitted on the text to open on and on text to stay shut on")
-    for flag, number in (("--experts", config.experts), ("--attention", config.attention)):
-        if number > LARGEST["num_experts"]:
-            raise UserError(f"{flag}: {shortened(number)} is more than any model has; at most {LARGEST['num_experts']}")
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     sets = anatomy.sets()

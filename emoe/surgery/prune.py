@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from emoe import tasks
 from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.digests import check_digests
 from emoe.config import COUNTING, PruneConfig
 from emoe.errors import UserError
 from emoe.surgery import baselines
+from emoe.surgery.asked import check_pruning
 from emoe.surgery.budget import settle_budget
 from emoe.surgery.history import entry, now
 from emoe.surgery.modules import Anatomy, ModuleSet, anatomy_of, take
@@ -27,7 +27,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: nothing to do, nothing left, too little text, damaged weights, an output in the way.
     """
-    _check(config)
+    check_pruning(config)
     folder = Path(config.model)
     anatomy = anatomy_of(folder)
     now()  # a clock that cannot be read is told before counting
@@ -72,31 +72,6 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
         overwrite=config.overwrite,
         progress=progress,
     )
-
-
-def _check(config: PruneConfig) -> None:
-    if not config.model:
-        raise UserError("--model: missing; give the folder of a checkpoint with experts")
-    ways = [config.keep is not None, config.threshold is not None, config.remove is not None]
-    if sum(ways) != 1:
-        raise UserError("--keep: give exactly one of --keep, --threshold and --remove")
-    if config.remove:
-        if config.method != "use":
-            raise UserError("--method: --remove takes back what was added, whatever the method; drop one of them")
-        return
-    if config.text and config.task:
-        raise UserError("--task: use is counted on --text or on a task's texts; drop one of them")
-    counts = config.method in ("use", "magnitude")
-    if counts and not (config.text or config.task):
-        raise UserError("--text: missing; name the text (or --task) on which use is counted")
-    if not counts and config.threshold is not None:
-        raise UserError(f"--threshold: --method {config.method} counts nothing; give --keep")
-    if config.method == "magnitude" and config.threshold is not None:
-        raise UserError("--threshold: --method magnitude keeps a fraction; give --keep")
-    if config.method == "magnitude" and config.top_k is not None:
-        raise UserError("--top-k: --method magnitude writes a dense model, which has no K; leave it out")
-    if config.task:
-        tasks.get(config.task)
 
 
 def _check_against(config: PruneConfig, anatomy: Anatomy) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from emoe.checkpoint.companions import copy_companions
 from emoe.checkpoint.digests import write_digests
+from emoe.checkpoint.given import given_output
 from emoe.checkpoint.reader import shard_map, stored_bytes
 from emoe.checkpoint.writer import ShardWriter
 from emoe.conversion.workspace import Workspace
@@ -74,9 +75,7 @@ def require_room(source: Path, output: str, scale: dict[str, float], say: Say) -
 
 def workspace_of(source: Path, output: str, *, overwrite: bool) -> Workspace:
     """Where ``output`` is written; `UserError` if none is named."""
-    if not output:
-        raise UserError("--output: missing; name the folder to write")
-    return Workspace(Path(output), source, resume=False, overwrite=overwrite)
+    return Workspace(given_output(output), source, resume=False, overwrite=overwrite)
 
 
 def rewrite(

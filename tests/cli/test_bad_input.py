@@ -201,7 +201,7 @@ def test_a_setting_without_effect_in_a_file(refused, tmp_path):
 
 
 def test_an_output_is_needed(refused, tiny_llama):
-    assert "--output: missing" in refused("convert", "--model", tiny_llama, "--experts", 8)
+    assert "--output: missing" in refused("tune", "--model", tiny_llama)
 
 
 def test_weights_that_are_not_finite(refused, broken, text_file, tmp_path):

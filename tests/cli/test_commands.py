@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
 
+import emoe
 from emoe.cli.main import main
+from emoe.config import resolve_config
 
 
 def test_convert_inspect_export(tiny_llama, text_file, tmp_path, capsys):
@@ -34,7 +37,7 @@ def test_convert_inspect_export(tiny_llama, text_file, tmp_path, capsys):
     assert "trainable parameters" in capsys.readouterr().out
 
     assert main(["export", "--model", str(output), "--to", "dense", "--output", str(tmp_path / "dense")]) == 0
-    assert "2 of 2 converted layers equal the source bit for bit" in capsys.readouterr().out
+    assert "2 of 2 converted layers have exactly the source's weights" in capsys.readouterr().out
 
     # The settings written beside the model make the same model again.
     settings = yaml.safe_load((output / "emoe_config.yaml").read_text())
@@ -43,6 +46,34 @@ def test_convert_inspect_export(tiny_llama, text_file, tmp_path, capsys):
     assert main(again) == 0
     for name in ("partition.safetensors", "config.json", "model-00002-of-00005.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+WEIGHTS = {"split": "weights", "gate": "average-key", "held_out_tokens": 0}
+
+
+def test_convert_needs_only_a_model_and_a_number(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [part for key, value in WEIGHTS.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    assert main(["convert", "--model", str(tiny_llama), "--experts", "8", *flags]) == 0
+    assert capsys.readouterr().out.endswith(f"written: {tiny_llama.name}-emoe\n")
+    assert (tmp_path / f"{tiny_llama.name}-emoe" / "config.json").is_file()
+    shutil.move(tmp_path / f"{tiny_llama.name}-emoe", tmp_path / "first")
+    emoe.convert(tiny_llama, experts=8, **WEIGHTS)
+    assert (tmp_path / f"{tiny_llama.name}-emoe" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [
+        ("llama2-7b", "llama2-7b-emoe"),
+        ("meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf-emoe"),
+        ("models/Llama-2.gguf", "Llama-2-emoe"),
+        ("models/mine/", "mine-emoe"),
+        ("/models/mine/..", "models-emoe"),
+    ],
+)
+def test_an_output_is_named_after_its_model(model, output):
+    assert resolve_config({"model": model, "experts": 8})[0].output == output
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tiny_llama, tmp_path, capsys):

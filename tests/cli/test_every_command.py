@@ -311,10 +311,10 @@ def test_each_stage_counts_its_own(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "place", "hint"),
     [
-        (["finetune", "--task", "sst2"], "emoe.finetuning.tune.finetune", "; --resume goes on with unfinished work"),
+        (["finetune"], "emoe.cli.finetune.merge_settings", "; --resume goes on with unfinished work"),
         (["sweep", "x.yaml"], "emoe.evaluation.sweep_config.read_sweep", "; the same command goes on"),
         (["compare", "a", "b"], "emoe.evaluation.runs.read_runs", "interrupted\n"),
-        (["eval", "--model", "a"], "emoe.finetuning.evaluate.evaluate", "interrupted\n"),
+        (["eval", "--model", "a"], "emoe.cli.evaluate.find_run", "interrupted\n"),
     ],
 )
 def test_an_interruption_names_the_way_on(arguments, place, hint, monkeypatch, capsys):

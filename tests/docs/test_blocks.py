@@ -84,6 +84,7 @@ def short(verb: str) -> list[str]:
 def stand_in(words: list[str]) -> list[str]:
     """The command with the tiny model for real ones, and less of everything."""
     verb, words = words[0], ["./my-llama" if w in REAL and words[0] != "estimate" else w for w in words]
+    words = [w.replace("smollm2-135m-emoe", "my-llama-emoe") for w in words]
     if "--layers" in words and words[words.index("--layers") + 1] == "16:32:4":  # of Llama-2-7B
         words[words.index("--layers") + 1] = "0:4:2"
     for flag, value in SHORTER.get(verb, {}).items():
@@ -129,6 +130,7 @@ def run_python(text: str, place: Path, monkeypatch) -> None:
         return load(name, *arguments, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    shutil.rmtree(place / "my-llama-emoe", ignore_errors=True)  # made by a command before
     exec(compile(text, "block", "exec", dont_inherit=True), {"__name__": "__main__"})
 
 

@@ -1,6 +1,6 @@
 """Adapters, quantisers, trainers and the evaluation harness take a converted model as the Llama it is made of.
 
-Each needs a package of the `adapters`, `quantisers`, `trl` or `lm-eval` extras and is skipped without it.
+Each needs a package of the `quantisers`, `trl` or `lm-eval` extras, which the `test` extra brings; else it is skipped.
 """
 
 from __future__ import annotations

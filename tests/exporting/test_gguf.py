@@ -68,7 +68,10 @@ def test_it_is_read_back_as_the_dense_model(source, tmp_path):
 
 
 def test_in_bfloat16(source, tmp_path):
-    emoe.export(source, tmp_path / "out", "gguf", dtype="bfloat16", verify_tokens=0)
+    report = emoe.export(source, tmp_path / "out", "gguf", dtype="bfloat16", verify_tokens=256)
+    assert report["identical"] == 0
+    assert "matrices rounded to bfloat16" in report["exactness"]
+    assert 1e-7 < report["comparisons"][0]["kl"] < 0.02
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     dense = transformers.AutoModelForCausalLM.from_pretrained(source.parent / "dense")
     weights = dict(read.named_parameters())
@@ -109,6 +112,28 @@ def test_a_model_without_a_language_head_is_refused(head, settings, tmp_path):
     emoe.convert(str(dense), output=tmp_path / "out", **(settings | FIXED))
     with pytest.raises(UserError, match="no language head; use --to dense"):
         emoe.export(tmp_path / "out", tmp_path / "gguf", "gguf")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+UNSAID = [
+    ("llama", {"hidden_act": "gelu"}, "the FFN's activation is gelu"),
+    ("gpt2", {"activation_function": "relu"}, "the FFN's activation is relu"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "its attention's own scale"),
+    (
+        "llama",
+        {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}},
+        r"no RoPE scaling \('llama3'\).* could not be checked",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "shape", "reason"), UNSAID)
+def test_what_the_file_cannot_say_is_refused(family, shape, reason, settings, tmp_path):
+    shape = shape | ({"n_positions": 1024, "n_inner": 128} if family == "gpt2" else {})
+    byte_level_tokenizer(tiny_checkpoint(tmp_path / "dense", family, **shape))
+    emoe.convert(str(tmp_path / "dense"), output=tmp_path / "out", **(settings | FIXED))
+    with pytest.raises(UserError, match=rf"{reason}.*; use --to dense"):
+        emoe.export(tmp_path / "out", tmp_path / "gguf", "gguf", verify_tokens=0)
 
 
 DAMAGED = [
