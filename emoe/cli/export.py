@@ -86,7 +86,7 @@ def export(
         )
     if push_to_hub:
         try:
-            report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output)
+            report["url"] = push(output, push_to_hub, private=private, quiet=quiet or json_output, say=say)
         except UserError as error:
             again = f"`emoe push --model {shlex.quote(str(output))} --repo {push_to_hub}{' --private' * private}`"
             raise UserError(f"{error}; the export is complete in {output}, {again} uploads it") from None

@@ -21,7 +21,8 @@ def push(
     """Upload a checkpoint with its model card to the Hugging Face hub."""
     from emoe.exporting.hub import push as upload
 
-    url = upload(model, repo, private=private, quiet=quiet or json_output, flag="--repo")
+    silent = quiet or json_output
+    url = upload(model, repo, private=private, quiet=silent, flag="--repo", say=None if silent else print)
     if json_output:
         print(json.dumps({"url": url}))
     elif not quiet:

@@ -92,6 +92,7 @@ def export(
         raise UserError(f"--verify-tokens: {verify_tokens} must be 0, or 2 or more")
     model, output = Path(os.path.expanduser(model)), Path(os.path.expanduser(output))
     require_folder(model)
+    from emoe.checkpoint.companions import check_companions
     from emoe.conversion.workspace import Workspace
 
     workspace = Workspace(output, model, resume=False, overwrite=overwrite)
@@ -100,6 +101,7 @@ def export(
     from emoe.exporting.source import Source, element_type
 
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
+    check_companions(model)
     try:
         return run(
             source,

@@ -1,16 +1,59 @@
-"""Upload a checkpoint folder to the Hugging Face hub, or to whatever ``HF_ENDPOINT`` names."""
+"""Upload a checkpoint folder to the Hugging Face hub, or to whatever ``HF_ENDPOINT`` names.
+
+What is uploaded is for others to read: only folders that we wrote, of these only files that a checkpoint has, and in
+our own records names of files instead of their places on this disk. The folder itself stays as it is.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from emoe.conversion.workspace import EXPORTED
+import yaml
+
+from emoe.checkpoint.companions import COPIED, is_named, lies_within
+from emoe.checkpoint.digests import NAME as DIGESTS
+from emoe.checkpoint.names import names_only
+from emoe.conversion.workspace import EXPORTED, is_ours
 from emoe.errors import UserError
-from emoe.plainfiles import read_json
+from emoe.plainfiles import read_json, read_yaml
+from emoe.runtime import format_bytes
 
-HIDDEN = (".*", "**/.*", "*.tmp")
-"""Files that do not go along."""
+RECORDS = ("emoe_*.json", "emoe_*.yaml")
+"""Our own reports and settings."""
+
+KNOWN = (
+    *("model*.safetensors", "model.safetensors.index.json", "model*.gguf", "partition.safetensors", DIGESTS),
+    *("config.json", "README.md", "emoe_*.png", "log.jsonl", *RECORDS, *COPIED),
+)
+"""Files that go along, beside our code; none from folders within the folder."""
+
+LISTED = 12
+"""Files left out that a line names; of more, their number."""
+
+
+class Parcel(NamedTuple):
+    """What of a folder is uploaded."""
+
+    files: list[Path]
+    left_out: list[str]
+    rewritten: dict[str, str]
+    """Name → text, of files in which paths were cut to names."""
+
+    def line(self, repo: str) -> str:
+        """In words."""
+        names = dict.fromkeys(re.sub(r"-\d+-of-\d+", "-*", file.name) for file in self.files)
+        size = format_bytes(sum(file.stat().st_size for file in self.files))
+        said = [f"to {repo}: {len(self.files)} files, {size}: {', '.join(names)}"]
+        if self.rewritten:
+            said.append(f"paths are cut to names in {', '.join(self.rewritten)}")
+        more = f" and {len(self.left_out) - LISTED} more" if len(self.left_out) > LISTED else ""
+        said.append(f"left out: {', '.join(self.left_out[:LISTED]) or 'nothing'}{more}")
+        return "; ".join(said)
 
 
 def check_repository(repo: str, flag: str = "--push-to-hub") -> None:
@@ -27,8 +70,16 @@ def check_repository(repo: str, flag: str = "--push-to-hub") -> None:
         raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it to upload")
 
 
-def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False, flag: str = "--push-to-hub") -> str:
-    """Make the repository if need be, then add the whole folder in one commit; returns the commit's address.
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    quiet: bool = False,
+    flag: str = "--push-to-hub",
+    say: Callable[[str], None] | None = None,
+) -> str:
+    """Make the repository if need be, then add the folder's files in one commit; returns the commit's address.
 
     Args:
         folder: a checkpoint that emoe wrote, with its card.
@@ -36,18 +87,24 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
         private: only for a repository that is new.
         quiet: no progress bars.
         flag: what errors call `repo`.
+        say: called with what is uploaded and what is not, a line, before that is done.
 
     The token is that of ``HF_TOKEN`` or the stored login.
 
     Raises:
-        UserError: no checkpoint, no model card, a name that is none, no token, or a hub that refuses.
+        UserError: no checkpoint of ours, no model card, a name that is none, no token, or a hub that refuses.
     """
     if not any((folder / name).is_file() for name in ("config.json", "model.gguf")):
         raise UserError(f"--model: {folder} is not a checkpoint folder: it has neither config.json nor model.gguf")
+    if not is_ours(folder):
+        raise UserError(f"--model: {folder} is not a checkpoint that emoe wrote; `hf upload` takes any folder")
     if not (folder / "README.md").is_file():
         raise UserError(f"--model: {folder} has no model card (README.md); a model without one is not uploaded")
     message = _message(folder)
     check_repository(repo, flag)
+    parcel = packed(folder)
+    if say:
+        say(parcel.line(repo))
 
     from huggingface_hub import HfApi, logging
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -59,9 +116,7 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
     api = HfApi()
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=list(HIDDEN)
-        )
+        commit = api.create_commit(repo, _additions(parcel), commit_message=message)
     except LocalTokenNotFoundError:
         raise UserError(f"{flag}: no token; set HF_TOKEN or run `hf auth login`") from None
     except HfHubHTTPError as error:
@@ -74,6 +129,53 @@ def push(folder: Path, repo: str, *, private: bool = False, quiet: bool = False,
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(f"{flag}: {where} cannot be reached ({_first_line(error)})") from None
     return str(commit.commit_url)
+
+
+def packed(folder: Path) -> Parcel:
+    """What of a checkpoint's folder is uploaded.
+
+    Raises:
+        UserError: a damaged record.
+    """
+    code = _code()
+    files, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        known = is_named(path.name, KNOWN) or path.name in code
+        if known and path.is_file() and lies_within(path, folder):
+            files.append(path)
+        else:
+            left_out.append(path.name + "/" * path.is_dir())
+    texts = {file.name: _without_places(file) for file in files}
+    return Parcel(files, left_out, {name: text for name, text in texts.items() if text is not None})
+
+
+def _code() -> set[str]:
+    """Names of the Python files that a checkpoint carries."""
+    from emoe.modeling import modeling_emoe, modeling_moduleformer
+
+    return {file.name for file in modeling_emoe.code_files()} | set(modeling_moduleformer.code_files())
+
+
+def _without_places(file: Path) -> str | None:
+    """The text of a record of ours with names instead of absolute paths; None if it has none, and for other files."""
+    if file.suffix == ".yaml":
+        value = read_yaml(file, "--model")
+        named = names_only(value)
+        return None if named == value else yaml.safe_dump(named, sort_keys=False)
+    if file.name != "config.json" and not is_named(file.name, RECORDS):
+        return None
+    value = read_json(file)
+    ours = value if is_named(file.name, RECORDS) else {k: value[k] for k in ("emoe_provenance",) if k in value}
+    named = value | names_only(ours)
+    return None if named == value else json.dumps(named, indent=2) + "\n"
+
+
+def _additions(parcel: Parcel) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    contents = {file.name: str(file) for file in parcel.files}
+    contents |= {name: text.encode() for name, text in parcel.rewritten.items()}
+    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
 
 
 def _message(folder: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
+from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.digests import check_digests
 from emoe.conversion.resuming import Work
 from emoe.conversion.workspace import Workspace
@@ -125,6 +126,7 @@ def training_into(config: Any, folder: Path, what: str, record: str) -> Iterator
     with workspace.open(Group()), no_room_told(workspace.output):
         try:
             check_digests(folder)
+            check_companions(folder)
             same_settings(config.fingerprint(), training, resume=config.resume, what=what)
             yield workspace.folder, training
             workspace.publish()

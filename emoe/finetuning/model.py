@@ -20,6 +20,7 @@ from torch import nn
 
 import emoe
 from emoe.calibration.text import read_tokenizer
+from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
@@ -63,6 +64,7 @@ def converted_folder(config: FinetuneConfig, work: Path, texts: list[str], group
         facts = read_json(given / "config.json")
         if str(facts.get("model_type", "")).startswith("emoe_"):
             _check_converted(config, facts)
+            check_companions(given)
             return given
     target, sample = work / "base", work / "texts.txt"
     group.first_then_all(lambda: sample.write_text("\n".join(texts), encoding="utf-8"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from emoe.checkpoint.companions import licence_of, title_of
+from emoe.checkpoint.names import names_only
 from emoe.plainfiles import read_json
 from emoe.report.history import history_line
 from emoe.report.tables import groups_line
@@ -32,7 +33,7 @@ def write_card(report: dict, plan: Plan, path: Path) -> None:
         size=format_bytes(report["gate_bytes"]),
         licence=_front(plan.licence),
         encoder=plan.reader.spec.encoder,
-        name=_harmless(report["model"]),
+        title=title_of({"source": plan.origin}, plan.reader.folder),
     )
     write_text(path, text)
 
@@ -45,7 +46,7 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
         config: config.json of the converted checkpoint.
         source: its folder.
     """
-    provenance = config.get("emoe_provenance") or {}
+    provenance = names_only(config.get("emoe_provenance") or {})
     licence = licence_of(source, provenance)
     text = _render(
         "export_card.md.jinja",
@@ -56,8 +57,8 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
         auto_class=_auto_class(config),
         licence=_front(licence),
         licence_name=_named(licence),
-        title=_harmless(title_of(provenance, source)),
-        name=_harmless(str(provenance.get("source", source.name))),
+        title=title_of(provenance, source),
+        name=provenance.get("source", source.name),
     )
     write_text(path, text)
 
@@ -71,18 +72,18 @@ def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> No
         report: the verb's; has the provenance of a stock model, whose config.json has none.
     """
     config = read_json(folder / "config.json")
-    provenance = config.get("emoe_provenance") or report["provenance"]
+    provenance = names_only(config.get("emoe_provenance") or report["provenance"])
     licence = licence_of(source, provenance)
     text = _render(
         "history_card.md.jinja",
-        title=_harmless(title_of(provenance, source)),
-        name=_harmless(str(provenance.get("source", source.name))),
+        title=title_of(provenance, source),
+        name=provenance.get("source", source.name),
         licence=_front(licence),
         licence_name=_named(licence),
         remote_code="auto_map" in config,
         groups={kind: groups_line(config[key]) for key, kind in GROUPS.items() if config.get(key)},
         provenance=provenance,
-        history=[_harmless(history_line(step)) for step in provenance["history"]],
+        history=[history_line(step) for step in provenance["history"]],
         reports=sorted(path.name for path in folder.glob("emoe_*.json")),
         done=DONE.get(provenance["history"][-1].get("verb"), "changed"),
         auto_class=_auto_class(config),
@@ -93,7 +94,7 @@ def write_history_card(folder: Path, source: Path, report: dict[str, Any]) -> No
 def write_pretraining_card(report: dict[str, Any], folder: Path) -> None:
     """The card of a model that `emoe pretrain` made; ``report`` is its own, ``folder`` holds config.json already."""
     remote_code = "auto_map" in read_json(folder / "config.json")
-    text = _render("pretraining_card.md.jinja", report=report, remote_code=remote_code, harmless=_harmless)
+    text = _render("pretraining_card.md.jinja", report=report, remote_code=remote_code)
     write_text(folder / "README.md", text)
 
 
@@ -112,20 +113,25 @@ def _front(licence: dict[str, Any]) -> str:
 def _named(licence: dict[str, Any]) -> str:
     """A licence in a line of text."""
     named = licence.get("license_name") or licence.get("license") or "see the source"
-    return _harmless(named if isinstance(named, str) else " and ".join(named))
+    return named if isinstance(named, str) else " and ".join(named)
 
 
-def _harmless(name: str) -> str:
-    """A name from a file that others wrote, without what Markdown or HTML would take for its own."""
-    return re.sub(r"[^\w.,;:=+\-/ ]", "", name)
+def _harmless(value: object) -> str:
+    """A value as text in one line, without what Markdown or HTML would take for its own: others wrote config.json."""
+    return re.sub(r"""[^\w.,;:=+\-–/@()%'" ]""", "", re.sub(r"\s+", " ", str(value)))
 
 
 def _render(template: str, **values: object) -> str:
+    """A card. Every value is made harmless on its way in, but for those that the template calls ``safe``."""
     import jinja2
+    from markupsafe import Markup
 
     import emoe
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("emoe.report", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader("emoe.report", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else _harmless(value),
     )
     return environment.get_template(template).render(version=emoe.__version__, **values)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.digests import check_digests
 from emoe.config import FITTING, ExtendConfig
 from emoe.errors import UserError
@@ -49,6 +50,7 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
     scale = {slot.name: 1 + wanted[found.kind] / found.count for found in sets for slot in found.slots}
     require_room(folder, config.output, scale, say)
     digests = check_digests(folder)
+    check_companions(folder)
     fitted = fit_gates(anatomy, config, {k for k, n in wanted.items() if n}, progress) if config.text else {}
     if fitted and sum(new for _, new, _ in fitted.values()) <= sum(old for _, _, old in fitted.values()):
         raise UserError("--old-text: no gate tells it from --text; give texts that differ more")

@@ -10,6 +10,7 @@ from typing import Any
 
 import emoe
 from emoe.checkpoint.converted import Changed, checked
+from emoe.checkpoint.names import names_only
 from emoe.checkpoint.reader import shard_map
 from emoe.conversion.workspace import EXPORTED, PRUNED, TUNED
 from emoe.errors import UserError, shortened
@@ -70,11 +71,11 @@ def now() -> str:
 
 
 def entry(verb: str, folder: Path, known: dict[str, str] | None = None, **facts: Any) -> dict[str, Any]:
-    """One entry of a history; `known` as for `digest_of`."""
+    """One entry of a history; `known` as for `digest_of`. Of paths it has names: it goes wherever the model goes."""
     return {
         "verb": verb,
         "from_digest": digest_of(folder, known),
         "when": now(),
         "emoe": emoe.__version__,
-        **facts,
+        **names_only(facts),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from emoe.checkpoint.companions import check_companions
 from emoe.checkpoint.digests import check_digests
 from emoe.config import COUNTING, PruneConfig
 from emoe.errors import UserError
@@ -33,6 +34,7 @@ def prune(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     workspace_of(folder, config.output, overwrite=config.overwrite).check_early()  # now: counting takes its time
     _check_against(config, anatomy)
     digests = check_digests(folder)
+    check_companions(folder)
     if config.method.startswith("layers"):
         return baselines.drop_layers(anatomy, config, digests, progress)
     if config.method == "magnitude":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +100,23 @@ def test_for_people(monkeypatch, capsys):
         "GPUs:",
     ):
         assert word in out
+
+
+def test_packages_that_can_be_done_without(monkeypatch, capsys):
+    """All that the docs name as a further requirement, there or not."""
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[2] / "setup.cfg")
+    extras = [settings["options.extras_require"][name] for name in ("lm-eval", "quantisers", "trl")]
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for text in extras for line in text.split()}
+    assert names >= {"trl", "torchao", "bitsandbytes", "lm_eval"}
+    known = {"trl": "9.1", "gguf": "9.2"}
+    monkeypatch.setattr("emoe.cli.doctor._version", known.get)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr()
+    assert not shown.err
+    (line,) = (line for line in shown.out.splitlines() if line.startswith("versions:"))
+    for name in names | {"gguf", "peft"}:
+        assert f"{name} {known.get(name, 'not installed')}" in line
 
 
 def test_build(monkeypatch, capsys):

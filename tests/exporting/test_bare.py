@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -20,18 +21,30 @@ from emoe_kernels import use
 TOKENS = torch.randint(5, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2))
 
 LOAD = """
-import importlib.util, sys
+import importlib.util, json, sys
 sys.path.insert(0, sys.argv[1])
 assert not any(importlib.util.find_spec(name) for name in ("emoe", "emoe_kernels", "peft", "accelerate", "datasets"))
-import torch
+import torch, transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
 tokens = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(2))
-with torch.no_grad():
-    save_file({"logits": model(tokens).logits}, sys.argv[3])
+logits = {}
+for name, (auto, folder) in json.loads(sys.argv[2]).items():
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits[name] = model(tokens).logits
+save_file(logits, sys.argv[3])
 """
+
+PLAIN = {"held_out_tokens": 0}
+CASES = {
+    "discriminant gate": ("llama", PLAIN),
+    "compensation": ("llama", PLAIN | {"compensate": True}),
+    "average-key gate": ("llama", KEY),
+    "transposed matrices": ("gpt2", PLAIN),
+    "encoder": ("bert", PLAIN),
+}
+"""Family and settings of a conversion."""
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +70,36 @@ def bare(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("given", [{"held_out_tokens": 0}, {"held_out_tokens": 0, "compensate": True}, KEY])
-def test_same_logits_with_only_torch_and_transformers(given, bare, converted, tmp_path):
-    source, out = converted(**given), tmp_path / "logits.safetensors"
-    command = [sys.executable, "-I", "-S", "-c", LOAD, str(bare), str(source), str(out)]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+@pytest.fixture(scope="module")
+def models(converted) -> dict[str, tuple[str, Path]]:
+    """Auto class and folder of every case."""
+    autos = {"bert": "AutoModelForMaskedLM"}
+    return {
+        name: (autos.get(family, "AutoModelForCausalLM"), converted(family, **given))
+        for name, (family, given) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def logits(bare, models, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Of every case, from one process in that folder."""
+    place = tmp_path_factory.mktemp("logits")
+    given = json.dumps({name: (auto, str(folder)) for name, (auto, folder) in models.items()})
+    command = [sys.executable, "-I", "-S", "-c", LOAD, str(bare), given, str(place / "logits.safetensors")]
+    environment = {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(place / "logits.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_logits_with_only_torch_and_transformers(case, logits, models):
+    auto, folder = models[case]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+        model = getattr(transformers, auto).from_pretrained(folder).eval()
         with torch.no_grad(), use("portable"):
-            assert torch.equal(load_file(out)["logits"], model(TOKENS).logits)
+            assert torch.equal(logits[case], model(TOKENS).logits)
     finally:
         torch.set_num_threads(threads)

@@ -17,6 +17,7 @@ from emoe.assets.gguf import import_gguf
 from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.exporting.gguf import pre_tokenizer_name
+from emoe.exporting.hub import packed
 from emoe.report.inspect import describe
 
 TOKENS = torch.randint(5, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
@@ -50,6 +51,7 @@ def source(request, settings, tmp_path_factory) -> Path:
 def test_it_is_read_back_as_the_dense_model(source, tmp_path):
     report = emoe.export(source, tmp_path / "out", "gguf", verify_tokens=256)
     assert report["identical"] == report["layers"] == 4
+    assert packed(tmp_path / "out").left_out == []
     assert report["comparisons"][0]["max_difference"] < 1e-4
     assert main(["report", str(tmp_path / "out"), "--html", str(tmp_path / "page.html"), "--quiet"]) == 0
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf").eval()

@@ -1,4 +1,5 @@
-"""Uploads arrive whole, with their card; what goes wrong is one line. Against a stand-in on this machine."""
+"""Uploads arrive whole, with their card, and with nothing else of the user's; what goes wrong is one line. Against a
+stand-in on this machine."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from support.hub import TOKEN, Hub, stand_in
 from support.routing import KEY
 
+from emoe.checkpoint.names import names_only
 from emoe.cli.main import main
 from emoe.errors import UserError
 from emoe.exporting.hub import push
@@ -86,8 +90,71 @@ def test_a_recovered_folder_is_pushed(hub, converted, text_file, tmp_path):
     assert main(["recover", *map(str, flags), "--quiet"]) == 0
     done = emoe_command(hub, "push", "--model", tmp_path / "out", "--repo", "someone/tiny")
     assert done.returncode == 0, done.stderr
-    assert hub.files == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    local = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert set(hub.files) == set(local)
+    rewritten = {name for name in local if hub.files[name] != local[name]}
+    assert rewritten == {"emoe_config.yaml", "emoe_recover.json"}  # they name the texts
     assert b"recover" in hub.files["README.md"]
+    tell_no_place(hub.files)
+
+
+def tell_no_place(files: dict[str, bytes]) -> None:
+    """Tests have all their files below one folder, whose path nobody else is to know."""
+    assert [name for name, content in files.items() if tempfile.gettempdir().encode() + b"/" in content] == []
+
+
+def test_the_user_s_own_files_stay(hub, converted, tmp_path):
+    """Whatever else lies in the folder, links to elsewhere, and the places of models and texts on the disk."""
+    folder = Path(shutil.copytree(converted(held_out_tokens=0), tmp_path / "model"))
+    whole = {path.name for path in folder.iterdir()}
+    (folder / "training").mkdir()
+    others = ("passwords.txt", ".env", "notes.md", "train.py", "training/optimizer.pt", "training/config.json")
+    for name in others:
+        (folder / name).write_text("secret")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "NOTICE").symlink_to(tmp_path / "secret")
+    local = {name: (folder / name).read_bytes() for name in whole}
+    done = emoe_command(hub, "push", "--model", folder, "--repo", "someone/tiny")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files) == whole
+    tell_no_place(hub.files)
+    told = done.stdout.splitlines()[0]
+    assert told.startswith(f"to someone/tiny: {len(whole)} files, ")
+    assert "modeling_emoe.py, " in told
+    assert "paths are cut to names in emoe_config.yaml, emoe_report.json; " in told
+    assert told.endswith("; left out: .env, NOTICE, notes.md, passwords.txt, train.py, training/")
+    uploaded, kept = (yaml.safe_load(files["emoe_config.yaml"]) for files in (hub.files, local))
+    named = {"model": Path(kept["model"]).name, "calibration": [Path(kept["calibration"][0]).name]}
+    assert uploaded == kept | named
+    assert local == {name: (folder / name).read_bytes() for name in whole}
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}', "["])
+def test_a_folder_that_is_not_ours_is_not_uploaded(config, tmp_path):
+    for name, content in (("config.json", config), ("README.md", "# Mine"), ("passwords.txt", "secret")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="is not a checkpoint that emoe wrote"):
+        push(tmp_path, "someone/tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("/home/me/my texts/a.txt", "a.txt"),
+        ("~/a.txt", "a.txt"),
+        ("code=/home/me/my texts/code.txt", "code=code.txt"),
+        ("--text: /home/me/a.txt was read twice, /home/me/b.txt once", "--text: a.txt was read twice, b.txt once"),
+        ("folder /home/me/dense", "folder dense"),
+        ("https://hub.example/someone/tiny", None),
+        ("someone/tiny", None),
+        ("texts/a.txt", None),
+        ("10 tokens/s and/or 3", None),
+        ("corpus:essays", None),
+        ("/", None),
+    ],
+)
+def test_paths_are_cut_to_names(text, named):
+    assert names_only({"a": [text, 1, None]}) == {"a": [named or text, 1, None]}
 
 
 @pytest.mark.parametrize(
@@ -115,8 +182,10 @@ def test_a_damaged_report_is_refused_before_the_hub_is_asked(content, converted,
         push(folder, "someone/tiny")
 
 
-def test_a_folder_without_a_card_is_not_uploaded(hub, tiny_llama):
-    done = emoe_command(hub, "push", "--model", tiny_llama, "--repo", "someone/tiny")
+def test_a_folder_without_a_card_is_not_uploaded(hub, converted, tmp_path):
+    folder = Path(shutil.copytree(converted(held_out_tokens=0), tmp_path / "model"))
+    (folder / "README.md").unlink()
+    done = emoe_command(hub, "push", "--model", folder, "--repo", "someone/tiny")
     assert done.returncode == 2
     assert "has no model card" in done.stderr
     assert hub.private == {}

@@ -16,6 +16,7 @@ from support.bench import ARCHITECTURE as NEW
 from emoe.cli.main import main
 from emoe.config import PretrainConfig
 from emoe.errors import UserError
+from emoe.exporting.hub import packed
 from emoe.finetuning.loop import SECONDS
 from emoe.moduleformer.sizes import parameters_of
 from emoe.pretraining.text import PIECE, Domain, load_domain, mixed, parse_domains, pieces, spread
@@ -202,6 +203,7 @@ def test_command(settings, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
     assert main(["inspect", str(tmp_path / "out")]) == 0
     assert "2 steps, 256 tokens" in capsys.readouterr().out
+    assert packed(tmp_path / "out").left_out == []
     card = (tmp_path / "out" / "README.md").read_text()
     report = json.loads((tmp_path / "out" / "emoe_pretrain.json").read_text())
     assert not report["notes"]

@@ -88,4 +88,4 @@ def test_inspect_shows_the_texts(tiny_moduleformer, run, text, text_file, capsys
     small = run("prune", tiny_moduleformer, "small", *text, "--keep", 0.5)
     assert main(["inspect", str(small)]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"prune; method use, text {text_file}, keep 0.5" in shown
+    assert f"prune; method use, text {text_file.name}, keep 0.5" in shown
