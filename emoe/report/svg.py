@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 70, 14, 36, 54
+WIDTH, HEIGHT = 640, 366
+LEFT, RIGHT, TOP, BOTTOM = 70, 14, 42, 54
 
 
 @dataclass
