@@ -15,7 +15,7 @@ from emoe.evaluation.compare import compare
 from emoe.evaluation.runs import AS_TRAINED, read_run, read_sweep_record
 from emoe.evaluation.sweep_config import Analysis, SweepConfig, slug
 from emoe.report.comparison import as_markdown, interval, p_value, signed
-from emoe.report.comparison_html import new_figure
+from emoe.report.plots import new_figure
 from emoe.runtime import atomic_write, write_text
 
 Progress = Callable[[str, int, int], None]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import emoe
 from emoe.conversion.workspace import EXPORTED
 from emoe.errors import UserError
+from emoe.report.templates import render
 from emoe.runtime import write_text
 
 FRONTIER = "frontier.json"
@@ -56,7 +55,7 @@ def report(
         converted.append(part | {"seen": sections.observation(seen) if seen else None})
     grids = [sections.frontier(path) for path in frontiers]
     comparison = _comparison(runs, progress) if runs else None
-    write_text(output, _render(converted, grids, comparison))
+    write_text(output, render("page.html.jinja", converted=converted, grids=grids, runs=comparison))
     return {
         "models": [part["title"] for part in converted],
         "frontiers": [str(path.parent) for path in frontiers],
@@ -102,19 +101,16 @@ def _sort(paths: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
     return models, frontiers, runs
 
 
-def _comparison(runs: list[Path], progress: Progress) -> str:
-    """The page of `emoe compare`, without its head."""
+def _comparison(runs: list[Path], progress: Progress) -> dict[str, Any]:
+    """What the page of `emoe compare` says."""
     if importlib.util.find_spec("emoe.evaluation") is None:
         raise UserError("report: this version cannot compare runs; give checkpoints and frontiers")
     from emoe.evaluation.compare import compare
     from emoe.evaluation.runs import read_runs
-    from emoe.report.comparison import formats
+    from emoe.report.comparison_html import parts
 
     single = [run if next(run.glob("seed-*/run.json"), None) else child for run in runs for child in _children(run)]
-    page = formats()["html"](compare(read_runs(list(dict.fromkeys(map(str, single)))), None, 2000, 0, progress))
-    body = re.search(r"<body>(.*)</body>", page, re.DOTALL)
-    assert body, "the page of emoe compare has a body"
-    return body.group(1)
+    return parts(compare(read_runs(list(dict.fromkeys(map(str, single)))), None, 2000, 0, progress))
 
 
 def _children(run: Path) -> list[Path]:
@@ -122,18 +118,3 @@ def _children(run: Path) -> list[Path]:
     if next(run.glob("seed-*/run.json"), None):
         return [run]
     return sorted({found.parents[1] for found in run.glob("*/seed-*/run.json")})
-
-
-def _render(converted: list[dict[str, Any]], grids: list[dict[str, Any]], comparison: str | None) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("emoe.report", "."),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(
-        converted=converted, grids=grids, comparison=comparison, version=emoe.__version__
-    )

@@ -7,6 +7,16 @@ from pathlib import Path
 from emoe.runtime import atomic_write
 
 
+def new_figure(width: float, height: float):
+    """An empty figure, inches; outside of pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def plot_quality(report: dict, path: Path) -> None:
     """Quality against the share of experts a token uses, with the dense model as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

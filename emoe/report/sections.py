@@ -96,7 +96,7 @@ def _qualities(quality: Quality) -> list[dict[str, Any]]:
         {
             "domain": name,
             "measure": found.measure,
-            "agreement": "cosine" if found.measure == "hidden-state error" else "top-1 as dense",
+            "agreement": "cosine" if found.measure == "hidden-state error" else "top\u20111 as dense",
             "dense": found.dense,
             "tokens": found.tokens,
             "rows": found.rows,
@@ -117,7 +117,7 @@ def _shares(report: Conversion) -> str:
     points = [(float(layer.layer), 100 * layer.share) for layer in report.layers if layer.share is not None]
     if len({f"{share:.0f}" for _, share in points}) < 2:
         return ""
-    return chart([Line("share", points)], "layer", "experts of the layer that are used, %")
+    return chart([Line("share", points)], "layer", "experts used, %")
 
 
 def frontier(path: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def frontier(path: Path) -> dict[str, Any]:
         for name, cells in own.items():
             by_wanted = {cell.wanted: cell for cell in cells}
             shown = (by_wanted.get(w) for w in wanted)
-            texts = ["" if c is None else f"{value(c):.4g} ({100 * c.active:.0f}%)" for c in shown]
+            texts = ["" if c is None else f"{_plain(value(c))} ({100 * c.active:.0f}%)" for c in shown]
             rows.append([name, str(cells[0].experts) if cells else "", *texts])
         domains.append(
             {
@@ -156,6 +156,11 @@ def frontier(path: Path) -> dict[str, Any]:
     return {"model": Path(found.model).name, "measure": found.measure, "domains": domains}
 
 
+def _plain(value: float) -> str:
+    """Four digits, without a power of ten where there is room for the number."""
+    return f"{value:,.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
+
+
 def _ratio(found: CellDomain) -> float:
     return found.value if found.ratio is None else found.ratio
 
@@ -163,6 +168,7 @@ def _ratio(found: CellDomain) -> float:
 def observation(seen: Observation) -> dict[str, Any]:
     """Pictures of co-activation and of load; how domains differ."""
     load_LE = np.sort(seen.load, axis=1)[:, ::-1]
+    load_scale = max(2.0, float(np.quantile(load_LE, 0.99)))
     return {
         "tokens": seen.tokens,
         "domains": seen.domains,
@@ -177,7 +183,8 @@ def observation(seen: Observation) -> dict[str, Any]:
             }
             for picture in seen.pictures
         ],
-        "load_png": _png(load_LE, 0, max(2.0, float(np.quantile(load_LE, 0.99)))),
+        "load_png": _png(load_LE, 0, load_scale),
+        "load_scale": load_scale,
         "load_most": float(load_LE.max()),
         "load_idle": float((load_LE < 0.1).mean()),
         "differences": _differences(seen),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from rich.table import Table
 
 from emoe.config import flag_of
+from emoe.report.plots import new_figure
+from emoe.report.templates import render
 from emoe.report.terminal import terminal
 from emoe.runtime import atomic_write, write_text
 
@@ -25,8 +28,6 @@ HOW = (
 
 def write_usage(report: dict[str, Any], folder: Path) -> None:
     """frequencies.csv, divergence-KIND.png, usage.png and index.html, which holds the plots itself."""
-    import jinja2
-
     write_text(folder / "frequencies.csv", frequencies(report))
     plots = {}
     for kind in report["divergence"]:
@@ -37,19 +38,14 @@ def write_usage(report: dict[str, Any], folder: Path) -> None:
         plot_usage(report, kind, usage)
         plots[f"Use of {kind} modules by layer"] = usage
     embedded = {title: base64.b64encode(path.read_bytes()).decode() for title, path in plots.items()}
-    # Names and tokens come from files that others wrote: everything is escaped.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("emoe.report", "."),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-    )
-    page = environment.get_template("usage.html.jinja").render(
+    page = render(
+        "usage.html.jinja",
         report={"neurons": None, **report},
         plots=embedded,
         how=HOW,
         settings=shown_settings(report["settings"]),
         signed=signed,
+        visible=visible,
     )
     write_text(folder / "index.html", page)
 
@@ -63,6 +59,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def visible(token: str) -> str:
+    """Ends of lines and tabs as signs, so that they neither break the table nor vanish."""
+    return token.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
 
 
 def signed(change: float) -> str:
@@ -82,15 +83,6 @@ def frequencies(report: dict[str, Any]) -> str:
             values = [row[m][d][expert] if m in row else None for m in measures for d in domains]
             writer.writerow([row["set"], expert, *("" if v is None else f"{v:.6g}" for v in values)])
     return text.getvalue()
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _save(figure, path: Path) -> None:
@@ -115,7 +107,7 @@ def plot_divergence(report: dict[str, Any], kind: str, path: Path) -> None:
     """KL and Jensen–Shannon side by side, mean over layers."""
     names, found = list(report["domains"]), report["divergence"][kind]
     side = 1.8 + 0.6 * len(names)
-    figure = _figure(2 * side, side)
+    figure = new_figure(2 * side, side)
     for place, (name, title) in enumerate((("kl", "KL(row ‖ column), nats"), ("js", "Jensen–Shannon, nats"))):
         heat_map(figure.add_subplot(1, 2, place + 1), found[name], names, title)
     _save(figure, path)
@@ -130,16 +122,23 @@ def plot_usage(report: dict[str, Any], kind: str, path: Path) -> None:
         for place, name in enumerate(names):
             tables[place, layer, : sum(row["groups"])] = row["frequency"][name]
     mean_LE = tables.mean(0)
-    figure = _figure(2.5 + 0.06 * most, (0.9 + 0.12 * len(rows)) * len(names))
+    figure = new_figure(2.5 + 0.06 * most, (0.9 + 0.12 * len(rows)) * len(names))
     for place, name in enumerate(names):
         axes = figure.add_subplot(len(names), 1, place + 1)
         ratio_LE = np.log2((tables[place] + 1e-3) / (mean_LE + 1e-3))
         image = axes.imshow(ratio_LE, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto", interpolation="nearest")
         axes.set_title(name, fontsize=9)
         axes.set_ylabel("layer", fontsize=8)
+        axes.set_yticks(*layer_ticks(rows))
     axes.set_xlabel("module", fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="log2 of use over mean use", shrink=0.6)
     _save(figure, path)
+
+
+def layer_ticks(rows: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Rows of a heat map to mark, at most ten, and the numbers of their layers."""
+    places = list(range(0, len(rows), math.ceil(len(rows) / 10)))
+    return places, [rows[place]["layer"] for place in places]
 
 
 def print_usage(report: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import emoe
 from emoe.analysis.divergence import distributions, jensen_shannon, kullback_leibler, specialisation
 from emoe.checkpoint.digests import write_digests
 from emoe.cli.main import main
-from emoe.report.usage import HOW, signed
+from emoe.report.usage import HOW, layer_ticks, signed, visible
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,17 @@ def test_the_page_says_how(flags, domains, tmp_path):
     assert "{'" not in page
     assert not re.search(r"-0\.0+<", page)
     assert " ".join(HOW.replace("'", "&#39;").split()) in " ".join(page.split())
+
+
+def test_ends_of_lines_are_seen():
+    assert visible(" a\t\r\n\n") == " a⇥␍↵↵"
+
+
+@pytest.mark.parametrize(("count", "places"), [(1, [0]), (2, [0, 1]), (30, list(range(0, 30, 3)))])
+def test_a_heat_map_names_layers(count, places):
+    """By their numbers in the model, not in the picture."""
+    rows = [{"layer": 20 + 2 * place} for place in range(count)]
+    assert layer_ticks(rows) == (places, [20 + 2 * place for place in places])
 
 
 @pytest.mark.parametrize(("change", "told"), [(-4e-9, "0.00000"), (4e-9, "0.00000"), (-0.00012, "-0.00012")])

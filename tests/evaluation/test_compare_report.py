@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,8 +13,19 @@ import pytest
 from support.runs import DOMAINS, compared, truth, write_predictions, write_run
 
 from emoe.cli.main import main
-from emoe.report.comparison import as_csv, as_json, as_latex, as_markdown, latex_escape, statements
+from emoe.report.comparison import (
+    as_csv,
+    as_json,
+    as_latex,
+    as_markdown,
+    interval,
+    latex_escape,
+    mean_std,
+    signed,
+    statements,
+)
 from emoe.report.comparison_html import as_html
+from emoe.report.panels import WIDTH, differences, seeds
 
 
 def test_one_seed_is_compared_honestly(tmp_path):
@@ -118,10 +130,40 @@ def test_html_escapes_names_and_fetches_nothing(tmp_path):
     page = Page(text)
     assert "script" not in page.tags
     assert evil in page.text
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 2 * len(DOMAINS) + 2  # differences and seeds of each and of the OOD mean
     links = [value for key, value in page.attributes if key in ("src", "href", "xlink:href") and value[0] != "#"]
     assert links == []
     assert "url(http" not in text
+
+
+def test_drawings_say_what_they_show(found):
+    told = [value for key, value in Page(as_html(found)).attributes if key == "aria-label"]
+    better, equal = (row.differences["amazon"] for row in found.rows[1:])
+    shown = [f"{name} {signed(d.difference)} {interval(d)}" for name, d in (("better", better), ("equal", equal))]
+    assert f"amazon: points over vanilla with 95% intervals. {'; '.join(shown)}." in told
+    means = "; ".join(f"{row.name} {mean_std(row.scores['amazon'])}" for row in found.rows)
+    assert f"amazon: points of every seed. Mean: {means}." in told
+
+
+def test_drawings_hold_what_is_there(found):
+    """A dot a run, filled where it is significant; of single seeds one each; all of it within the panel."""
+    for column in found.columns:
+        of_runs, of_seeds = differences(found, column), seeds(found, column)
+        assert of_runs.count("<circle") == 2
+        assert of_runs.count(" open") == sum(not row.differences[column].significant for row in found.rows[1:])
+        assert of_seeds.count("<circle") == len(found.rows) * len(found.seeds)
+        places = [float(x) for text in (of_runs, of_seeds) for x in re.findall(r'(?:cx|x1|x2)="([\d.-]+)"', text)]
+        assert min(places) > 0
+        assert max(places) < WIDTH
+
+
+def test_long_names_keep_both_ends(tmp_path):
+    for arm, name in enumerate(("vanilla", "emoe-at-a-rate-of-3e-5", "emoe-at-a-rate-of-5e-5")):
+        write_run(tmp_path / name, arm)
+    found = compared(*sorted(tmp_path.iterdir(), reverse=True))
+    text = differences(found, "amazon")
+    assert ">emoe-at-…-of-3e-5</text>" in text
+    assert ">emoe-at-…-of-5e-5</text>" in text
 
 
 def test_html_is_the_same_each_time(found):

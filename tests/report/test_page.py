@@ -18,7 +18,7 @@ from emoe.cli.main import main
 from emoe.report.inspect import describe
 from emoe.report.observe import _binned, observe
 from emoe.report.sections import _converted
-from emoe.report.svg import Line, chart
+from emoe.report.svg import Axis, Line, chart, mark
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 VOID = {"meta", "img", "br"}
@@ -100,6 +100,22 @@ def test_it_says_what_there_is(page):
     assert 'name="viewport"' in text
 
 
+def test_one_text_is_not_each_of_several(converted_llama, text_file, tmp_path):
+    for texts, said in (([str(text_file)], "64 tokens of"), ([str(text_file), "builtin"], "64 tokens each of")):
+        output = tmp_path / "r.html"
+        flags = [flag for text in texts for flag in ("--text", text)]
+        assert main(["report", str(converted_llama), "--html", str(output), "--tokens", "64", *flags, "--quiet"]) == 0
+        assert f"{said} {', '.join(texts)}." in output.read_text()
+
+
+def test_colours_have_a_scale(page):
+    """Below each pair of pictures of co-activation, and below that of load."""
+    scales = re.findall(r'<div class="scale"><span>(.*?)</span><i></i><span>(.*?)</span>', page.read_text())
+    assert len(scales) == 3 + 1
+    assert scales[-1][0] == "0"
+    assert re.fullmatch(r"\d\.\d × fair share( and more)?", scales[-1][1])
+
+
 def test_a_gate_of_the_weights_alone_stores_nothing(converted_llama):
     found = describe(converted_llama)
     assert _converted(found)["gate"].endswith(f"; {found['gate_entries']:,} numbers")
@@ -156,6 +172,24 @@ def test_neurons_that_never_or_always_fire_are_no_numbers_to_fear():
     still = torch.zeros(10, 6, dtype=torch.bool)
     still[:, :3] = True
     assert _binned(still, 3).isfinite().all()
+
+
+def test_a_chart_says_what_it_draws():
+    lines = [Line("ours <b>", [(2.0, 30.0), (0.0, 70.0), (1.0, 20.0)]), Line("theirs", [(1.0, 5.0)])]
+    text = chart(lines, "layer", "experts used, %", level=14.79)
+    told = "ours &lt;b&gt;: 70 at 0 to 30 at 2, between 20 and 70; theirs: 5 at 1; dashed: 14.79."
+    assert f'role="img" aria-label="Chart of experts used, % over layer. {told}"' in text
+    assert "rotate(" not in text
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(25.0, 77.0), (14.79, 50.3), (0.8, 1.05), (1.0, 6094.0), (1.0, 51420.0)])
+def test_an_axis_has_marks_enough_and_short_ones(low, high, log):
+    axis = Axis([low, high], 0, 100, log)
+    marks = axis.marks()
+    assert 3 <= len(marks) <= 8
+    assert all(0 <= axis.place(value) <= 100 for value in marks)
+    assert max(len(mark(value)) for value in marks) <= 5
 
 
 @pytest.mark.parametrize("level", [2.0, 0.0, -1.0, float("inf"), float("nan"), None])
