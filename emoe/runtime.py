@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from emoe.disk import name_place
 from emoe.errors import Busy, UserError
 
 
@@ -89,6 +90,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         settle(temporary)
         os.replace(temporary, path)
         fsync_directory(path.parent)
+    except OSError as error:
+        name_place(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -119,6 +123,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if not path.is_dir():
                 raise
         fsync_directory(path.parent)
+    except OSError as error:
+        name_place(error, path)
+        raise
     finally:
         os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)

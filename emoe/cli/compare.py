@@ -45,6 +45,7 @@ def compare(
         format = "json"
 
     from emoe.cli.progress import progress_bar
+    from emoe.disk import full_disk_told
     from emoe.evaluation.compare import compare as compute
     from emoe.evaluation.runs import read_runs
     from emoe.report.comparison import formats, print_comparison
@@ -62,7 +63,8 @@ def compare(
         return
     if not output.parent.is_dir():
         raise UserError(f"--output: {output.parent} is not a folder; make it first")
-    write_text(output, text)
+    with full_disk_told(output):
+        write_text(output, text)
     if json_output:
         print(formats()["json"](found), end="")
     elif not quiet:

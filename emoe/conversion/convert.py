@@ -100,13 +100,7 @@ def run(plan: Plan, progress: Progress) -> dict:
             report = _Conversion(plan, workspace, progress, group).run()
             group.first_then_all(workspace.publish)
             return report
-        except OSError as error:
-            workspace.abandon()
-            raise UserError(
-                f"--output: cannot write {workspace.output} ({error.strerror or error}); the source and any earlier "
-                "output are untouched; make room and add --resume"
-            ) from None
-        except UserError:
+        except Exception:
             workspace.abandon()
             raise
 
