@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from emoe.disk import name_place
 from emoe.errors import Busy, UserError
 
 
@@ -36,12 +37,14 @@ def processor() -> str:
         return platform.machine()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 4 MiB pieces."""
+def sha256_file(path: Path, seen: Callable[[int], None] | None = None) -> str:
+    """Hex sha256 of a file, read in 4 MiB pieces; ``seen`` is told the bytes of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
+            if seen:
+                seen(len(piece))
     return digest.hexdigest()
 
 
@@ -89,6 +92,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         settle(temporary)
         os.replace(temporary, path)
         fsync_directory(path.parent)
+    except OSError as error:
+        name_place(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -119,6 +125,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if not path.is_dir():
                 raise
         fsync_directory(path.parent)
+    except OSError as error:
+        name_place(error, path)
+        raise
     finally:
         os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(("emoe_kernels", "emoe_configs"), 0),
-    **dict.fromkeys(("errors", "config", "plainfiles", "runtime", "distributed", "_on_import"), 1),
+    **dict.fromkeys(("errors", "bytecount", "config", "disk", "plainfiles", "runtime", "distributed", "_on_import"), 1),
     **dict.fromkeys(("families", "checkpoint", "clustering", "gating", "assets", "tasks"), 2),
     **dict.fromkeys(("modeling", "moduleformer"), 3),
     "calibration": 4,

@@ -29,6 +29,7 @@ from emoe.checkpoint.given import WITH_EXPERTS, given_model, given_output
 from emoe.checkpoint.writer import save_tensors
 from emoe.config import AnalyzeConfig
 from emoe.conversion.resuming import Work, refuse_finished, require_same_settings, require_same_sources
+from emoe.disk import full_disk_told
 from emoe.errors import UserError
 from emoe.runtime import atomic_directory, fsync_directory, write_text
 from emoe.surgery.history import digest_of
@@ -46,23 +47,27 @@ def analyze(config: AnalyzeConfig, progress: Progress, write: Write) -> dict[str
 
     Raises:
         UserError: domains that are not named or too short, a model without experts or with damaged weights, an output
-            in the way.
+            in the way or on a full disk.
     """
     folder, domains = given_model(config.model, WITH_EXPERTS), domain_sources(config.domains)
     anatomy = anatomy_of(folder)
     check_budget(folder, config.top_k)
     check_digests(folder)
+    if not config.output:
+        raise UserError("--output: missing; name the folder to write")
     state = _State(config)
-    try:
-        run = _Analysis(config, anatomy, domains, state, progress)
-        for name in domains:
-            run.domain(name)
-        report = run.report()
-        report["knock_out"] = run.knock_out(report["specialised"])
-        state.publish(report, write)
-    except BaseException:
-        state.abandon()
-        raise
+    with full_disk_told(state.output, "add --resume", kept="any earlier output is untouched"):
+        try:
+            state.open()
+            run = _Analysis(config, anatomy, domains, state, progress)
+            for name in domains:
+                run.domain(name)
+            report = run.report()
+            report["knock_out"] = run.knock_out(report["specialised"])
+            state.publish(report, write)
+        except BaseException:
+            state.abandon()
+            raise
     progress("done", 1, 1)
     return report
 
@@ -106,13 +111,16 @@ class _State:
                 f"--output: an unfinished analysis lies in {self.folder}; add --resume to go on with it or --overwrite "
                 "to start again"
             )
+
+    def open(self) -> None:
+        """Begin, or go on where the sums of the same settings end; `UserError` where they had others."""
         kept = self.folder / "settings.json"
-        if config.resume and kept.is_file():
-            require_same_settings(config.fingerprint(), kept, "analysis")
+        if self.config.resume and kept.is_file():
+            require_same_settings(self.config.fingerprint(), kept, "analysis")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_text(kept, json.dumps(config.fingerprint()))
+            write_text(kept, json.dumps(self.config.fingerprint()))
 
     def require_sources(self, model: Path, blocks: dict[str, torch.Tensor]) -> None:
         """Raise `UserError` where the sums so far are of another model or of other text."""

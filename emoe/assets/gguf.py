@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe.assets.manifest import discard, is_intact, write_manifest
+from emoe.bytecount import Show
 from emoe.errors import UserError
 from emoe.runtime import atomic_directory, cache_home, require_space, sha256_file
 
@@ -29,7 +30,12 @@ def gguf_folder(sha256: str) -> Path:
 
 
 def cached_gguf(
-    path: Path, *, sha256: str | None = None, verify: bool = False, progress: Progress | None = None
+    path: Path,
+    *,
+    sha256: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+    show: Show | None = None,
 ) -> Path:
     """The plain folder of a GGUF file, imported once and then found by the file's digest.
 
@@ -38,12 +44,13 @@ def cached_gguf(
         sha256: its digest when the caller has checked it already; otherwise the file is read once (about 1 s a GB).
         verify: compare the sha256 of the cached folder's files too.
         progress: called with one line when something slow starts.
+        show: told how far ``verify`` is, in MiB.
 
     Raises:
         UserError: see `import_gguf`.
     """
     folder = gguf_folder(sha256 or sha256_file(path))
-    if is_intact(folder, verify=verify):
+    if is_intact(folder, verify=verify, show=show):
         return folder
     if folder.exists():
         discard(folder)

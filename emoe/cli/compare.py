@@ -52,6 +52,7 @@ def compare(
     found = read_runs(runs, reading)
 
     from emoe.cli.progress import progress_bar
+    from emoe.disk import full_disk_told
     from emoe.evaluation.compare import compare as compute
     from emoe.report.comparison import formats, print_comparison
     from emoe.runtime import write_text
@@ -66,7 +67,8 @@ def compare(
     if output is None:
         print(text, end="")
         return
-    write_text(output, text)
+    with full_disk_told(output):
+        write_text(output, text)
     if json_output:
         print(formats()["json"](found), end="")
     elif not quiet:

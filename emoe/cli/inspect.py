@@ -23,10 +23,12 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint that emoe wrote: layers, experts, gate, provenance, quality, what an export is."""
     require_folder(folder, "inspect")
+    from emoe.cli.progress import progress_bar
     from emoe.report.inspect import describe
     from emoe.report.tables import print_inspection
 
-    found = describe(folder, verify)
+    with progress_bar(quiet or json_output or not verify, unit="MiB") as show:
+        found = describe(folder, verify, show)
     if json_output:
         print(json.dumps(found, indent=2))
     elif not quiet:

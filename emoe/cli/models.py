@@ -52,11 +52,12 @@ def fetch(
 ) -> None:
     """Fetch a model into the cache, checksum-verified, and print its folder."""
     from emoe.assets import resolve_model
-    from emoe.cli.progress import silence_libraries
+    from emoe.cli.progress import progress_bar, silence_libraries
 
     silence_libraries()
     note = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    resolved = resolve_model(model, accept_license=accept_license, verify=verify, progress=note)
+    with progress_bar(quiet or json_output, unit="MiB") as show:
+        resolved = resolve_model(model, accept_license=accept_license, verify=verify, progress=note, show=show)
     if not quiet:
         print(f"{resolved.source}; licence: {resolved.licence or 'see its folder'}", file=sys.stderr)
     if json_output:

@@ -42,16 +42,18 @@ def sweep(
             print_estimate(found, folder)
         return
     silence_libraries()
+    from emoe.disk import full_disk_told
     from emoe.evaluation.sweep import sweep as run
     from emoe.report.analysis import write_analyses
     from emoe.report.sweep import print_sweep, write_summary
 
     say = (lambda line: None) if quiet else lambda line: print(line, file=sys.stderr, flush=True)
-    with progress_bar(quiet, unit="runs") as show:
-        result = run(settings, folder, show, say)
-    with progress_bar(quiet, unit="domains") as show:
-        found = write_summary(folder, resamples, show)
-        tables = write_analyses(settings, folder, resamples, show) if found else []
+    with full_disk_told(folder, "start again: runs that are finished stay"):
+        with progress_bar(quiet, unit="runs") as show:
+            result = run(settings, folder, show, say)
+        with progress_bar(quiet, unit="domains") as show:
+            found = write_summary(folder, resamples, show)
+            tables = write_analyses(settings, folder, resamples, show) if found else []
     if json_output:
         print(json.dumps(asdict(result)))
     elif not quiet:

@@ -26,7 +26,6 @@ from emoe.conversion.quality import Quality
 from emoe.conversion.resuming import Work
 from emoe.conversion.workspace import Workspace
 from emoe.distributed import Group
-from emoe.errors import UserError
 from emoe.runtime import require_space, write_text
 
 REPORT = "emoe_report.json"
@@ -104,13 +103,7 @@ def run(plan: Plan, progress: Progress) -> dict:
             report = _Conversion(plan, workspace, progress, group).run()
             group.first_then_all(workspace.publish)
             return report
-        except OSError as error:
-            workspace.abandon()
-            raise UserError(
-                f"--output: cannot write {workspace.output} ({error.strerror or error}); the source and any earlier "
-                "output are untouched; make room and add --resume"
-            ) from None
-        except UserError:
+        except Exception:
             workspace.abandon()
             raise
 

@@ -26,6 +26,7 @@ from emoe.conversion.convert import prepare
 from emoe.conversion.engine import CONVERT, Engine
 from emoe.conversion.plan import Plan
 from emoe.conversion.survey import Survey
+from emoe.disk import full_disk_told
 from emoe.errors import UserError, nearest, shortened
 from emoe.plainfiles import read_json, read_yaml
 from emoe.runtime import sole_writer, write_text
@@ -118,15 +119,9 @@ def frontier(
     plans = [_plan(base, cell) for cell in cells]  # every bad setting comes up before any work
     if output.is_dir() and any(output.iterdir()) and not (output / "cells").is_dir():
         raise UserError(f"--output: {output} holds other things than a frontier; choose another folder")
-    try:
-        with sole_writer(output):
-            report = _report(base, _measure_all(cells, plans, output, progress))
-            write_frontier(report, output)
-    except OSError as error:
-        raise UserError(
-            f"--output: cannot write {output} ({error.strerror or error}); make room and start again: cells that are "
-            "measured stay"
-        ) from None
+    with full_disk_told(output, "start again: cells that are measured stay"), sole_writer(output):
+        report = _report(base, _measure_all(cells, plans, output, progress))
+        write_frontier(report, output)
     return report
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe.conversion.resuming import Work, refuse_finished, refuse_other_settings
+from emoe.disk import full_disk_told
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import fsync_directory, write_text
@@ -130,8 +131,14 @@ class Workspace:
 
     @contextlib.contextmanager
     def open(self, group: Group) -> Iterator[Workspace]:
-        """Hold the workspace for these processes alone."""
-        with contextlib.ExitStack() as held:
+        """Hold the workspace for these processes alone.
+
+        Raises:
+            UserError: it cannot be had, or, while it is held, cannot be written.
+        """
+        way_on = "add --resume" if self.work else "try again"
+        told = full_disk_told(self.output, way_on, kept="any earlier output is untouched")
+        with told, contextlib.ExitStack() as held:
             group.first_then_all(lambda: self._take(held))
             yield self
 
@@ -154,6 +161,7 @@ class Workspace:
         self._recover()
         self.check()
         if not self.resume:
+            (self.state_folder / STATE).unlink(missing_ok=True)  # first: it speaks of shards in the folder
             shutil.rmtree(self.folder, ignore_errors=True)
         if not self.folder.exists():  # killed after the last rename: the state speaks of shards that have moved on
             (self.state_folder / STATE).unlink(missing_ok=True)

@@ -102,17 +102,5 @@ def export(
 
     source = Source(model, pad=pad, fix_k=fix_k, dtype=element_type(dtype), approximate=approximate)
     check_companions(model)
-    try:
-        return run(
-            source,
-            get(to),
-            workspace,
-            verify_tokens,
-            verify_text,
-            progress or (lambda *_: None),
-            say or (lambda _: None),
-        )
-    except OSError as error:
-        raise UserError(
-            f"--output: cannot write {output} ({error.strerror or error}); make room and try again"
-        ) from None
+    progress, say = progress or (lambda *_: None), say or (lambda _: None)
+    return run(source, get(to), workspace, verify_tokens, verify_text, progress, say)

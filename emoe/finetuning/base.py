@@ -10,7 +10,7 @@ import transformers
 from transformers import Trainer, TrainerCallback
 
 from emoe.errors import UserError
-from emoe.finetuning.states import states
+from emoe.finetuning.states import keep_latest, states
 from emoe.runtime import multiplies_bfloat16_fast
 
 
@@ -35,7 +35,6 @@ def shared_arguments(precision: str) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
         "logging_nan_inf_filter": False,
-        "save_total_limit": 1,
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -78,6 +77,8 @@ class BaseTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         self.check_weights()
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:  # not by the Trainer's save_total_limit, of whose removals a kill leaves half a state
+            keep_latest(Path(self.args.output_dir), self.state)
 
     def check_weights(self) -> None:
         """Raise `UserError` if a trained weight is no number, as after a far too long step along finite gradients."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from emoe import clustering, gating, tasks
 from emoe.conversion.convert import Progress
+from emoe.disk import full_disk_told
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetuning import arms
@@ -72,12 +73,18 @@ def evaluate(config: EvalConfig, progress: Progress | None = None, say: Any = No
             loaded = _load(config, folder, record, task, Path(work), progress)
             _read_as(config, loaded)
             report["sets"], predictions = _score(config, loaded, data, Path(work), progress, say)
-            if config.output:
-                write_predictions(Path(config.output) / "predictions", {config.read_as: predictions})
     if config.output:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        write_text(Path(config.output) / "eval.json", json.dumps(report, indent=2) + "\n")
+        with full_disk_told(Path(config.output)):
+            _write(report, None if config.lm_eval else predictions, Path(config.output))
     return report
+
+
+def _write(report: dict[str, Any], predictions: dict[str, Any] | None, output: Path) -> None:
+    """eval.json, last, and what was answered."""
+    output.mkdir(parents=True, exist_ok=True)
+    if predictions is not None:
+        write_predictions(output / "predictions", {report["reading"]: predictions})
+    write_text(output / "eval.json", json.dumps(report, indent=2) + "\n")
 
 
 def _data(config: EvalConfig, task: Task, record: dict[str, Any] | None, say: Any) -> TaskData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
 from emoe.checkpoint.companions import check_companions
@@ -38,12 +36,6 @@ LOG = "log.jsonl"
 
 TRAINED_ON = "training domain"
 """What the perplexity on the end of --text, kept apart, is called."""
-
-WRITES = ("PytorchStreamWriter", "unexpected pos", "Error while serializing")
-"""One of these is in what torch or safetensors raise when a file cannot be written, not in what they say in reading."""
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)
-"""What the operating system says in writing."""
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -123,36 +115,17 @@ def training_into(config: Any, folder: Path, what: str, record: str) -> Iterator
     now()  # a clock that cannot be read is told before the training, not behind it
     workspace = workspace_of(config, folder, what, record)
     training = workspace.state_folder / "training"
-    with workspace.open(Group()), no_room_told(workspace.output):
+    with workspace.open(Group()):
         try:
             check_digests(folder)
             check_companions(folder)
             same_settings(config.fingerprint(), training, resume=config.resume, what=what)
             yield workspace.folder, training
             workspace.publish()
-        except UserError:
+        except Exception:
             if not states(training):  # nothing is lost
                 workspace.abandon()
             raise
-
-
-@contextmanager
-def no_room_told(output: Path) -> Iterator[None]:
-    """Make one line of what Python, safetensors and torch raise when a file cannot be written.
-
-    Raises:
-        UserError: instead of theirs.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        file = getattr(error, "filename", None)
-        elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(output.parent)
-        written = getattr(error, "errno", None) in NO_ROOM or any(sign in str(error) for sign in WRITES)
-        if elsewhere or not written:
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"--output: cannot write {output} ({reason}); make room and add --resume") from None
 
 
 def sequences_per_step(config: Any) -> int:

@@ -22,6 +22,7 @@ from emoe.checkpoint.stored import round_as_stored, save_as_stored
 from emoe.config import TuneConfig, loss_factors
 from emoe.conversion.resuming import require_same_sources
 from emoe.conversion.workspace import TUNED, has_own_config
+from emoe.disk import remove_folder
 from emoe.errors import UserError
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
@@ -118,7 +119,7 @@ def _tune(
     try:
         steps = run(trainer, training)
     except _IdleError:
-        shutil.rmtree(training)  # nobody wants to go on from there
+        remove_folder(training)  # nobody wants to go on from there
         raise
     if losses:
         losses.close()

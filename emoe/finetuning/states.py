@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from emoe.conversion.resuming import require_same_settings
+from emoe.disk import remove_folder
 from emoe.errors import UserError
 from emoe.plainfiles import read_json
 from emoe.runtime import write_text
 
 STATE = "trainer_state.json"
+
+PARTS = (r"(adapter_)?model.*\.safetensors.*|pytorch_model.*", r"optimizer.*", r"scheduler\.pt", r"rng_state.*\.pth")
+"""Names of what a state has beside `STATE`: weights, also in shards, of an adapter or of FSDP, and what trains them."""
 
 SOURCES = "digests.json"
 """Beside the states: digests of the model and the text that they were made from."""
@@ -27,11 +31,22 @@ def states(training: Path) -> list[Path]:
 
 
 def _is_complete(state: Path) -> bool:
-    """Whether the Trainer came to the end of its last file, which it does not write atomically."""
+    """Whether the Trainer came to the end of its last file, which it does not write atomically, and all others are
+    there: it does not remove a state atomically, either."""
     try:
-        return "global_step" in read_json(state / STATE, "--resume")
+        facts = read_json(state / STATE, "--resume")
     except UserError:
         return False
+    names = [path.name for path in state.iterdir()]
+    return "global_step" in facts and all(any(re.fullmatch(part, name) for name in names) for part in PARTS)
+
+
+def keep_latest(training: Path, facts: TrainerState) -> None:
+    """Remove all states but the one just saved and the best."""
+    kept = {f"checkpoint-{step}" for step in (facts.global_step, facts.best_global_step)}
+    for state in training.glob("checkpoint-*"):
+        if state.name not in kept:
+            remove_folder(state)
 
 
 def train_from(trainer: Trainer, state: Path | None) -> None:
@@ -66,7 +81,7 @@ def _best(facts: TrainerState, state: Path) -> str | None:
     if not facts.best_global_step:
         return None
     best = state.parent / f"checkpoint-{facts.best_global_step}"
-    if not best.is_dir():
+    if not (best.is_dir() and _is_complete(best)):
         raise UserError(f"--resume: {best}, the best state so far, is gone; add --overwrite to start again")
     return str(best)
 
@@ -95,7 +110,7 @@ def same_settings(settings: dict[str, Any], training: Path, *, resume: bool, wha
     """
     kept = training / "settings.json"
     if not resume or not states(training):
-        shutil.rmtree(training, ignore_errors=True)
+        remove_folder(training)
         training.mkdir(parents=True)
         write_text(kept, json.dumps(settings))
     else:

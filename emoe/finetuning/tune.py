@@ -28,6 +28,7 @@ from emoe.checkpoint.given import given_output
 from emoe.checkpoint.stored import cast_as_stored, round_as_stored
 from emoe.conversion.convert import Progress
 from emoe.conversion.resuming import difference_from_record
+from emoe.disk import full_disk_told, remove_folder
 from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.finetuning import arms
@@ -56,10 +57,10 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
         say: called with one line on what was left out or fetched.
 
     Raises:
-        UserError: bad settings, data or model, an output in the way, or a loss that is no number.
+        UserError: bad settings, data or model, an output in the way or on a full disk, or a loss that is no number.
     """
     progress, say = progress or (lambda stage, done, total: None), say or (lambda line: None)
-    arm, task, seeds = arms.get(config.method), tasks.get(config.task), config.seed_list()
+    arm, task = arms.get(config.method), tasks.get(config.task)
     check_tuning(config, arm, task)
     now()  # a clock that cannot be read is told before the training, not behind it
     for line in ignored(config, arm):
@@ -71,6 +72,15 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None, say: Any 
             "--fsdp: one process has nobody to share weights with; start several: "
             "accelerate launch --num_processes 2 -m emoe finetune … --fsdp"
         )
+    with full_disk_told(output, "add --resume"):
+        return _run_all(config, arm, task, group, progress, say)
+
+
+def _run_all(
+    config: FinetuneConfig, arm: arms.Arm, task: tasks.Task, group: Group, progress: Progress, say: Any
+) -> list[dict[str, Any]]:
+    """`finetune`, once its settings are checked."""
+    output, seeds = Path(config.output), config.seed_list()
     group.first_then_all(lambda: _check_output(config, seeds))
     group.first_then_all(lambda: _clear_finished(config, seeds))
     if todo := _left(config, seeds):
@@ -163,7 +173,7 @@ def _same_settings(config: FinetuneConfig, folder: Path, flag: str) -> None:
 
 def _prepare(config: FinetuneConfig, folder: Path, digests: dict[str, Any]) -> None:
     if config.overwrite or not (folder / ".training").is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
     for left in folder.rglob(".*.tmp"):  # of `write_text` in a process that was killed; we hold the folder
         left.unlink()
     (folder / ".training").mkdir(parents=True, exist_ok=True)

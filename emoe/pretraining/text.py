@@ -21,6 +21,7 @@ import torch
 
 from emoe.assets.corpora import CORPORA, corpus_files, read_corpus
 from emoe.calibration.text import read_source
+from emoe.disk import full_disk_told
 from emoe.errors import UserError, nearest
 from emoe.runtime import cache_home
 
@@ -148,7 +149,7 @@ def load_domain(
         read: held-out tokens after which reading stops; None for the whole domain.
 
     Raises:
-        UserError: there is not even one sequence.
+        UserError: there is not even one sequence, or no room for them.
     """
     settings = (domain.name, domain.digest(), _tokenizer_digest(tokenizer), length, held_out, share, most, PIECE)
     settings += (read, "spread") if held_out else ()
@@ -156,13 +157,7 @@ def load_domain(
     keywords = {"domain": domain, "tokenizer": tokenizer, "length": length, "held_out": held_out}
     keywords |= {"share": share, "most": most, "read": read}
     try:
-        return datasets.Dataset.from_generator(
-            _sequences,
-            features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
-            gen_kwargs=keywords,
-            cache_dir=str(cache_home() / "packed"),
-            fingerprint=fingerprint,
-        )
+        return _packed(keywords, fingerprint)
     except ValueError:  # what the library raises when nothing has been generated
         if next(_sequences(**keywords), None) is not None:
             raise
@@ -172,6 +167,22 @@ def load_domain(
             f"--corpus: {domain.name} has not one sequence of {length} tokens "
             f"{'held out' if held_out else 'to train on'}; give more text or a lower --sequence-length"
         ) from None
+
+
+def _packed(keywords: dict[str, Any], fingerprint: str) -> datasets.Dataset:
+    """`_sequences` of these arguments, in the cache under this name."""
+    cache = cache_home() / "packed"
+    with full_disk_told(cache, "add --resume", flag="EMOE_HOME"):
+        try:
+            return datasets.Dataset.from_generator(
+                _sequences,
+                features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
+                gen_kwargs=keywords,
+                cache_dir=str(cache),
+                fingerprint=fingerprint,
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
 
 
 def digest_of_sequences(part: datasets.Dataset, held_out: torch.Tensor) -> str:

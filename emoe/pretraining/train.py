@@ -27,7 +27,7 @@ from emoe.conversion.workspace import PRETRAINED, Workspace
 from emoe.distributed import Group
 from emoe.errors import UserError, nearest
 from emoe.finetuning.base import BaseTrainer, shared_arguments
-from emoe.finetuning.loop import Watch, check_perplexities, minutes, no_room_told, write_log
+from emoe.finetuning.loop import Watch, check_perplexities, minutes, write_log
 from emoe.finetuning.states import SOURCES, same_settings, states, train_from
 from emoe.moduleformer.sizes import count_parameters
 from emoe.moduleformer.usage import GateUsage
@@ -62,14 +62,14 @@ def pretrain(config: PretrainConfig, progress: Progress) -> dict[str, Any]:
     work = Work("training", config, PRETRAINED)
     workspace = Workspace(output, None, resume=config.resume, overwrite=config.overwrite, work=work, rank=group.rank)
     training = workspace.state_folder / "training"
-    with workspace.open(group), no_room_told(workspace.output):
+    with workspace.open(group):
         try:
             settings = config.fingerprint()
             group.first_then_all(lambda: same_settings(settings, training, resume=config.resume, what=work.kind))
             report = _pretrain(config, domains, workspace.folder, training, group, progress)
             group.first_then_all(workspace.publish)
             return report
-        except UserError:
+        except Exception:
             if not states(training):  # nothing is lost
                 workspace.abandon()
             raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from emoe.bytecount import Show
 from emoe.checkpoint.converted import read_converted
 from emoe.checkpoint.digests import check_digests
 from emoe.checkpoint.given import require_folder
@@ -35,8 +36,8 @@ def _count_parameters(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _describe_moduleformer(folder: Path, verify: bool) -> dict[str, Any]:
-    """The facts of a ModuleFormer: sizes, modules by layer, history; `verify` as for `describe`."""
+def _describe_moduleformer(folder: Path) -> dict[str, Any]:
+    """The facts of a ModuleFormer: sizes, modules by layer, history."""
     config, parts = read_moduleformer(folder, "inspect"), {}
     for kind, short in (("attention", "att"), ("ffn", "mlp")):
         groups = config.get(f"{short}_groups") or [[config[f"n_{short}_experts"]]] * config["n_layer"]
@@ -50,7 +51,6 @@ def _describe_moduleformer(folder: Path, verify: bool) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in set(shard_map(folder).values())),
         "provenance": config.get("emoe_provenance") or {},
         "pretraining": _pretraining(folder / PRETRAINED),
-        "files_verified": len(check_digests(folder, "inspect")) if verify else None,
     }
 
 
@@ -84,23 +84,32 @@ def _pretraining(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
+def describe(folder: Path, verify: bool = False, show: Show | None = None) -> dict[str, Any]:
     """Config, provenance, partition, gate tables and report of a checkpoint that we have written, as plain types.
 
     Args:
         folder: the checkpoint.
         verify: read every weight file and compare its digest with what was written.
+        show: told how far that is, in MiB.
 
     Raises:
         UserError: not a checkpoint of ours, or a damaged one.
     """
-    from safetensors import safe_open
 
     require_folder(folder, "inspect")
     if is_our_stock_model(folder, "inspect"):
-        return _describe_stock(folder) | {"files_verified": len(check_digests(folder, "inspect")) if verify else None}
-    if read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
-        return _describe_moduleformer(folder, verify)
+        found = _describe_stock(folder)
+    elif read_json(folder / "config.json", "inspect").get("model_type") == "moduleformer":
+        found = _describe_moduleformer(folder)
+    else:
+        found = _describe_converted(folder)
+    return found | {"files_verified": len(check_digests(folder, "inspect", show)) if verify else None}
+
+
+def _describe_converted(folder: Path) -> dict[str, Any]:
+    """The facts of a converted checkpoint."""
+    from safetensors import safe_open
+
     config = read_converted(folder, "inspect")
     partition = Partition.load(folder / PARTITION)
     try:
@@ -133,6 +142,5 @@ def describe(folder: Path, verify: bool = False) -> dict[str, Any]:
         "parameters": parameters,
         "gate_entries": gate_entries,
         "provenance": config["emoe_provenance"],
-        "files_verified": len(check_digests(folder, "inspect")) if verify else None,
         "report": report,
     }

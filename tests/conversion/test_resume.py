@@ -15,6 +15,8 @@ import pytest
 from support.killer import killer
 
 import emoe
+from emoe.conversion.workspace import STATE, Workspace
+from emoe.distributed import Group
 from emoe.errors import UserError
 
 RUN_FACTS = {"emoe_report.json"}
@@ -110,6 +112,22 @@ def test_an_existing_output_survives_until_the_new_one_is_whole(tiny_llama, sett
     monkeypatch.undo()
     emoe.convert(str(tiny_llama), output=output, overwrite=True, resume=True, **(fast | {"seed": 3}))
     assert contents(output) != earlier
+
+
+def test_a_kill_while_unfinished_work_is_removed(tmp_path, monkeypatch):
+    """Its state must not speak of shards that have gone."""
+    workspace = Workspace(tmp_path / "out", None, resume=False, overwrite=True)
+    for folder in (workspace.folder, workspace.state_folder):
+        folder.mkdir()
+    (workspace.state_folder / STATE).write_text("{}")
+
+    def cut(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    with pytest.raises(KeyboardInterrupt), workspace.open(Group()):
+        pass
+    assert not (workspace.state_folder / STATE).exists()
 
 
 def test_two_processes_do_not_share_an_output(tiny_llama, settings, tmp_path):

@@ -6,11 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.faults import FAULTS
+from support.faults import FAULTS, TASKS
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.verb}: {fault.name}")
 def test_fault(fault, nursery, inputs, tmp_path):
+    if fault.why_not:
+        pytest.skip(fault.why_not)
     verdict = fault.run(nursery, inputs, tmp_path / "bench")
     assert verdict.survived, verdict.said
 
@@ -37,3 +39,11 @@ def test_digests_of_a_model_that_was_saved_elsewhere_are_not_asked_for(inputs, t
     assert len(check_digests(inputs["converted"])) == 6
     transformers.AutoModelForCausalLM.from_pretrained(inputs["converted"]).save_pretrained(tmp_path / "tuned")
     assert check_digests(tmp_path / "tuned") == {}
+
+
+def test_what_cannot_be_tried_here_is_shown(monkeypatch):
+    """Not left out."""
+    mounting = {(fault.verb, fault.name) for fault in FAULTS if fault.mounts}
+    assert {verb for verb, _ in mounting} == set(TASKS) - {"convert --overwrite", "export --overwrite", "pretrain"}
+    monkeypatch.setattr("support.bench.can_mount", lambda: False)
+    assert {(fault.verb, fault.name) for fault in FAULTS if fault.why_not} == mounting

@@ -103,13 +103,3 @@ def test_a_full_disk_loses_no_earlier_output(nursery, inputs, tmp_path):
     assert nursery.run(*again, RLIMIT_FSIZE=16_000).refused
     assert contents(output) == before
     assert [p.name for p in Path(tmp_path).iterdir()] == ["out"]
-
-
-def test_a_full_disk_in_training_is_one_line(nursery, inputs, tmp_path):
-    """Whichever file it shows at: the weights of a state, by safetensors, or its optimizer, by torch."""
-    call = lambda name: VERBS["pretrain"].command.format(**inputs, output=tmp_path / name).split()  # noqa: E731
-    assert nursery.run(*call("whole")).status == 0  # packs the text, too
-    for limit, reason in ((24_000, "I/O error"), (90_000, "inline_container")):
-        done = nursery.run(*call(f"out-{limit}"), RLIMIT_FSIZE=limit)
-        assert done.refused and "--output: cannot write" in done.text and "add --resume" in done.text, done.text
-        assert reason in done.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,26 @@ def experts(tiny_llama, tmp_path_factory) -> Path:
         allocation="uniform",
     )
     return output
+
+
+@pytest.fixture
+def killed_in_removing(monkeypatch):
+    """``with killed_in_removing():`` - the first folder that is removed there keeps all but its first files."""
+
+    def cut(folder, *arguments, **keywords):
+        found = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json"))
+        if found:
+            for path in found[:2]:
+                path.unlink()
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def run():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", cut)
+            yield
+
+    return run
 
 
 @pytest.fixture

@@ -125,6 +125,17 @@ def test_states_that_a_kill_left_in_a_finished_run_go(arm_settings, tmp_path):
         assert not left.parent.exists()
 
 
+def test_a_kill_while_an_earlier_run_is_removed(arm_settings, tmp_path, killed_in_removing):
+    """Half of it would be no run of ours, which --overwrite does not touch."""
+    settings = {"max_steps": 2, "eval_steps": 2, "overwrite": True}
+    finetune(arm_settings(**settings))
+    with killed_in_removing():
+        finetune(arm_settings(**settings))
+    (record,) = finetune(arm_settings(**settings))
+    assert record["steps"] == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["seed-0"]
+
+
 def test_one_folder_holds_one_arm(arm_settings):
     finetune(arm_settings(max_steps=2, eval_steps=2))
     with pytest.raises(UserError, match=r"--output: .*seed-0 was made with other .* or another --output$"):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emoe.errors import UserError
+from emoe.finetuning.base import BaseTrainer, shared_arguments
 from emoe.finetuning.states import states, train_from
 
 
@@ -23,19 +24,13 @@ class Line(nn.Module):
         return {"loss": ((self.weight * x - y) ** 2).mean()}
 
 
-def trainer(folder, **settings) -> Trainer:
+def trainer(folder, kind=Trainer, **settings) -> Trainer:
+    given = {"max_steps": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True} | settings
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        **{"max_steps": 4} | settings,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+        output_dir=str(folder), learning_rate=0.1, lr_scheduler_type="constant", save_steps=2, **given
     )
     rows = [{"x": torch.tensor([1.0]), "y": torch.tensor([float(n)])} for n in range(64)]
-    return Trainer(model=Line(), args=arguments, train_dataset=rows, eval_dataset=rows[:1])
+    return kind(model=Line(), args=arguments, train_dataset=rows, eval_dataset=rows[:1])
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -134,3 +129,28 @@ def test_half_of_a_state_is_none(tmp_path):
     last = tmp_path / "checkpoint-4" / "trainer_state.json"
     last.write_text(last.read_text()[:100])
     assert [path.name for path in states(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nor_is_one_whose_removal_was_cut_short(name, tmp_path):
+    """By a version that let the Trainer remove states."""
+    trainer(tmp_path).train()
+    (tmp_path / "checkpoint-4" / name).unlink()
+    assert [path.name for path in states(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_kill_while_a_state_is_removed_leaves_whole_ones(best, tmp_path, killed_in_removing):
+    """The third has come, and the second goes: the best is the first. Or the second has come, and the first goes."""
+    settings = {"max_steps": 6} | shared_arguments("float32") | (BEST if best else {})
+    with killed_in_removing():
+        train_from(trainer(tmp_path, BaseTrainer, **settings), None)
+    found = [path.name for path in states(tmp_path)]
+    assert found == (["checkpoint-2", "checkpoint-6"] if best else ["checkpoint-4"])
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == set(found)
+
+
+def test_the_last_state_stays_until_the_result_is_written(tmp_path):
+    """Beside the best: what comes behind the last step may be killed, too."""
+    train_from(trainer(tmp_path, BaseTrainer, **BEST | shared_arguments("float32")), None)
+    assert [path.name for path in states(tmp_path)] == ["checkpoint-2", "checkpoint-4"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -83,6 +85,16 @@ class Bench:
         return self.place / "out"
 
 
+@cache
+def can_mount() -> bool:
+    """Whether this process may mount file systems."""
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault and the answer that is right."""
@@ -94,6 +106,13 @@ class Fault:
     answer: str | None
     """Regular expression of the one line that refuses it; None if it has to work."""
     limits: dict[str, int] = field(default_factory=dict)
+    mounts: bool = False
+    """It needs a file system of its own."""
+
+    @property
+    def why_not(self) -> str:
+        """Why it cannot be tried here; nothing if it can."""
+        return "only root may mount a small file system" if self.mounts and not can_mount() else ""
 
     def run(self, nursery: Nursery, inputs: dict[str, Path], place: Path) -> Verdict:
         """Try it."""
@@ -127,11 +146,11 @@ FAULTS: list[Fault] = []
 """All that `fault` was told of, in the order in which files are imported."""
 
 
-def fault(name: str, verb: str, answer: str | None, **limits: int) -> Callable:
+def fault(name: str, verb: str, answer: str | None, *, mounts: bool = False, **limits: int) -> Callable:
     """Decorates what does the damage and returns the command line; see `Fault`."""
 
     def add(arguments: Callable[[Bench], list[str]]) -> Callable:
-        FAULTS.append(Fault(name, verb, arguments, answer, limits))
+        FAULTS.append(Fault(name, verb, arguments, answer, limits, mounts))
         return arguments
 
     return add

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from support.bench import FAULTS, MEMORY, SHORT, Bench, convert, fault, make_inputs
+from support.drill import Verb
 from support.hostile_checkpoints import DAMAGED, NO_SUCH
+from support.scripts import SCRIPTS
 from support.tiny import TEXT
 
-__all__ = ["FAULTS", "MEMORY", "make_inputs"]
+__all__ = ["FAULTS", "MEMORY", "TASKS", "make_inputs"]
 
 # -- hostile settings and text ----------------------------------------------------------------------------------------
 
@@ -142,26 +144,15 @@ for _name in DAMAGES:
 # -- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def _verbs(bench: Bench, output: Path) -> dict[str, list[str]]:
-    recover = [
-        "--text",
-        str(bench.inputs["text"]),
-        "--steps",
-        "2",
-        "--checkpoint-steps",
-        "1",
-        "--tokens-per-step",
-        "64",
-    ]
-    recover += ["--sequence-length", "64", "--held-out-tokens", "64", "--precision", "float32"]
-    grid = ["--methods", "emoe", "--active", "0.5", "--calibration", str(bench.inputs["text"])]
-    grid += ["--held-out-tokens", "64"]
-    return {
-        "convert": convert(bench.inputs["dense"], bench.inputs, output),
-        "export": ["export", "--model", str(bench.inputs["converted"]), "--output", str(output)],
-        "recover": ["recover", "--model", str(bench.inputs["converted"]), "--output", str(output), *recover],
-        "frontier": ["frontier", "--model", str(bench.inputs["dense"]), "--output", str(output), *SHORT, *grid],
-    }
+TASKS = {verb.name: verb.command for verb in Verb.read(SCRIPTS / "fault_drill.yaml")} | {
+    "analyze": "analyze --model {converted} --output {output} --domains a={text} --tokens 64 --sequence-length 32",
+    "report": "report {converted} --html {output} --tokens 0",
+}
+"""A short call of each verb that writes."""
+
+
+def _call(verb: str, bench: Bench, output: Path) -> list[str]:
+    return [part.format(**bench.inputs, output=output) for part in TASKS[verb].split()]
 
 
 def _mounted(bench: Bench, options: str) -> Path:
@@ -173,36 +164,31 @@ def _mounted(bench: Bench, options: str) -> Path:
     return folder
 
 
-def can_mount() -> bool:
-    """Whether this process may mount file systems."""
-    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
-    return done.returncode == 0
-
-
 def _disk(verb: str) -> None:
-    @fault("no file may pass 16 kB", verb, "cannot write|File too large", RLIMIT_FSIZE=16_000)
+    flag, grows = "--html" if verb == "report" else "--output", verb == "frontier"
+
+    @fault("no file may pass 4 kB", verb, f"{flag}: cannot write .*; make room and ", RLIMIT_FSIZE=4_000)
     def _(bench: Bench) -> list[str]:
-        return _verbs(bench, bench.output if verb != "frontier" else bench.place / "grid")[verb]
+        return _call(verb, bench, bench.place / "grid" if grows else bench.output)
 
-    @fault("a target that is a file", verb, "--output: .*(is a file|exists)")
+    @fault("a target that is in the way", verb, f"{flag}: .*(is a file|exists|is a folder)")
     def _(bench: Bench) -> list[str]:
-        (bench.place / "file").write_text("mine")
-        return _verbs(bench, bench.place / "file")[verb]
+        target = bench.place / "mine"
+        target.mkdir() if verb == "report" else target.write_text("mine")
+        return _call(verb, bench, target)
 
-    @fault("a target in /proc", verb, "--output: .*(not writable|cannot write|0 B free)")
+    @fault("a target in /proc", verb, f"{flag}: .*(not writable|cannot write|0 B free)")
     def _(bench: Bench) -> list[str]:
-        return _verbs(bench, Path("/proc/emoe-out"))[verb]
+        return _call(verb, bench, Path("/proc/emoe-out"))
 
-    if can_mount():
+    @fault("a disk of 4 kB", verb, f"{flag}: .*(cannot write .*; make room and |B free)", mounts=True)
+    def _(bench: Bench) -> list[str]:
+        return _call(verb, bench, _mounted(bench, "size=4k") / "out")
 
-        @fault("a disk of 12 kB", verb, "cannot write|No space|KiB free")
-        def _(bench: Bench) -> list[str]:
-            return _verbs(bench, _mounted(bench, "size=12k") / "out")[verb]
-
-        @fault("a disk that is read-only", verb, "not writable|cannot write|Read-only")
-        def _(bench: Bench) -> list[str]:
-            return _verbs(bench, _mounted(bench, "ro") / "out")[verb]
+    @fault("a disk that is read-only", verb, f"{flag}: .*(not writable|cannot write)", mounts=True)
+    def _(bench: Bench) -> list[str]:
+        return _call(verb, bench, _mounted(bench, "ro") / "out")
 
 
-for _verb in ("convert", "export", "recover", "frontier"):
+for _verb in ("convert", "export", "recover", "frontier", "prune", "extend", "tune", "finetune", "analyze", "report"):
     _disk(_verb)
