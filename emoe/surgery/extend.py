@@ -69,6 +69,7 @@ def extend(config: ExtendConfig, progress: Progress, say: Say = lambda line: Non
             "model": config.model,
             "added": added,
             "seed": config.seed,
+            "settings": facts,
             "modules": {"before": sum(s.count for s in sets), "after": sum(map(sum, groups.values()))},
             "notes": notes_on(fitted, config.old_share)
             + (fit_length(folder, config.sequence_length)[1] if fitted else []),
