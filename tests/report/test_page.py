@@ -281,6 +281,17 @@ def test_models_after_surgery(converted_llama, tmp_path, capsys):
         )
 
 
+def test_a_frontier_alone(tmp_path):
+    """It has a heading, and large numbers without powers of ten."""
+    cell = {"name": "ours", "wanted": 0.5, "active": 0.5, "experts": 8, "domains": {"a": {"value": 9, "ratio": 12348}}}
+    grid = {"model": "llama", "measure": "perplexity", "dense": {"a": 6.0}, "tokens": {"a": 64}, "cells": [cell]}
+    (tmp_path / "frontier.json").write_text(json.dumps(grid))
+    assert write(tmp_path, tmp_path) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("<h1>") == 1
+    assert "<td>12,348 (50%)</td>" in text
+
+
 def test_a_moduleformer(tmp_path, capsys):
     model = moduleformer(tmp_path / "model", "linear")
     assert write(tmp_path, model) == 0
