@@ -13,8 +13,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import typer
 from rich.console import Console
-from support.labelled import write_task
-from support.runs import write_run
+from support.commands import LONG, commands, runs
 
 from emoe.assets.corpora import CORPORA
 from emoe.cli.main import app, main
@@ -22,7 +21,6 @@ from emoe.cli.progress import progress_bar
 from emoe.config import AnalyzeConfig, ConvertConfig, PruneConfig, TuneConfig, flag_of
 
 COMMANDS = typer.main.get_command(app).commands
-CONFIGS = Path(__file__).parents[2] / "configs"
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -89,34 +87,6 @@ def test_an_unknown_option_is_one_line(name, capsys):
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("emoe: ")]) == 1
 
 
-def commands(converted, dense, text, place) -> dict[str, list[str]]:
-    """A short use of each command that works offline, without --json."""
-    tokens = ["--calibration-tokens", "2048", "--sequence-length", "64", "--calibration", str(text), "--experts", "8"]
-    return {
-        "convert": ["--model", str(dense), "--output", str(place / "c"), "--held-out-tokens", "64", *tokens],
-        "export": ["--model", str(converted), "--output", str(place / "d")],
-        "inspect": [str(converted)],
-        "estimate": ["--model", "gpt2"],
-        "models": [],
-        "doctor": [],
-        "fetch": [str(dense)],
-        "report": [str(converted), "--html", str(place / "r.html"), "--tokens", "0"],
-        "extend": ["--model", str(converted), "--experts", "1", "--output", str(place / "e")],
-        "prune": ["--model", str(converted), "--method", "random", "--keep", "0.5", "--output", str(place / "p")],
-        "compare": [str(runs(place / "runs", arm)) for arm in ("vanilla", "emoe")] + ["--resamples", "100"],
-        "sweep": [str(sweep_file(place / "sweep.yaml")), "--dry-run"],
-    }
-
-
-def runs(folder, arm: str):
-    return write_run(folder / arm, seeds=range(2), examples=40)
-
-
-def sweep_file(path):
-    path.write_text("base: {model: bert-base, task: sentiment}\narms: {vanilla: {method: vanilla}}\nseeds: 0:2\n")
-    return path
-
-
 NAMES = (
     *("convert", "export", "inspect", "estimate", "models", "doctor", "fetch", "report"),
     *("extend", "prune", "compare", "sweep"),
@@ -131,43 +101,12 @@ def test_json_is_all_that_is_on_standard_output(name, converted_llama, tiny_llam
     assert isinstance(json.loads(capfd.readouterr().out), dict | list)
 
 
-TRAINING = ("analyze", "finetune", "frontier", "pretrain", "recover", "tune")
 BY_A_TEST_OF_ITS_OWN = ("eval", "push")
 
 
 def test_every_command_is_tried_with_json():
-    assert {*NAMES, *TRAINING, *BY_A_TEST_OF_ITS_OWN} == set(COMMANDS)
-
-
-def training(converted, dense, text, place) -> dict[str, list[str]]:
-    """A step or two of each command that trains or looks through much text."""
-    short = ["--text", str(text), "--steps", "1", "--tokens-per-step", "64", "--sequence-length", "32"]
-    short += ["--held-out-tokens", "64", "--model", str(converted)]
-    tokens = ["--calibration-tokens", "1024", "--held-out-tokens", "64", "--sequence-length", "64"]
-    little = ["--corpus-tokens", "4000", "--steps", "1", "--tokens-per-step", "64", "--sequence-length", "32"]
-    finetune = ["--model", str(converted), "--task", str(write_task(place / "task")), "--max-steps", "1"]
-    commands = {
-        "analyze": ["--model", str(converted), "--domains", f"a={text}", "--domains", f"b={text}", "--tokens", "64"],
-        "finetune": [*finetune, "--eval-steps", "1"],
-        "frontier": ["--model", str(dense), "--calibration", str(text), "--experts", "8", "--methods", "emoe", *tokens],
-        "pretrain": ["--config", str(CONFIGS / "moduleformer" / "tiny.yaml"), "--corpus", f"own={text}", *little],
-        "recover": short,
-        "tune": short,
-    }
-    commands["analyze"] += ["--sequence-length", "32", "--knock-out", "0"]
-    commands["pretrain"] += ["--vocabulary", "300", "--batch-sequences", "2", "--held-out-tokens", "64"]
-    return {name: [*flags, "--output", str(place / name)] for name, flags in commands.items()}
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_training_commands_print_json_alone(name, converted_llama, tiny_llama, text_file, tmp_path, capfd):
-    arguments = training(converted_llama, tiny_llama, text_file, tmp_path)[name]
-    capfd.readouterr()
-    assert main([name, *arguments, "--json"]) == 0, capfd.readouterr().err
-    assert json.loads(capfd.readouterr().out)
-    if name == "finetune":
-        assert main(["eval", "--model", str(tmp_path / name / "seed-0"), "--json"]) == 0
-        assert set(json.loads(capfd.readouterr().out)["sets"]) == {"own", "far"}
+    """The long ones in test_progress.py."""
+    assert {*NAMES, *LONG, *BY_A_TEST_OF_ITS_OWN} == set(COMMANDS)
 
 
 def test_a_comparison_in_a_file_and_as_json(tmp_path, capsys):
