@@ -66,7 +66,7 @@ def import_gguf(path: Path, output: Path) -> Path:
     1.3 GB and 25 s for 135 M parameters on 2 shared cores. It does not stream: the loader of transformers cannot.
 
     Raises:
-        UserError: not a GGUF file, an architecture that transformers cannot read, or no room on the disk.
+        UserError: not a GGUF file, an architecture or a RoPE that transformers cannot read, or no room on the disk.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -74,6 +74,8 @@ def import_gguf(path: Path, output: Path) -> Path:
             raise UserError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path.name}: reading GGUF files needs the package 'gguf': pip install gguf")
+
+    _refuse_scaled_rope(path)
 
     import torch
     import transformers
@@ -119,6 +121,26 @@ def import_gguf(path: Path, output: Path) -> Path:
             note="dequantized from GGUF to float32; differs from the original weights by the quantization error",
         )
     return output
+
+
+def _refuse_scaled_rope(path: Path) -> None:
+    """Raise `UserError` where positions are scaled, as in Llama-3.1: transformers passes over what says so.
+
+    It reads no ``rope_freqs.weight``, in which llama.cpp keeps the factors, and ``rope.scaling`` of GPT-OSS alone.
+    """
+    import gguf
+
+    try:
+        file = gguf.GGUFReader(path)
+    except (ValueError, KeyError, OverflowError, IndexError):
+        return  # damaged: transformers' complaint says more
+    factors = any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in file.tensors)
+    kinds = [field.contents() for name, field in file.fields.items() if name.endswith(".rope.scaling.type")]
+    if (factors or any(kind != "none" for kind in kinds)) and "gpt-oss.block_count" not in file.fields:
+        raise UserError(
+            f"{path.name}: its positions are scaled (RoPE), which transformers does not read from a GGUF file; give "
+            "the checkpoint in safetensors"
+        )
 
 
 def _plain_config(config: Any) -> Any:

@@ -27,8 +27,9 @@ def permute(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, architecture="llama"):
+def write_gguf(path, model, architecture="llama", more=lambda writer: None):
     writer = gguf.GGUFWriter(path, architecture)
+    more(writer)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -161,6 +162,25 @@ def test_what_transformers_cannot_read_is_one_line(source, tmp_path):
     with pytest.raises(UserError, match=r"odd\.gguf: transformers cannot read this GGUF file") as caught:
         importer.import_gguf(path, tmp_path / "plain")
     assert "\n" not in str(caught.value) and not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(WIDTH // HEADS // 2, np.float32)),
+    ],
+    ids=["linear", "llama3"],
+)
+def test_scaled_positions_are_refused(more, source, tmp_path):
+    """transformers would leave the scaling out without a word."""
+    path = write_gguf(tmp_path / "scaled.gguf", source, more=more)
+    with pytest.raises(UserError, match="positions are scaled"):
+        importer.import_gguf(path, tmp_path / "out")
+    unscaled = write_gguf(
+        tmp_path / "plain.gguf", source, more=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    )
+    assert (importer.import_gguf(unscaled, tmp_path / "out") / "config.json").is_file()
 
 
 def test_without_the_gguf_package(gguf_file, tmp_path, monkeypatch):
