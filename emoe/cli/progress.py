@@ -96,6 +96,8 @@ def silence_libraries() -> None:
     # `datasets` reads these when it is imported, which only some commands need.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # somebody has imported it before
+        sys.modules["datasets"].disable_progress_bars()
     import huggingface_hub
     import transformers
 

@@ -92,4 +92,4 @@ def test_a_long_command(name, watched, far_things, converted_llama, tiny_llama, 
     watched(name, *(long_commands(converted_llama, tiny_llama, text_file, place)[name] for place in places))
     if name == "finetune":
         runs = [["--model", str(place / name / "seed-0")] for place in places[:2]]
-        watched("eval", *(run + ["--domains", "own,far,own-validation"] for run in runs), [])
+        watched("eval", *([*run, "--domains", "own,far,own-validation"] for run in runs), [])
