@@ -98,6 +98,8 @@ def silence_libraries() -> None:
     # `datasets` reads these when it is imported, which only some commands need.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # somebody has imported it before
+        sys.modules["datasets"].disable_progress_bars()
     # peft asks for what transformers has renamed: nothing that our user could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # Qwen2-MoE without shared experts has such tensors
