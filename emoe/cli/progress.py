@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import sys
 import time
@@ -100,6 +101,8 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "datasets" in sys.modules:  # somebody has imported it before
         sys.modules["datasets"].disable_progress_bars()
+    for name in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, and of torchao's own enumerations
+        logging.getLogger(name).setLevel(logging.ERROR)
     # peft asks for what transformers has renamed: nothing that our user could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # Qwen2-MoE without shared experts has such tensors

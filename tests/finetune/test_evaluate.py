@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import importlib.util
 import json
 import shutil
 import sys
@@ -87,6 +88,10 @@ def test_eval_refuses_what_does_not_fit(arm_settings, tmp_path, tiny_llama, monk
     run = tmp_path / "out" / "seed-0"
     three = write_task(tmp_path / "three", **{"'yes']": "'yes', 'perhaps']"})
     turned = write_task(tmp_path / "turned", **{"['no', 'yes']": "['yes', 'no']"})
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
     for given, complaint in (
         ({"model": str(run)}, "weights are gone"),
         ({"model": str(run.parent)}, "holds several runs"),
@@ -201,6 +206,8 @@ def benchmarks(tmp_path, monkeypatch):
         path = tmp_path / "packages" / "lm_eval" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)  # the real one
     monkeypatch.syspath_prepend(tmp_path / "packages")
     yield {"lm_eval": "mmlu, arc_easy", "limit": 3}
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
