@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging as standard_logging
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def main() -> None:
         parser.error(f"--model: {arguments.model} is no folder of a model; `emoe convert` makes one")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     # The checkpoint brings its own modelling code; the flag says that we trust it. (The tokenizer has none, but
     # transformers reads the model's config to choose its class.)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
