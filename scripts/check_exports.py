@@ -40,6 +40,11 @@ CONVERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → model and settings beside 64 experts; "like:" stands for made-up weights in that shape."""
 
+RECOVERIES = {"all-softmax": "all-discriminant", "late-softmax": "late"}
+"""Name → conversion whose gates become softmax gates in `STEPS` steps: enough for them to have moved."""
+
+STEPS = 20
+
 CANNOT = "cannot represent this model"
 DENSE_LAYERS, BIASED_GATE, SOFTMAX = (
     "28 of 30 layers are dense",
@@ -64,6 +69,13 @@ EXPORTS: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("all-key", "qwen2_moe", {"fix_k": 56}, None),
     ("all-key", "mixtral", {"fix_k": 56}, SOFTMAX),
     ("all-key", "mixtral", {"fix_k": 56, "approximate": True}, None),
+    ("all-softmax", "mixtral", {}, None),
+    ("all-softmax", "mixtral", {"dtype": "bfloat16"}, None),
+    ("all-softmax", "granitemoe", {}, None),
+    ("all-softmax", "gpt_oss", {}, None),
+    ("all-softmax", "qwen2_moe", {}, None),
+    ("late-softmax", "qwen2_moe", {}, None),
+    ("late-softmax", "mixtral", {}, DENSE_LAYERS),
     ("gpt2", "dense", {}, None),
     ("gpt2", "gguf", {}, None),
     ("gpt2", "gpt_oss", {}, "the decoder of gpt2 is not"),
@@ -79,6 +91,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/emoe-exports"), help="for conversions; kept")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text to compare on")
     parser.add_argument("--only", help="formats, with commas between them")
+    parser.add_argument("--models", help="conversions, with commas between them")
     parser.add_argument("--output", type=Path, required=True, help="JSON; a table goes beside it; rows there are kept")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +100,10 @@ def main() -> None:
     rows = [row for row in rows if row.get("commit") == commit() and "failed" not in row]
     for name, to, options, refusal in EXPORTS:
         key = {"conversion": name, "format": to, "options": options, "tokens": arguments.tokens, "commit": commit()}
-        if (arguments.only and to not in arguments.only.split(",")) or any(key.items() <= row.items() for row in rows):
+        asked = ((arguments.only, to), (arguments.models, name))
+        if any(names and own not in names.split(",") for names, own in asked):
+            continue
+        if any(key.items() <= row.items() for row in rows):
             continue
         rows.append(key | measure(converted(name, arguments.folder), to, options, refusal, arguments))
         publish(rows, arguments.output)
@@ -104,7 +120,13 @@ def commit() -> str:
 
 def converted(name: str, folder: Path) -> Path:
     """The converted model of a name, made on first use."""
-    output, (model, settings) = folder / name, CONVERSIONS[name]
+    output = folder / name
+    if name in RECOVERIES:
+        if not output.exists():
+            with progress_bar(quiet=False, unit="steps") as show:
+                emoe.recover(converted(RECOVERIES[name], folder), output, gates="softmax", steps=STEPS, progress=show)
+        return output
+    model, settings = CONVERSIONS[name]
     if not output.exists():
         if model.startswith("like:"):
             source = folder / f"{name}-dense"
@@ -149,7 +171,7 @@ def publish(rows: list[dict[str, Any]], output: Path) -> None:
 INTRODUCTION = """# Exports, read back by stock transformers
 
 `{command}`, commit {commit}. Text: Python's reference documentation. SmolLM2-135M, 64 experts: `late` in layers 26 and
-28, `all-…` in all; `gpt2` and `pythia-160m` are made-up weights in these shapes. The last row of a model that chooses
+28, `all-…` in all, `…-softmax` with gates that 20 steps of recovery have trained; `gpt2` and `pythia-160m` are made-up weights in these shapes. The last row of a model that chooses
 compares it with the converted model made to choose as the export does: what is left is arithmetic. Beside it, how many
 choices (one a token and layer) the converted model would have made otherwise from the same input, and how far the worst
 of these takes an expert behind one that it leaves out, in standard deviations of the token's logits.

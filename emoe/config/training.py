@@ -24,7 +24,11 @@ class RecoverConfig(Settings):
     loss: Literal["kl", "hidden"] = setting(
         "kl", "What is compared with the teacher: kl (its predictions) or hidden (the last hidden states)."
     )
-    gates: Literal["fixed", "learned"] = setting("fixed", "Whether the gates' tables are trained, too.")
+    gates: Literal["fixed", "learned", "softmax"] = setting(
+        "fixed",
+        "Whether the gates are trained, too: fixed, learned (their tables; experts keep the weight 1) or softmax (in "
+        "their place linear gates whose softmax weighs the experts, as stock mixtures-of-experts have them).",
+    )
     train: Literal["all", "ffn"] = setting("all", "What is trained: every weight, or those of converted FFNs.")
     steps: int = setting(300, "Optimizer steps.", ge=1)
     minutes: float | None = setting(None, "Stop after so many minutes, if --steps takes longer.", gt=0)

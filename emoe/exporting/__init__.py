@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "dense": "the source's own architecture, neurons in their original order; exact",
-    "granitemoe": "GraniteMoE, all layers, average-key gate; exact in float32",
-    "gpt_oss": "GPT-OSS, all layers, discriminant or average-key gate, compensation; exact in float32",
-    "qwen2_moe": "Qwen2-MoE, some layers or all, shared experts, average-key gate; near",
-    "mixtral": "Mixtral, all layers, average-key gate; near, with --approximate",
+    "granitemoe": "GraniteMoE, all layers, average-key or softmax gate; exact in float32",
+    "gpt_oss": "GPT-OSS, all layers, any linear gate, compensation; exact in float32",
+    "qwen2_moe": "Qwen2-MoE, some layers or all, shared experts; near with average-key gates, exact with softmax ones",
+    "mixtral": "Mixtral, all layers; near with average-key gates and --approximate, exact with softmax ones",
     "gguf": "GGUF of the dense model for llama.cpp; exact",
 }
 """Name, which is also that of the file in this folder → what it is."""

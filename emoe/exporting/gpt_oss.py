@@ -43,7 +43,7 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     window = config.sliding_window if stock.has_window(config) else config.max_position_embeddings
 
     def layer(index: int) -> dict[str, torch.Tensor]:
-        experts, table = source.experts(index), stock.scaled(source.table(index), stock.RAW_SCALE)
+        experts, table = source.experts(index), stock.raw_router(source, index)
         bias_E = table.bias_E if table.bias_E is not None else torch.zeros(experts_count)
         up_ESD = experts.up_ESD.float() * UP_SCALE
         rows_EDH = torch.stack([experts.gate_ESD.float(), up_ESD], dim=2).flatten(1, 2).transpose(1, 2)

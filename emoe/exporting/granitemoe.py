@@ -30,7 +30,7 @@ def write(source: Source, folder: Path, progress: Progress) -> dict[str, Any]:
     decoder = stock.decoder_fields(source)
 
     def layer(index: int) -> dict[str, torch.Tensor]:
-        experts, table = source.experts(index), stock.scaled(source.table(index), stock.RAW_SCALE)
+        experts, table = source.experts(index), stock.raw_router(source, index)
         found = {
             "block_sparse_moe.router.layer.weight": table.weight_ED,
             "block_sparse_moe.input_linear.weight": torch.cat([experts.gate_ESD, experts.up_ESD], dim=1),

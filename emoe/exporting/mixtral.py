@@ -1,7 +1,8 @@
 """Mixtral: a softmax over all logits, the K largest, divided by their sum.
 
-Made for routers whose softmax weighs the experts; ours weigh all chosen ones alike, which GraniteMoE and GPT-OSS can
-say without loss. For runtimes that know only Mixtral, ``--approximate`` writes what comes nearest.
+Made for routers whose softmax weighs the experts: the gates that ``emoe recover --gates softmax`` trains, without loss.
+Others weigh all chosen ones alike, which GraniteMoE and GPT-OSS can say without loss. For runtimes that know only
+Mixtral, ``--approximate`` writes what comes nearest.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from emoe.distributed import Group
 from emoe.errors import UserError
 from emoe.exporting.source import Source, dtype_name
 from emoe.exporting.spec import (
+    MARGIN,
     NARROW_MARGIN,
     NARROW_RELATIVE_TOLERANCE,
     NARROW_TOLERANCE,
     RELATIVE_TOLERANCE,
+    TOLERANCE,
     Format,
     Progress,
 )
@@ -127,11 +129,13 @@ def _excess(comparison: Comparison, source: Source, format: Format) -> str | Non
         if comparison.relative > limit:
             return f"its output is off by {comparison.relative:.2g} of its length, at most {limit:g} was expected"
         return None
-    limit = NARROW_TOLERANCE if narrow else format.tolerance
+    # A softmax that weighs the experts is what the formats have; only those that weigh alike can be near ones.
+    tolerance, margin = (TOLERANCE, MARGIN) if source.weighs else (format.tolerance, format.margin)
+    limit = NARROW_TOLERANCE if narrow else tolerance
     if comparison.kl > limit:
         found = f"KL {comparison.kl:.2g} nats, at most {limit:g} was expected"
         return f"{found}; largest difference of a logit {comparison.max_difference:.2g}"
-    limit = NARROW_MARGIN if narrow else format.margin
+    limit = NARROW_MARGIN if narrow else margin
     if format.routes and comparison.margin > limit:
         found = f"it chose an expert {comparison.margin:.2g} standard deviations behind one it left out"
         return f"{found}, at most {limit:g} was expected"

@@ -19,6 +19,7 @@ from emoe.checkpoint.partition import NAME as PARTITION
 from emoe.checkpoint.reader import CheckpointReader
 from emoe.errors import UserError
 from emoe.families.neurons import neuron_axis
+from emoe.gating import SOFTMAX
 
 ROUTER = ".router."
 
@@ -143,6 +144,11 @@ class Source:
         return self.config.get("emoe_shared_experts", 0)
 
     @property
+    def weighs(self) -> bool:
+        """Whether a softmax over the chosen experts' logits weighs them; all get the weight 1 otherwise."""
+        return self.config["emoe_gate"] == SOFTMAX
+
+    @property
     def varies(self) -> bool:
         """Whether the number of experts differs by token or layer."""
         routing, allocation = self.config.get("emoe_routing", "top-k"), self.config.get("emoe_allocation", "uniform")
@@ -214,8 +220,11 @@ class Source:
             name = next(n for n, role in self.reader.ffn_tensors(index).items() if role == ("gate", "weight"))
             keys_ESD = self.reader.read([name])[name].unflatten(0, (self.num_experts, -1))
             return Table(keys_ESD.mean(1, dtype=torch.float32), None)
+        weight_ED = self.buffer(index, "weight").float()
+        if self.weighs:
+            return Table(weight_ED, None)
         bias_E = self.buffer(index, "bias").float()
-        return Table(self.buffer(index, "weight").float(), bias_E - bias_E.mean())
+        return Table(weight_ED, bias_E - bias_E.mean())
 
     def buffer(self, index: int, buffer: str) -> torch.Tensor:
         """A buffer of a layer's router by its own name."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``."""
 
+TOLERANCE = 1e-8
+"""`Format.tolerance` of formats whose arithmetic is the model's."""
+
 MARGIN = 1e-3
 """`Format.margin` of formats that choose by the model's own logits: rounding explains less, an error gives more."""
 
@@ -38,7 +41,7 @@ class Capabilities:
     activation: bool = True
     """Experts have the activation that config.json names."""
     lossless: bool = True
-    """Chooses by raw logits and weighs the chosen alike. A softmax before the choice cannot do both."""
+    """Chooses by raw logits and can weigh the chosen alike. A softmax before the choice cannot do both."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Format:
     """Write weights, config and companions into a folder; returns facts for the report."""
     load: Callable[[Path, Any], Any]
     """Read the folder back with stock transformers, in an element type."""
-    tolerance: float = 1e-8
+    tolerance: float = TOLERANCE
     """Mean KL divergence from the reference, in nats, beyond which the export of a float32 model is thrown away; of
     formats that choose experts, on the same choices. 16-bit models get `NARROW_TOLERANCE`."""
     margin: float = MARGIN

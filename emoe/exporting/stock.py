@@ -17,6 +17,7 @@ from emoe.checkpoint.writer import ShardWriter
 from emoe.exporting.source import Source, Table, dtype_name
 from emoe.exporting.spec import Capabilities, Progress
 from emoe.exporting.verify import auto_class
+from emoe.gating import SOFTMAX
 from emoe.runtime import write_text
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -66,7 +67,7 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             + f"use --to {'qwen2_moe' if source.dense_layers else 'granitemoe'}",
         ),
         (
-            config["emoe_gate"] not in ("average-key", "discriminant"),
+            config["emoe_gate"] not in ("average-key", "discriminant", SOFTMAX),
             f"gate '{config['emoe_gate']}' is not linear; {again} --gate discriminant (for gpt_oss) or "
             "--gate average-key",
         ),
@@ -94,6 +95,11 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             "--shared-experts 0",
         ),
         (
+            source.weighs and source.top_k == source.num_experts,
+            "with all experts on its gate is not asked, a stock router weighs them all the same; use --to dense, or "
+            "--fix-k with fewer",
+        ),
+        (
             bool(source.shared) and source.top_k <= source.shared,
             f"all {source.top_k} experts of a token are shared ones, none is left to choose; add --fix-k with more",
         ),
@@ -115,9 +121,10 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
             f"its attention looks back through a window, {name}'s does not; use --to mixtral or gpt_oss",
         ),
         (
-            not can.lossless and not source.approximate,
+            not can.lossless and not source.weighs and not source.approximate,
             f"{name} takes a softmax before it chooses: weights alike enough for the sum round near-ties away, so that "
-            "tokens would get other experts; use --to granitemoe, or accept and measure it with --approximate",
+            "tokens would get other experts; use --to granitemoe, train gates for it (emoe recover --gates softmax), "
+            "or accept and measure it with --approximate",
         ),
     ]
     return next((why for wrong, why in ways if wrong), None)
@@ -177,9 +184,13 @@ def write(
     progress("done", reader.num_layers, reader.num_layers)
 
 
-def scaled(table: Table, factor: float) -> Table:
-    """A gate with its logits times a factor."""
-    return Table(table.weight_ED * factor, None if table.bias_E is None else table.bias_E * factor)
+def raw_router(source: Source, index: int) -> Table:
+    """A router for formats that choose by raw logits: the gate's own where its softmax weighs the experts, and times
+    `RAW_SCALE` where they are to get weights alike."""
+    table = source.table(index)
+    if source.weighs:
+        return table
+    return Table(table.weight_ED * RAW_SCALE, None if table.bias_E is None else table.bias_E * RAW_SCALE)
 
 
 SOFTMAX_SPREAD = 2.0**-11
@@ -197,10 +208,13 @@ SOFTMAX_MARGIN = 0.1
 
 
 def softmax_first(router_ED: torch.Tensor, source: Source, index: int) -> torch.Tensor:
-    """A router for formats that take the softmax before the choice, scaled to `SOFTMAX_SPREAD`.
+    """A router for formats that take the softmax before the choice: the gate's own where its softmax weighs the experts
+    (divided by the sum over the chosen, a softmax over all is one over the chosen), else scaled to `SOFTMAX_SPREAD`.
 
     The spread is estimated from the layer's own RMSNorm, whose output has entries of the size of its weights.
     """
+    if source.weighs:
+        return router_ED
     name = f"{source.reader.layer_prefix(index)}post_attention_layernorm.weight"
     norm_D = source.reader.read([name])[name].float()
     centred_ED = router_ED - router_ED.mean(0)  # what all experts have in common does not change a softmax
@@ -210,6 +224,8 @@ def softmax_first(router_ED: torch.Tensor, source: Source, index: int) -> torch.
 
 def softmax_first_exactness(source: Source) -> str:
     """What `softmax_first` costs, in words."""
+    if source.weighs:
+        return raw_exactness(source)
     found = "not exact: a softmax before the choice; weights of the chosen differ by parts in a thousand, near-ties "
     found += "may go to other experts"
     many = f", many of them in 16 bits: --dtype float32 keeps them apart; {_rounding(source)}"
@@ -222,7 +238,8 @@ def raw_exactness(source: Source) -> str:
         name = dtype_name(source.written)
         found = f"router and logits in {name}, so that near-ties go to other experts: --dtype float32 keeps them apart"
         return f"{found}; {_rounding(source)}"
-    found = "same experts chosen from the same logits, weights equal to the last bit"
+    found = "same experts chosen from the same logits, "
+    found += "weighed by the same softmax" if source.weighs else "weights equal to the last bit"
     return f"{found}; output matrices are times {source.top_k}"
 
 

@@ -29,7 +29,7 @@ from emoe.families import family
 from emoe.finetuning.arms import Arm
 from emoe.finetuning.settings import FinetuneConfig
 from emoe.modeling.modeling_emoe import EMoEModelMixin
-from emoe.modeling.routing_emoe import Router
+from emoe.modeling.routing_emoe import WEIGHING, Router
 from emoe.runtime import write_text
 from emoe.tasks.spec import Task
 
@@ -88,7 +88,7 @@ def _name_texts(settings: Path, sample: Path, task: str) -> None:
 
 
 def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
-    if facts.get("emoe_copies") or facts.get("emoe_gate") == "cosine":
+    if facts.get("emoe_copies") or facts.get("emoe_gate") in WEIGHING:
         raise UserError("--model: this model has a trained gate already; give the converted model it was made from")
     if (facts.get("emoe_provenance") or {}).get("outputs", "the source's") != "the source's":
         raise UserError("--model: its outputs were refitted, so the dense model is not inside; convert it without that")

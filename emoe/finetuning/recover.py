@@ -52,6 +52,7 @@ from emoe.finetuning.loop import (
     write_log,
 )
 from emoe.finetuning.states import SOURCES
+from emoe.gating import softmax
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
@@ -89,13 +90,15 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     student, teacher = _load(folder), _load_teacher(config, folder)
     top_ks = _top_ks(config, student.config)
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
-    if config.gates == "learned":
+    dense = _measure(teacher, [None], blocks, progress)[None]
+    before = _measure(student, measured, blocks, progress)
+    if config.gates == gating.SOFTMAX:
+        softmax.install(student, blocks.calibration)
+    if config.gates != "fixed":
         for ffn in student.sparse_ffns().values():
             ffn.router.learn()
     if config.train == "ffn":
         _freeze_all_but_ffns(student)
-    dense = _measure(teacher, [None], blocks, progress)[None]
-    before = _measure(student, measured, blocks, progress)
     trainer = _train(config, student, teacher, top_ks, blocks.calibration, training, progress)
     steps = trainer.state.global_step
     for ffn in student.sparse_ffns().values():
@@ -144,6 +147,8 @@ def _checked_model(config: RecoverConfig) -> Path:
         raise UserError("--teacher: missing; this model has other weights than its source, so name the dense one")
     if config.gates == "learned" and not gating.tables_of(facts["emoe_gate"]):
         raise UserError(f"--gates: the {facts['emoe_gate']} gate of this model has no table to learn; use fixed")
+    if config.gates == gating.SOFTMAX:
+        softmax.check(facts)
     for budget in config.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
@@ -283,7 +288,8 @@ def _train(config, student, teacher, top_ks, tokens, work: Path, progress: Progr
 def _write(student: EMoEModelMixin, folder: Path, target: Path, report: dict[str, Any]) -> None:
     """The recovered checkpoint, into a folder that is not yet the output."""
     step = entry("recover", folder, **{key: report[key] for key in ("steps", "text", "settings")})
-    save_as_stored(student, folder, target, {"emoe_provenance": with_entry(provenance_of(folder), step)})
+    changes = {"emoe_gate": student.config.emoe_gate, "emoe_provenance": with_entry(provenance_of(folder), step)}
+    save_as_stored(student, folder, target, changes)
     copy_companions(folder, target)
     shutil.copyfile(folder / PARTITION, target / PARTITION)
     write_text(target / RECOVERED, json.dumps(report, indent=2) + "\n")

@@ -6,6 +6,9 @@ from emoe.errors import UserError, nearest
 
 NAMES = ("discriminant", "representative", "average-key")
 
+SOFTMAX = "softmax"
+"""The gate that `emoe recover --gates softmax` trains; see `emoe.gating.softmax`."""
+
 
 def get(name: str, measuring: bool = False):
     """The `GateMethod` of a name; `oracle` only for measuring.
@@ -23,5 +26,7 @@ def get(name: str, measuring: bool = False):
 
 
 def tables_of(name: str) -> tuple[str, ...]:
-    """Tables of the router of a checkpoint's gate, by name; none of a gate that is not ours, such as a trained one."""
+    """Tables of the router of a checkpoint's gate that can be learned, by name; none of a gate that is not ours."""
+    if name == SOFTMAX:
+        return ("weight",)
     return get(name).tables if name in NAMES else ()

@@ -21,7 +21,7 @@ class EMoEFields:
     emoe_layers: list | None = None
     """Indices of the converted layers; the others are dense."""
     emoe_gate: str = "average-key"
-    """How experts are chosen: "average-key", "representative", "discriminant" or, trained, "cosine"."""
+    """How experts are chosen: "average-key", "representative", "discriminant" or, trained, "cosine" and "softmax"."""
     emoe_routing: str = "top-k"
     """How many experts a token gets: "top-k" (K), "threshold" or "energy-share" (as many as it needs, K on average); as
     ablations of top-k: "bottom-k" and "random"."""

@@ -7,10 +7,11 @@ Legend: N tokens, D model width, F hidden width, E experts, S = F // E neurons p
 The weights stay where the source has them (``mlp.gate_proj.weight`` and so on), reordered so that expert e is the block
 of neurons e*S … (e+1)*S. Nothing trainable is added: a gate is derived from the weights, or is a table in a buffer.
 ``EMoELlamaForCausalLM`` is ``LlamaForCausalLM`` with sparse FFNs; likewise for every other stock class. The classes are
-made on first use, by name, so that one file serves every family. Two exceptions serve as baselines in fine-tuning: the
-gate "cosine" is trained, and with ``emoe_copies`` an expert is a copy of the whole FFN (GMoE). This file and
-those that it imports are copied beside each converted checkpoint and need nothing but torch and transformers; with
-``emoe_kernels`` installed they run on those kernels.
+made on first use, by name, so that one file serves every family. Three exceptions: the gate "softmax", a table too, is
+trained and weighs the experts; "cosine", a baseline in fine-tuning, does the same with parameters of its own; and with
+``emoe_copies`` an expert is a copy of the whole FFN (GMoE). This file and those that it imports are copied beside each
+converted checkpoint and need nothing but torch and transformers; with ``emoe_kernels`` installed they run on those
+kernels.
 """
 
 import shutil

@@ -22,6 +22,9 @@ class Routing(NamedTuple):
     """Weights of the chosen experts; None means 1 for each, so that all experts together are the dense FFN."""
 
 
+WEIGHING = ("cosine", "softmax")
+"""Gates that are trained and weigh the experts that they choose; the others give each the weight 1."""
+
 RULES = ("top-k", "threshold", "energy-share", "bottom-k", "random")
 """Values of ``config.emoe_routing``."""
 
@@ -60,7 +63,7 @@ class CosineGate(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses experts by their gate logits. Only the cosine gate is trained, others if `learn` is called; fp32.
+    """Chooses experts by their gate logits. The cosine gate is trained, others if `learn` is called; fp32.
 
     Gates, with key_j the row of neuron j in the FFN's input matrix:
 
@@ -72,6 +75,8 @@ class Router(nn.Module):
     - cosine: a trained `CosineGate`, module ``cosine``. The chosen experts are weighted by the softmax of their logits,
       times K, so that the weights are 1 on average and the FFN keeps its scale; copies of a whole FFN without that
       factor. The paper's code has no factor: K experts of S neurons then start as one K-th of the FFN.
+    - softmax: logit_e = x · weight_e, trained by recovery, and the same weights: the router of Mixtral (arXiv
+      2401.04088, sec. 2.1) but for the factor K. Buffer: ``weight`` (E, D).
 
     Rules (``config.emoe_routing``), with K the budget (``top_k``):
 
@@ -99,20 +104,21 @@ class Router(nn.Module):
         self.budgeted, self.num_experts = group[0], sum(group)
         self._derived: tuple | None = None
         self._level: tuple | None = None
-        self.copies = config.emoe_copies
+        self.copies, self.weighs = config.emoe_copies, self.gate in WEIGHING
         if self.rule not in RULES:
             raise ValueError(f"unknown emoe_routing {self.rule!r}; known: {', '.join(RULES)}")
         if self.gate == "representative":
             self.register_buffer("neuron", torch.zeros(self.num_experts, dtype=torch.int64))
             self.register_buffer("scale", torch.zeros(self.num_experts, dtype=torch.float32))
-        elif self.gate == "discriminant":
+        elif self.gate in ("discriminant", "softmax"):
             self.register_buffer("weight", torch.zeros(self.num_experts, width, dtype=torch.float32))
-            self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
+            if self.gate == "discriminant":
+                self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
         elif self.gate == "cosine":
             self.cosine = CosineGate(width, self.num_experts)
         elif self.gate != "average-key":
             raise ValueError(
-                f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant, cosine"
+                f"unknown emoe_gate {self.gate!r}; known: average-key, representative, discriminant, cosine, softmax"
             )
         if self.rule in ("threshold", "energy-share") or config.emoe_allocation != "uniform":
             every_E2 = torch.arange(1, self.most + 1)[:, None].repeat(1, 2)
@@ -152,8 +158,9 @@ class Router(nn.Module):
         """Gate logits (N, E), fp32."""
         if self.gate == "cosine":
             return self.cosine(x_ND)
-        if self.gate == "discriminant":
-            return torch.nn.functional.linear(x_ND.float(), self.weight, self.bias)
+        if self.gate in ("discriminant", "softmax"):
+            bias_E = self.bias if self.gate == "discriminant" else None
+            return torch.nn.functional.linear(x_ND.float(), self.weight, bias_E)
         if not ffn.plain:  # an adapter or quantiser holds the weights: ask the modules, which compute in their own type
             return self._logits_from_modules(x_ND, ffn)
         x_ND = x_ND.float()
@@ -235,21 +242,23 @@ class Router(nn.Module):
                 self.register_buffer(name, self._parameters.pop(name).detach())
 
     def _trained_weights(self, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
-        """Weights (N, K) of a cosine gate: the softmax over experts in the budget; sigmoid(logit) of added ones."""
+        """Weights (N, K) of gates that weigh: the softmax over experts in the budget; sigmoid(logit) of added ones."""
         chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0)).masked_fill(experts_NK < 0, -torch.inf)
         added = self.num_experts - self.budgeted
         in_budget_NK = chosen_NK[:, : chosen_NK.shape[1] - added]
-        weights_NK = in_budget_NK.softmax(-1) * (1 if self.copies else in_budget_NK.shape[1])
+        weights_NK = in_budget_NK.softmax(-1)
+        if not self.copies:
+            weights_NK = weights_NK * in_budget_NK.isfinite().sum(-1, keepdim=True)
         return torch.cat([weights_NK, chosen_NK[:, -added:].sigmoid()], 1) if added else weights_NK
 
     def forward(self, x_ND: torch.Tensor, ffn) -> Routing:
         """Tokens (N, D) → `Routing`. Chosen by raw logits: a softmax underflows into ties."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        learning = torch.is_grad_enabled() and (self.weighs or any(p.requires_grad for p in self.parameters()))
         with torch.autocast(x_ND.device.type, enabled=False), torch.set_grad_enabled(learning):
             logits_NE = self.logits(x_ND, ffn)
             with torch.no_grad():
                 experts_NK = self.choose(logits_NE)
-            if self.gate == "cosine":
+            if self.weighs:
                 return Routing(experts_NK, logits_NE, self._trained_weights(logits_NE, experts_NK))
             if not learning:
                 return Routing(experts_NK, logits_NE)

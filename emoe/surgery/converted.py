@@ -35,7 +35,7 @@ BUDGET_TABLES = ("bounds", "threshold")
 """Tables of a router with a row for each budget K, where layers or tokens get their own."""
 
 GATE_TABLES = {
-    **{name: gating.tables_of(name) for name in gating.NAMES},
+    **{name: gating.tables_of(name) for name in (*gating.NAMES, gating.SOFTMAX)},
     "cosine": ("cosine.projection.weight", "cosine.centroids.weight"),
 }
 """Kind of gate → the tables that its router must have."""
@@ -202,6 +202,8 @@ class Converted:
     def check_gate_rows(self) -> None:
         """See `Anatomy.check_gate_rows`."""
         gate = self.config["emoe_gate"]
+        if gate == gating.SOFTMAX:
+            raise UserError("--text: softmax gates have no bias to set a threshold with; leave it out")
         if gate not in ("discriminant", "cosine"):
             raise UserError(
                 f"--text: the {gate} gate of this model follows its neurons, nothing is to be fitted; leave it out"
