@@ -32,6 +32,13 @@ KNOWN = (
 )
 """Files that go along, beside our code; none from folders within the folder."""
 
+CODE = {
+    *("configuration_emoe.py", "routing_emoe.py", "ffn_emoe.py", "modeling_emoe.py", "portable.py"),
+    *("configuration_moduleformer.py", "modeling_moduleformer.py", "router.py", "experts.py", "attention.py"),
+    *("rotary.py", "block.py", "ops.py", "losses.py", "linear_portable.py", "stickbreaking_portable.py"),
+}
+"""The Python files that a checkpoint carries. Named here: the modules that know them take seconds to import."""
+
 LISTED = 12
 """Files left out that a line names; of more, their number."""
 
@@ -137,23 +144,15 @@ def packed(folder: Path) -> Parcel:
     Raises:
         UserError: a damaged record.
     """
-    code = _code()
     files, left_out = [], []
     for path in sorted(folder.iterdir()):
-        known = is_named(path.name, KNOWN) or path.name in code
+        known = is_named(path.name, KNOWN) or path.name in CODE
         if known and path.is_file() and lies_within(path, folder):
             files.append(path)
         else:
             left_out.append(path.name + "/" * path.is_dir())
     texts = {file.name: _without_places(file) for file in files}
     return Parcel(files, left_out, {name: text for name, text in texts.items() if text is not None})
-
-
-def _code() -> set[str]:
-    """Names of the Python files that a checkpoint carries."""
-    from emoe.modeling import modeling_emoe, modeling_moduleformer
-
-    return {file.name for file in modeling_emoe.code_files()} | set(modeling_moduleformer.code_files())
 
 
 def _without_places(file: Path) -> str | None:

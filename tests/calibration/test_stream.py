@@ -109,8 +109,8 @@ def peak(depth: int, folder) -> int:
 
 
 def test_peak_memory_does_not_grow_with_depth(tmp_path):
-    """Measured: 750 MB for 4 layers, 753 for 12; the 8 further layers have 146 MB."""
-    shallow, deep = peak(4, tmp_path / "shallow"), peak(12, tmp_path / "deep")
-    added = 8 * (3 * 512 * 2560 + 512 * 512 * 2 + 512 * 256) * 4  # bytes of their largest tensors
-    assert added > 140e6
-    assert deep - shallow < 0.2 * added, f"{shallow / 1e6:.0f} MB for 4 layers, {deep / 1e6:.0f} MB for 12"
+    """Measured: 750 MB for 4 layers, 753 for 12, whose tensors have 146 MB more; it is the same from 2 on."""
+    shallow, deep = peak(2, tmp_path / "shallow"), peak(8, tmp_path / "deep")
+    added = 6 * (3 * 512 * 2560 + 512 * 512 * 2 + 512 * 256) * 4  # bytes of their largest tensors
+    assert added > 105e6
+    assert deep - shallow < 0.2 * added, f"{shallow / 1e6:.0f} MB for 2 layers, {deep / 1e6:.0f} MB for 8"

@@ -72,6 +72,13 @@ def test_an_export_is_not_made_in_vain(repo, environment, message, written, hub,
     assert (tmp_path / "out").exists() == written
 
 
+def test_the_code_that_goes_along_is_what_checkpoints_carry():
+    from emoe.exporting.hub import CODE
+    from emoe.modeling import modeling_emoe, modeling_moduleformer
+
+    assert {file.name for file in modeling_emoe.code_files()} | set(modeling_moduleformer.code_files()) == CODE
+
+
 def test_a_converted_folder_is_pushed_with_its_code(hub, converted):
     source = converted(held_out_tokens=0)
     done = emoe_command(hub, "push", "--model", source, "--repo", "someone/tiny", "--json")
