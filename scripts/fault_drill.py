@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -68,17 +69,23 @@ def drill(options: argparse.Namespace, record: Record, folder: Path) -> tuple[li
 
 INTRODUCTION = """# Faults tried
 
-`python scripts/fault_drill.py --points {points} --seed {seed}`, on tiny models. SIGKILL at {kills} random moments,
+`python scripts/fault_drill.py --points {points} --seed {seed}`, commit {commit}, on tiny models. SIGKILL at {kills} random moments,
 half of them by the clock, half at a change to the disk; {good} ended as they must: nothing, the earlier output or a
 finished one lay there afterwards, the same command went on (with `--resume` where the verb has it) and gave the bytes
 of a run that nobody disturbed, and nothing was left behind.
 """
 
 
+def commit() -> str:
+    """Of the code that is abused."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
 def markdown(kills: list[dict], races: list[dict], faults: list[dict], points: int, seed: int) -> str:
     """The tables of docs/results/faults.md."""
     good = sum(not o["problems"] for o in kills)
-    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(kills), good=good)]
+    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(kills), good=good, commit=commit())]
     lines += ["| killed | times | what lay there | as it must be |", "|---|---:|---|---:|"]
     for verb in dict.fromkeys(o["verb"] for o in kills):
         own = [o for o in kills if o["verb"] == verb]
