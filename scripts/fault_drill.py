@@ -69,10 +69,11 @@ def drill(options: argparse.Namespace, record: Record, folder: Path) -> tuple[li
 
 INTRODUCTION = """# Faults tried
 
-`python scripts/fault_drill.py --points {points} --seed {seed}`, commit {commit}, on tiny models. SIGKILL at {kills} random moments,
-half of them by the clock, half at a change to the disk; {good} ended as they must: nothing, the earlier output or a
-finished one lay there afterwards, the same command went on (with `--resume` where the verb has it) and gave the bytes
-of a run that nobody disturbed, and nothing was left behind.
+`python scripts/fault_drill.py --points {points} --seed {seed}`, commit {commit}, on tiny models.
+
+SIGKILL at {kills} random moments, half of them by the clock, half at a change to the disk; {good} ended as they must:
+nothing, the earlier output or a finished one lay there afterwards, the same command went on (with `--resume` where the
+verb has it) and gave the bytes of a run that nobody disturbed, and nothing was left behind.
 """
 
 
