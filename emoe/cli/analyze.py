@@ -28,10 +28,8 @@ def analyze(
     settings = merge_settings(AnalyzeConfig, flags, config)
     check_early(settings, WITH_EXPERTS)
 
-    from emoe.cli.progress import progress_bar, silence_libraries
-
-    silence_libraries()
     from emoe.analysis.analyze import analyze as run
+    from emoe.cli.progress import progress_bar
     from emoe.report.usage import print_usage, write_usage
 
     with progress_bar(quiet, unit="steps") as show:

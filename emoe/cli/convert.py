@@ -19,9 +19,7 @@ def convert(flags: dict[str, Any], config: ConfigFile = None, json_output: Json 
     check_name(settings.model)
     given_output(settings.output)
 
-    from emoe.cli.progress import progress_bar, silence_libraries
-
-    silence_libraries()
+    from emoe.cli.progress import progress_bar
     from emoe.conversion.convert import prepare, run, workspace_of
     from emoe.runtime import require_space
 

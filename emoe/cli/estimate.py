@@ -18,9 +18,6 @@ def estimate(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     settings, note = resolve_config(flags, config)
     check_name(settings.model)
 
-    from emoe.cli.progress import silence_libraries
-
-    silence_libraries()
     from emoe.conversion.estimate import estimate as compute
     from emoe.runtime import format_bytes
 

@@ -28,9 +28,7 @@ def evaluate(
     settings = merge_settings(EvalConfig, flags | ({"read_as": read_as_too} if read_as_too else {}), config)
     find_run(settings.model)
 
-    from emoe.cli.progress import progress_bar, silence_libraries
-
-    silence_libraries()
+    from emoe.cli.progress import progress_bar
     from emoe.finetuning.evaluate import evaluate as run
 
     with progress_bar(quiet, unit="sets") as show:

@@ -62,10 +62,9 @@ def export(
     if private and not push_to_hub:
         raise UserError("--private: has no effect without --push-to-hub; leave it out")
     from emoe import exporting
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import progress_bar
     from emoe.exporting.hub import check_repository, push
 
-    silence_libraries()
     if push_to_hub:
         check_repository(push_to_hub)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))

@@ -19,9 +19,7 @@ def finetune(flags: dict[str, Any], config: ConfigFile = None, json_output: Json
     settings = merge_settings(FinetuneConfig, flags, config)
     _refuse_early(settings)
 
-    from emoe.cli.progress import FINETUNING, progress_bar, silence_libraries
-
-    silence_libraries()
+    from emoe.cli.progress import FINETUNING, progress_bar
     from emoe.finetuning.tune import finetune as run
 
     with progress_bar(quiet, "steps", FINETUNING) as show:

@@ -42,9 +42,7 @@ def frontier(
     resolve_config(flags)
     check_name(flags.get("model", ""))
 
-    from emoe.cli.progress import progress_bar, silence_libraries
-
-    silence_libraries()
+    from emoe.cli.progress import progress_bar
     from emoe.conversion.frontier import frontier as compute
     from emoe.conversion.frontier import known_methods, read_grid
 

@@ -30,6 +30,7 @@ from emoe.cli import (
     tune,
 )
 from emoe.cli.options import speaks
+from emoe.cli.progress import silence_libraries
 from emoe.errors import Finished, UserError
 
 try:  # typer 0.29 carries its own copy of click; earlier ones use the installed one
@@ -81,6 +82,7 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Turn a pretrained dense Llama or GPT model into its Emergent Mixture-of-Experts."""
+    silence_libraries()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,9 +52,8 @@ def fetch(
 ) -> None:
     """Fetch a model into the cache, checksum-verified, and print its folder."""
     from emoe.assets import resolve_model
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import progress_bar
 
-    silence_libraries()
     note = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     with progress_bar(quiet or json_output, unit="MiB") as show:
         resolved = resolve_model(model, accept_license=accept_license, verify=verify, progress=note, show=show)

@@ -19,9 +19,6 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Upload a checkpoint with its model card to the Hugging Face hub."""
-    from emoe.cli.progress import silence_libraries
-
-    silence_libraries()
     from emoe.exporting.hub import push as upload
 
     silent = quiet or json_output

@@ -36,9 +36,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page on conversions, frontiers and fine-tuned runs, to be read without a network."""
-    from emoe.cli.progress import COMPARING, progress_bar, silence_libraries
-
-    silence_libraries()
+    from emoe.cli.progress import COMPARING, progress_bar
     from emoe.report.page import TEXTS
     from emoe.report.page import report as write
 

@@ -26,7 +26,7 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune many arms, seeds and settings from one file, and compare them. Run it again to go on."""
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import progress_bar
     from emoe.evaluation.sweep_config import read_sweep
 
     settings = read_sweep(config)
@@ -41,7 +41,6 @@ def sweep(
         elif not quiet:
             print_estimate(found, folder)
         return
-    silence_libraries()
     from emoe.disk import full_disk_told
     from emoe.evaluation.sweep import sweep as run
     from emoe.report.analysis import write_analyses

@@ -46,9 +46,8 @@ def perform(
     check(settings)
     check_early(settings, model)
 
-    from emoe.cli.progress import progress_bar, silence_libraries
+    from emoe.cli.progress import progress_bar
 
-    silence_libraries()
     module, _, function = run.partition(":")
     verb = getattr(importlib.import_module(module), function)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
