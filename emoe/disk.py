@@ -85,6 +85,9 @@ def remove_folder(folder: Path) -> None:
 
     What such a process left of an earlier removal goes as well.
     """
+    if folder.is_symlink():  # what it points to is not ours
+        folder.unlink()
+        return
     hidden = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     try:

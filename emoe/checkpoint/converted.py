@@ -53,6 +53,10 @@ class Changed(_Strict):
     history: list[_Step] = []
 
 
+SOURCE_S = "the source's"
+"""What the provenance says of output matrices that were not refitted."""
+
+
 class _Provenance(Changed):
     emoe_version: str
     source: str

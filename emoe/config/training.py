@@ -26,8 +26,8 @@ class RecoverConfig(Settings):
     )
     gates: Literal["fixed", "learned", "softmax"] = setting(
         "fixed",
-        "Whether the gates are trained, too: fixed, learned (their tables; experts keep the weight 1) or softmax (in "
-        "their place linear gates whose softmax weighs the experts, as stock mixtures-of-experts have them).",
+        "Whether the gates are trained, too: fixed, learned (the tables that they have) or softmax (in their "
+        "place linear gates whose softmax weighs the experts, as stock mixtures-of-experts have them).",
     )
     train: Literal["all", "ffn"] = setting("all", "What is trained: every weight, or those of converted FFNs.")
     steps: int = setting(300, "Optimizer steps.", ge=1)

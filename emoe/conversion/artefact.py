@@ -10,6 +10,7 @@ from typing import Any
 import emoe
 from emoe.calibration.text import TokenBlocks
 from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.converted import SOURCE_S
 from emoe.conversion.layer import ORACLE
 from emoe.conversion.plan import Plan
 from emoe.runtime import atomic_write, write_text
@@ -61,7 +62,7 @@ def provenance(plan: Plan, digest: str, blocks: TokenBlocks | None) -> dict[str,
         "split": {"method": c.split, "reference": plan.split.reference, "assignment": c.assignment}
         | {"features": c.features, "refine_rounds": plan.refine_rounds},
         "gate": {"method": c.gate, "reference": plan.gate.reference, "prefix": plan.prefix},
-        "outputs": "refitted by least squares" if c.refit_outputs else "the source's",
+        "outputs": "refitted by least squares" if c.refit_outputs else SOURCE_S,
         "calibration": {
             "sources": [Path(source).name if Path(source).exists() else source for source in c.calibration],
             "tokens": int(blocks.calibration.numel()) if blocks else 0,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from emoe.checkpoint.companions import copy_companions
+from emoe.checkpoint.converted import SOURCE_S
 from emoe.checkpoint.partition import digest_ffn, inverse_of, order_of
 from emoe.checkpoint.writer import ShardWriter
 from emoe.exporting.source import Source, dtype_name
@@ -21,6 +22,7 @@ from emoe.exporting.spec import Cost, Format, Progress, load_stock
 from emoe.families import FamilySpec
 from emoe.families.neurons import neuron_axis, reorder
 from emoe.runtime import write_text
+from emoe.surgery.history import provenance_of
 
 
 def refusal(source: Source) -> str | None:
@@ -39,8 +41,17 @@ def refusal(source: Source) -> str | None:
 def cost(source: Source) -> Cost:
     """The source's own tensors, and zeros."""
     gates = "added experts are on for every token" if source.extended else "the gates go"
-    exact = f"the source's weights {source.fidelity}, but for what has been trained since; {gates}"
+    exact = f"the {_origin(source)} weights {source.fidelity}; {gates}"
     return Cost(source.nbytes(_zeros(source)), exact)
+
+
+def _origin(source: Source) -> str:
+    """Whose weights they are, in words."""
+    provenance = provenance_of(source.folder)
+    verbs = list(dict.fromkeys(step.get("verb") for step in provenance.get("history", [])))
+    if not verbs and provenance.get("outputs", SOURCE_S) == SOURCE_S:
+        return SOURCE_S
+    return f"checkpoint's own (changed since the conversion: {', '.join(verbs) or 'outputs refitted'})"
 
 
 def _zeros(source: Source) -> int:

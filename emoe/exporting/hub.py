@@ -39,6 +39,12 @@ CODE = {
 }
 """The Python files that a checkpoint carries. Named here: the modules that know them take seconds to import."""
 
+CONFIGS = ("config.json", "tokenizer_config.json")
+"""Files of the source's in which paths are cut: in fields of ours, and in those that are a path as a whole."""
+
+OURS = ("emoe_provenance",)
+"""Our own fields of config.json."""
+
 LISTED = 12
 """Files left out that a line names; of more, their number."""
 
@@ -155,16 +161,21 @@ def packed(folder: Path) -> Parcel:
     return Parcel(files, left_out, {name: text for name, text in texts.items() if text is not None})
 
 
+def _is_place(value: Any) -> bool:
+    """Such as ``_name_or_path``, ``name_or_path`` and ``vocab_file`` of a model that was once saved from a folder."""
+    return isinstance(value, str) and value.startswith(("/", "~/"))
+
+
 def _without_places(file: Path) -> str | None:
     """The text of a record of ours with names instead of absolute paths; None if it has none, and for other files."""
     if file.suffix == ".yaml":
         value = read_yaml(file, "--model")
         named = names_only(value)
         return None if named == value else yaml.safe_dump(named, sort_keys=False)
-    if file.name != "config.json" and not is_named(file.name, RECORDS):
+    if file.name not in CONFIGS and not is_named(file.name, RECORDS):
         return None
     value = read_json(file)
-    ours = value if is_named(file.name, RECORDS) else {k: value[k] for k in ("emoe_provenance",) if k in value}
+    ours = value if is_named(file.name, RECORDS) else {k: v for k, v in value.items() if k in OURS or _is_place(v)}
     named = value | names_only(ours)
     return None if named == value else json.dumps(named, indent=2) + "\n"
 

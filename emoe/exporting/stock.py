@@ -42,6 +42,7 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
     reader, config = source.reader, source.config
     again = "convert it again with"
     discriminant = config["emoe_gate"] == "discriminant"
+    kept = config["emoe_gate"] in ("average-key", SOFTMAX)  # by formats without a bias for the router
     ways = [
         (source.operated, "experts were taken away or added since its conversion; use --to dense"),
         (
@@ -63,7 +64,7 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
         (
             not can.activation and activation(source) not in SILU,
             f"its FFN's activation is {activation(source)}, {name} computes SiLU whatever config.json says; "
-            + ("" if config["emoe_gate"] == "average-key" else f"use --to dense, or {again} --gate average-key and ")
+            + ("" if kept else f"use --to dense, or {again} --gate average-key and ")
             + f"use --to {'qwen2_moe' if source.dense_layers else 'granitemoe'}",
         ),
         (
@@ -80,8 +81,8 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
         (
             discriminant and not can.router_bias,
             f"gate 'discriminant' has a bias, which routers of {name} have not; "
-            + ("" if source.dense_layers else "use --to gpt_oss, or ")
-            + f"{again} --gate average-key",
+            + ("" if source.dense_layers else "use --to gpt_oss, ")
+            + f"{training(source)}, or {again} --gate average-key",
         ),
         (
             source.varies,
@@ -123,11 +124,18 @@ def refusal(source: Source, name: str, can: Capabilities) -> str | None:
         (
             not can.lossless and not source.weighs and not source.approximate,
             f"{name} takes a softmax before it chooses: weights alike enough for the sum round near-ties away, so that "
-            "tokens would get other experts; use --to granitemoe, train gates for it (emoe recover --gates softmax), "
-            "or accept and measure it with --approximate",
+            f"tokens would get other experts; use --to granitemoe, {training(source)}, or accept and measure it with "
+            "--approximate",
         ),
     ]
     return next((why for wrong, why in ways if wrong), None)
+
+
+def training(source: Source) -> str:
+    """In words, how a model gets gates that every stock format has."""
+    routing = (source.config.get("emoe_routing", "top-k"), source.config.get("emoe_allocation", "uniform"))
+    first = "" if routing == ("top-k", "uniform") else "convert it with --routing top-k --allocation uniform and "
+    return f"{first}train other gates (emoe recover --gates softmax)"
 
 
 def activation(source: Source) -> str:
@@ -233,7 +241,7 @@ def softmax_first_exactness(source: Source) -> str:
 
 
 def raw_exactness(source: Source) -> str:
-    """What formats cost that choose by raw logits times `RAW_SCALE`, in words."""
+    """What formats cost that choose by the model's own logits, in words."""
     if source.narrow:
         name = dtype_name(source.written)
         found = f"router and logits in {name}, so that near-ties go to other experts: --dtype float32 keeps them apart"

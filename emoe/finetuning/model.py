@@ -21,6 +21,7 @@ from torch import nn
 import emoe
 from emoe.calibration.text import read_tokenizer
 from emoe.checkpoint.companions import check_companions
+from emoe.checkpoint.converted import SOURCE_S
 from emoe.checkpoint.reader import read_json
 from emoe.conversion.convert import Progress
 from emoe.distributed import Group
@@ -90,7 +91,7 @@ def _name_texts(settings: Path, sample: Path, task: str) -> None:
 def _check_converted(config: FinetuneConfig, facts: dict[str, Any]) -> None:
     if facts.get("emoe_copies") or facts.get("emoe_gate") in WEIGHING:
         raise UserError("--model: this model has a trained gate already; give the converted model it was made from")
-    if (facts.get("emoe_provenance") or {}).get("outputs", "the source's") != "the source's":
+    if (facts.get("emoe_provenance") or {}).get("outputs", SOURCE_S) != SOURCE_S:
         raise UserError("--model: its outputs were refitted, so the dense model is not inside; convert it without that")
     groups = facts.get("emoe_groups") or []
     if any(len(group) > 1 for group in groups) and config.method != "emoe":

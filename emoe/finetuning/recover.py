@@ -23,7 +23,7 @@ import emoe
 from emoe import gating
 from emoe.calibration.text import TokenBlocks, load_blocks, read_tokenizer
 from emoe.checkpoint.companions import copy_companions
-from emoe.checkpoint.converted import read_converted
+from emoe.checkpoint.converted import SOURCE_S, read_converted
 from emoe.checkpoint.digests import write_digests
 from emoe.checkpoint.given import CONVERTED, given_model, given_output
 from emoe.checkpoint.partition import NAME as PARTITION
@@ -34,6 +34,7 @@ from emoe.conversion.resuming import require_same_sources
 from emoe.conversion.workspace import RECOVERED
 from emoe.errors import UserError
 from emoe.families import family
+from emoe.finetuning import softmax
 from emoe.finetuning.base import BaseTrainer
 from emoe.finetuning.loop import (
     TRAINED_ON,
@@ -52,15 +53,11 @@ from emoe.finetuning.loop import (
     write_log,
 )
 from emoe.finetuning.states import SOURCES
-from emoe.gating import softmax
 from emoe.modeling.modeling_emoe import EMoEModelMixin
 from emoe.report.card import write_history_card
 from emoe.runtime import settle_folder, write_text
 from emoe.surgery.history import digest_of, entry, provenance_of, with_entry
 from emoe.surgery.usage import load_model
-
-SOURCE_S = "the source's"
-"""What the provenance says of output matrices that were not refitted."""
 
 MEASURED = (0.25, 0.5, 0.75)
 """Shares of experts at which perplexity is measured before and after."""
@@ -88,11 +85,12 @@ def _recover(config: RecoverConfig, folder: Path, target: Path, training: Path, 
     require_same_sources(_digests(config, folder, blocks), training / SOURCES, "recovery")
     progress("loading", 0, config.steps)
     student, teacher = _load(folder), _load_teacher(config, folder)
-    top_ks = _top_ks(config, student.config)
+    top_ks = _top_ks(config, student.config.to_dict())
     measured = sorted({max(1, round(f * student.config.num_experts)) for f in MEASURED} | set(top_ks))
     dense = _measure(teacher, [None], blocks, progress)[None]
     before = _measure(student, measured, blocks, progress)
     if config.gates == gating.SOFTMAX:
+        student.set_top_k(max(k for k in top_ks if k < student.config.num_experts))
         softmax.install(student, blocks.calibration)
     if config.gates != "fixed":
         for ffn in student.sparse_ffns().values():
@@ -148,7 +146,7 @@ def _checked_model(config: RecoverConfig) -> Path:
     if config.gates == "learned" and not gating.tables_of(facts["emoe_gate"]):
         raise UserError(f"--gates: the {facts['emoe_gate']} gate of this model has no table to learn; use fixed")
     if config.gates == gating.SOFTMAX:
-        softmax.check(facts)
+        softmax.check(facts, _top_ks(config, facts))
     for budget in config.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets: {budget} is not a share above 0 and at most 1")
@@ -210,9 +208,9 @@ def _of_the_teacher() -> Iterator[None]:
         raise UserError(str(error).replace("--model", "--teacher", 1)) from None
 
 
-def _top_ks(config: RecoverConfig, model_config: Any) -> list[int]:
-    experts = model_config.num_experts
-    return [max(1, round(b * experts)) for b in config.budgets] or [model_config.num_experts_per_tok]
+def _top_ks(config: RecoverConfig, facts: dict[str, Any]) -> list[int]:
+    """Numbers of experts to train with, of a model whose config.json says ``facts``."""
+    return [max(1, round(b * facts["num_experts"])) for b in config.budgets] or [facts["num_experts_per_tok"]]
 
 
 def _freeze_all_but_ffns(student: EMoEModelMixin) -> None:
@@ -230,9 +228,10 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
     results = {}
     for k in top_ks:
         progress("measuring", 0, 1)
-        load, hooks = Load(getattr(model.config, "num_experts", 1)), []
+        load, hooks = Load(1), []
         if k is not None:
             model.set_top_k(k)
+            load = Load(max(ffn.num_experts for ffn in model.sparse_ffns().values()))
             count = lambda _, __, routing: load.add(routing.experts_NK)  # noqa: B023, E731 - removed below
             hooks = [ffn.router.register_forward_hook(count) for ffn in model.sparse_ffns().values()]
         perplexity = perplexities(model, blocks.held_out)

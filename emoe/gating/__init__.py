@@ -7,7 +7,7 @@ from emoe.errors import UserError, nearest
 NAMES = ("discriminant", "representative", "average-key")
 
 SOFTMAX = "softmax"
-"""The gate that `emoe recover --gates softmax` trains; see `emoe.gating.softmax`."""
+"""The gate that `emoe recover --gates softmax` trains; see `emoe.finetuning.softmax`."""
 
 
 def get(name: str, measuring: bool = False):

@@ -241,7 +241,7 @@ class Router(nn.Module):
             elif not wanted and name in self._parameters:
                 self.register_buffer(name, self._parameters.pop(name).detach())
 
-    def _trained_weights(self, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+    def weights_of(self, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
         """Weights (N, K) of gates that weigh: the softmax over experts in the budget; sigmoid(logit) of added ones."""
         chosen_NK = logits_NE.gather(1, experts_NK.clamp_min(0)).masked_fill(experts_NK < 0, -torch.inf)
         added = self.num_experts - self.budgeted
@@ -259,7 +259,7 @@ class Router(nn.Module):
             with torch.no_grad():
                 experts_NK = self.choose(logits_NE)
             if self.weighs:
-                return Routing(experts_NK, logits_NE, self._trained_weights(logits_NE, experts_NK))
+                return Routing(experts_NK, logits_NE, self.weights_of(logits_NE, experts_NK))
             if not learning:
                 return Routing(experts_NK, logits_NE)
             # Weights of exactly 1 through which gradients reach the gate: an expert whose output lowers the loss gets

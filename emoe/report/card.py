@@ -53,6 +53,7 @@ def write_export_card(report: dict, config: dict, source: Path, path: Path) -> N
         report=report,
         size=format_bytes(report["bytes"]),
         provenance=provenance,
+        history=[history_line(step) for step in provenance.get("history", [])],
         config=config,
         auto_class=_auto_class(config),
         licence=_front(licence),

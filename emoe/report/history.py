@@ -6,7 +6,7 @@ from typing import Any
 
 TOLD = (
     *("task", "method", "tuning", "text", "keep", "threshold", "remove", "normalise", "scope", "train", "loss"),
-    *("to", "fix_k"),
+    *("gates", "to", "fix_k"),
 )
 """Settings that a line names, in this order."""
 
@@ -25,6 +25,13 @@ def history_line(step: dict[str, Any]) -> str:
     if step.get("when"):
         said.append(f"{step['when']}, from {str(step.get('from_digest'))[:16]}")
     return "; ".join(part for part in said if part)
+
+
+def gate_line(found: dict[str, Any]) -> str:
+    """The gate that `inspect` found and where it comes from, which is the conversion unless training put it there."""
+    converted = found["provenance"]["gate"]
+    known = converted["reference"] if found["gate"] == converted["method"] else "trained after the conversion"
+    return f"{found['gate']} ({known})"
 
 
 def _listed(value: Any) -> str:

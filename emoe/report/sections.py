@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from emoe.checkpoint.converted import SOURCE_S
 from emoe.conversion.workspace import RECOVERED
 from emoe.plainfiles import read_json
-from emoe.report.history import history_line
+from emoe.report.history import gate_line, history_line
 from emoe.report.inspect import describe
 from emoe.report.observe import CoActivation, Observation
 from emoe.report.records import Cell, CellDomain, Conversion, Frontier, Quality, Recovery, checked
@@ -55,10 +56,10 @@ def _converted(found: dict[str, Any]) -> dict[str, str]:
         "experts": _experts(found),
         "always on": str(found["shared_experts"]) if found["shared_experts"] else "none",
         "split": f"{provenance['split']['method']} ({provenance['split']['reference']})",
-        "gate": f"{found['gate']} ({provenance['gate']['reference']}); "
+        "gate": f"{gate_line(found)}; "
         + (f"{found['gate_entries']:,} numbers" if found["gate_entries"] else "nothing is stored for it"),
         "routing": f"{found['routing']}; budget {found['allocation']}",
-        "output matrices": str(provenance.get("outputs", "the source's")),
+        "output matrices": str(provenance.get("outputs", SOURCE_S)),
         "calibrated on": f"{provenance['calibration']['tokens']:,} tokens of "
         f"{', '.join(provenance['calibration']['sources'])}",
         "seed": str(provenance["seed"]),

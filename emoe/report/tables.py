@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from emoe.report.history import history_line
+from emoe.checkpoint.converted import SOURCE_S
+from emoe.report.history import gate_line, history_line
 from emoe.report.records import Conversion
 from emoe.report.terminal import terminal
 from emoe.runtime import format_bytes
@@ -78,15 +79,15 @@ def print_inspection(found: dict[str, Any], brief: bool = False) -> None:
         f"{found['num_experts_per_tok']} a token"
         + (f", {found['shared_experts']} of them always" if found["shared_experts"] else ""),
         "routing": f"{found['routing']}, budget {found['allocation']}",
-        "gate": f"{found['gate']} ({provenance['gate']['reference']})",
+        "gate": gate_line(found),
         "split": f"{provenance['split']['method']} ({provenance['split']['reference']})",
         "trainable parameters": f"{found['parameters']:,}",
-        "gate table entries": f"{found['gate_entries']:,} (buffers, not trained)",
+        "gate table entries": f"{found['gate_entries']:,}, beside the trainable parameters",
         "source": provenance["source"],
         "source digest": provenance["source_digest"],
         "calibration": f"{provenance['calibration']['tokens']} tokens of "
         f"{', '.join(provenance['calibration']['sources'])}",
-        "outputs": provenance.get("outputs", "the source's"),
+        "outputs": provenance.get("outputs", SOURCE_S),
         "seed": str(provenance["seed"]),
         "made by": f"emoe {provenance['emoe_version']}",
     }

@@ -173,7 +173,9 @@ class Converted:
         def choose_others(router: nn.Module, arguments: tuple, routing: Any) -> Any:
             out_E = torch.arange(router.num_experts, device=routing.logits_NE.device) == module
             experts_NK = router.choose(routing.logits_NE.masked_fill(out_E, -torch.inf))
-            return routing._replace(experts_NK=torch.where(experts_NK == module, -1, experts_NK))
+            experts_NK = torch.where(experts_NK == module, -1, experts_NK)
+            weights_NK = router.weights_of(routing.logits_NE, experts_NK) if router.weighs else routing.weights_NK
+            return routing._replace(experts_NK=experts_NK, weights_NK=weights_NK)
 
         def silence(down: nn.Module, arguments: tuple) -> torch.Tensor:
             h_NES = arguments[0].unflatten(-1, (ffn.num_experts, -1)).clone()

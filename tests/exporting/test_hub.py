@@ -120,6 +120,9 @@ def test_the_user_s_own_files_stay(hub, converted, tmp_path):
         (folder / name).write_text("secret")
     (tmp_path / "secret").write_text("secret")
     (folder / "NOTICE").symlink_to(tmp_path / "secret")
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "vocab_file")):
+        value = json.loads((folder / name).read_text()) | {key: str(tmp_path / "somewhere")}
+        (folder / name).write_text(json.dumps(value))
     local = {name: (folder / name).read_bytes() for name in whole}
     done = emoe_command(hub, "push", "--model", folder, "--repo", "someone/tiny")
     assert done.returncode == 0, done.stderr
@@ -128,7 +131,7 @@ def test_the_user_s_own_files_stay(hub, converted, tmp_path):
     told = done.stdout.splitlines()[0]
     assert told.startswith(f"to someone/tiny: {len(whole)} files, ")
     assert "modeling_emoe.py, " in told
-    assert "paths are cut to names in emoe_config.yaml, emoe_report.json; " in told
+    assert "paths are cut to names in config.json, emoe_config.yaml, emoe_report.json, tokenizer_config.json; " in told
     assert told.endswith("; left out: .env, NOTICE, notes.md, passwords.txt, train.py, training/")
     uploaded, kept = (yaml.safe_load(files["emoe_config.yaml"]) for files in (hub.files, local))
     named = {"model": Path(kept["model"]).name, "calibration": [Path(kept["calibration"][0]).name]}

@@ -10,12 +10,21 @@ from safetensors import SafetensorError
 from support.drill import Verb
 from support.scripts import SCRIPTS
 
-from emoe.disk import full_disk_told
+from emoe.disk import full_disk_told, remove_folder
 from emoe.errors import UserError
 from emoe.runtime import atomic_directory, atomic_write
 
 VERBS = {verb.name: verb for verb in Verb.read(SCRIPTS / "fault_drill.yaml")}
 FULL = (errno.ENOSPC, "No space left on device")
+
+
+def test_of_a_linked_folder_the_link_goes(tmp_path):
+    """Twice over, since a link that stayed would be in the way of the next one."""
+    (tmp_path / "elsewhere").mkdir()
+    for _ in range(2):
+        (tmp_path / "seed-0").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        remove_folder(tmp_path / "seed-0")
+        assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_what_cannot_be_read_is_not_told_as_a_full_disk(tmp_path):

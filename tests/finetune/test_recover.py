@@ -223,3 +223,11 @@ def test_a_model_with_other_weights_needs_its_teacher_named(flags, tiny_llama, s
     assert main([*flags, "--steps", "2", "--quiet", "--teacher", "smolm2-135m"]) == 2
     assert "--teacher: unknown model 'smolm2-135m' (did you mean 'smollm2-135m'?)" in capsys.readouterr().err
     assert main([*flags, "--steps", "2", "--quiet", "--teacher", str(tiny_llama)]) == 0
+
+
+def test_a_model_with_added_experts(flags, tiny_llama, converted_llama, tmp_path):
+    """Its layers have more experts than the budget goes to."""
+    bigger = str(tmp_path / "bigger")
+    assert main(["extend", "--model", str(converted_llama), "--experts", "2", "--output", bigger, "--quiet"]) == 0
+    flags = [bigger if flag == str(converted_llama) else flag for flag in flags]
+    assert main([*flags, "--teacher", str(tiny_llama), "--steps", "1", "--quiet"]) == 0

@@ -26,12 +26,22 @@ RIDGE = 1e-3
 """Share of the mean square of an input's entries that is added to their covariance."""
 
 
-def check(facts: dict[str, Any]) -> None:
-    """Raise `UserError` for a model whose gate has no softmax gate to begin with."""
+def check(facts: dict[str, Any], top_ks: list[int]) -> None:
+    """Raise `UserError` for a model whose gate has no softmax gate to begin with, or where it would learn nothing.
+
+    Args:
+        facts: config.json of the converted checkpoint.
+        top_ks: numbers of experts with which it is to be trained.
+    """
     gate, again = facts["emoe_gate"], "convert it again with"
     routing, allocation = facts.get("emoe_routing", "top-k"), facts.get("emoe_allocation", "uniform")
     ways = [
         (gate == gating.SOFTMAX, "this model has one already; use learned"),
+        (
+            not any(1 < k < facts["num_experts"] for k in top_ks),
+            "one expert alone has the weight 1, and with all on no gate is asked: nothing would be learned; give "
+            "--budgets in between",
+        ),
         (
             gate not in ("average-key", "discriminant"),
             f"the {gate} gate of this model is not linear; {again} --gate discriminant",
@@ -59,12 +69,12 @@ def install(model: EMoEModelMixin, tokens_BT: torch.Tensor) -> None:
     """Give each router of a model a softmax gate that chooses nearly what its gate chose, with nearly equal weights.
 
     Args:
-        model: its gates are average-key or discriminant.
+        model: its gates are average-key or discriminant, and its K, with which the text is run, is below E.
         tokens_BT: text on which the biases are fitted, of which `TOKENS` tokens are used.
     """
     for router, (rows_ED, x_ND) in _rows_and_inputs(model, tokens_BT[: -(-TOKENS // tokens_BT.shape[1])]).items():
         rows_ED = rows_ED - rows_ED.mean(0)  # what all experts have in common changes neither choice nor weights
-        spread = (x_ND @ rows_ED.T).std(1).mean()
+        spread = (x_ND @ rows_ED.T).std(1, correction=0).mean()
         for name in ("weight", "bias"):
             router._buffers.pop(name, None)
         router.register_buffer("weight", rows_ED * (SPREAD / spread.clamp_min(1e-30)))
@@ -77,14 +87,11 @@ def _rows_and_inputs(model: EMoEModelMixin, tokens_BT: torch.Tensor) -> dict[Rou
     ffns = {ffn.router: ffn for ffn in model.sparse_ffns().values()}
     seen: dict[Router, list[torch.Tensor]] = {router: [] for router in ffns}
     hooks = [router.register_forward_hook(lambda r, given, _: seen[r].append(given[0].float())) for router in ffns]
-    before = model.config.num_experts_per_tok
-    model.set_top_k(min(before, model.config.num_experts - 1))  # with all experts on no router is asked
     training = model.training
     try:
         for row_1T in tokens_BT.split(1):
             model.eval()(row_1T.to(model.device), use_cache=False)
     finally:
-        model.set_top_k(before)
         model.train(training)
         for hook in hooks:
             hook.remove()

@@ -13,7 +13,8 @@ from support.routing import FIXED, KEY
 
 import emoe
 from emoe.cli.main import main
-from emoe.gating import softmax
+from emoe.finetuning import softmax
+from emoe.surgery.converted import Converted
 
 TRAINING = ("--tokens-per-step", "256", "--sequence-length", "64", "--held-out-tokens", "256", "--precision", "float32")
 
@@ -107,8 +108,12 @@ def test_it_begins_near_the_gate_that_was_there(gate, tiny_llama, settings, tmp_
         assert found.logits_NE.std(1).mean() == pytest.approx(softmax.SPREAD, rel=0.2)
 
 
-def test_recovery_trains_them(model):
+def test_recovery_trains_them(model, capsys):
     report, folder = model
+    assert main(["inspect", str(folder), "--brief"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "softmax (trained after the conversion)" in shown
+    assert "gates softmax" in shown
     assert json.loads((folder / "config.json").read_text())["emoe_gate"] == "softmax"
     row = next(row for row in report["rows"] if row["top_k"] == 3)
     assert row["after"]["training domain"] < 0.9 * row["before"]["training domain"]
@@ -126,6 +131,15 @@ def test_stock_formats_hold_them_without_loss(to, model, tmp_path):
     assert max(free["kl"], imposed["kl"]) < 1e-10
     assert imposed["changed"] == 0
     assert "weighed by the same softmax" in report["exactness"]
+
+
+def test_exports_tell_what_was_trained(model, tmp_path, capsys):
+    for to in ("mixtral", "dense"):
+        report = emoe.export(model[1], tmp_path / to, to, verify_tokens=0)
+        assert "| changed since | recover; " in (tmp_path / to / "README.md").read_text()
+    assert report["exactness"].startswith(
+        "the checkpoint's own (changed since the conversion: recover) weights bit for"
+    )
 
 
 def test_some_layers_only(recovered, tmp_path):
@@ -152,6 +166,47 @@ def test_all_experts_on_is_no_stock_mixture(model, tmp_path, capsys):
     assert "--fix-k with fewer" in capsys.readouterr().err
 
 
+def test_an_expert_that_is_knocked_out_leaves_the_weights_of_the_others(model):
+    """Weights are those of the choice without it, not those of the experts whose places others have taken."""
+    _, folder = model
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    anatomy = Converted(folder, json.loads((folder / "config.json").read_text()))
+    router, tokens_BT = loaded.sparse_ffns()[1].router, torch.randint(5, 90, (4, 32))
+    router.weight *= 50
+    seen = []
+    with torch.no_grad(), anatomy.without(loaded, "1.ffn", 2):
+        hook = router.register_forward_hook(lambda _, given, found: seen.append(found))
+        loaded(tokens_BT)
+        hook.remove()
+    ((experts_NK, logits_NE, weights_NK),) = seen
+    logits_NE[:, 2] = -torch.inf
+    best = logits_NE.topk(3)
+    expected_NE = torch.zeros_like(logits_NE).scatter(1, best.indices, 3 * best.values.softmax(-1))
+    torch.testing.assert_close(torch.zeros_like(logits_NE).scatter(1, experts_NK, weights_NK), expected_NE)
+
+
+def test_a_layer_with_one_expert_left(tiny_llama, settings, text_file, tmp_path):
+    emoe.convert(str(tiny_llama), output=tmp_path / "model", **settings | FIXED)
+    keep = [
+        "--keep",
+        "0.3",
+        "--scope",
+        "model",
+        "--floor",
+        "1",
+        "--tokens",
+        "512",
+        "--sequence-length",
+        "64",
+        "--quiet",
+    ]
+    pruned, files = str(tmp_path / "pruned"), ["--text", str(text_file)]
+    assert main(["prune", "--model", str(tmp_path / "model"), "--output", pruned, *files, *keep]) == 0
+    assert [1] in json.loads((tmp_path / "pruned" / "config.json").read_text())["emoe_groups"]
+    flags = ["--model", pruned, "--output", str(tmp_path / "out"), "--teacher", str(tiny_llama), *files, *TRAINING]
+    assert main(["recover", *flags, "--gates", "softmax", "--steps", "2", "--quiet"]) == 0
+
+
 def test_pruned_they_choose_among_those_left(model, tmp_path, text_file):
     flags = ["--text", str(text_file), "--keep", "0.5", "--tokens", "512", "--sequence-length", "64", "--quiet"]
     assert main(["prune", "--model", str(model[1]), "--output", str(tmp_path / "out"), *flags]) == 0
@@ -166,6 +221,8 @@ def test_pruned_they_choose_among_those_left(model, tmp_path, text_file):
         (KEY | {"gate": "representative"}, "is not linear; convert it again with --gate discriminant"),
         (KEY | {"routing": "threshold"}, "--routing top-k --allocation uniform"),
         (KEY | {"shared_experts": 1}, "--shared-experts 0"),
+        (KEY | {"top_k": 1}, "nothing would be learned; give --budgets in between"),
+        (KEY | {"top_k": 8}, "nothing would be learned; give --budgets in between"),
     ],
 )
 def test_models_that_have_none_to_begin_with(given, complaint, tiny_llama, settings, tmp_path, text_file, capsys):
