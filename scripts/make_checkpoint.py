@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emoe.assets import ALIASES, Alias, resolve_model
 from emoe.checkpoint.writer import ShardWriter
+from emoe.cli.progress import silence_libraries
 from emoe.errors import UserError, nearest
 from emoe.families import FamilySpec, family
 from emoe.modeling.auto import stock_classes
@@ -41,6 +42,7 @@ LOW_RANK_SHARE, FAMILY_SHARE = 0.3, 0.4
 
 
 def main() -> None:
+    silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--like", required=True, metavar="ALIAS", help="shape to take; `emoe models` lists the aliases")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer or more layers than the model has")
