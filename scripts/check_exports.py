@@ -171,10 +171,11 @@ def publish(rows: list[dict[str, Any]], output: Path) -> None:
 INTRODUCTION = """# Exports, read back by stock transformers
 
 `{command}`, commit {commit}. Text: Python's reference documentation. SmolLM2-135M, 64 experts: `late` in layers 26 and
-28, `all-…` in all, `…-softmax` with gates that 20 steps of recovery have trained; `gpt2` and `pythia-160m` are made-up weights in these shapes. The last row of a model that chooses
-compares it with the converted model made to choose as the export does: what is left is arithmetic. Beside it, how many
-choices (one a token and layer) the converted model would have made otherwise from the same input, and how far the worst
-of these takes an expert behind one that it leaves out, in standard deviations of the token's logits.
+28, `all-…` in all, `…-softmax` with gates that 20 steps of recovery have trained; `gpt2` and `pythia-160m` are made-up
+weights in these shapes. The last row of a model that chooses compares it with the converted model made to choose as the
+export does: what is left is arithmetic. Beside it, how many choices (one a token and layer) the converted model would
+have made otherwise from the same input, and how far the worst of these takes an expert behind one that it leaves out,
+in standard deviations of the token's logits.
 
 | conversion | format | compared with | tokens | max abs Δlogit | KL (nats) | same first choice | perplexity, export and reference | choices that differ | worst |
 |---|---|---|---:|---:|---:|---:|---:|---:|---:|

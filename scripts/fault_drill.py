@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
+from stages import COMMIT  # noqa: E402
 from support.drill import Drill, Verb  # noqa: E402
 from support.faults import FAULTS, MEMORY, make_inputs  # noqa: E402
 from support.nursery import Nursery  # noqa: E402
@@ -77,16 +77,10 @@ verb has it) and gave the bytes of a run that nobody disturbed, and nothing was 
 """
 
 
-def commit() -> str:
-    """Of the code that is abused."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-
 def markdown(kills: list[dict], races: list[dict], faults: list[dict], points: int, seed: int) -> str:
     """The tables of docs/results/faults.md."""
     good = sum(not o["problems"] for o in kills)
-    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(kills), good=good, commit=commit())]
+    lines = [INTRODUCTION.format(points=points, seed=seed, kills=len(kills), good=good, commit=COMMIT)]
     lines += ["| killed | times | what lay there | as it must be |", "|---|---:|---|---:|"]
     for verb in dict.fromkeys(o["verb"] for o in kills):
         own = [o for o in kills if o["verb"] == verb]

@@ -41,7 +41,7 @@ def refusal(source: Source) -> str | None:
 def cost(source: Source) -> Cost:
     """The source's own tensors, and zeros."""
     gates = "added experts are on for every token" if source.extended else "the gates go"
-    exact = f"the {_origin(source)} weights {source.fidelity}; {gates}"
+    exact = f"{_origin(source)} weights {source.fidelity}; {gates}"
     return Cost(source.nbytes(_zeros(source)), exact)
 
 
@@ -51,7 +51,7 @@ def _origin(source: Source) -> str:
     verbs = list(dict.fromkeys(step.get("verb") for step in provenance.get("history", [])))
     if not verbs and provenance.get("outputs", SOURCE_S) == SOURCE_S:
         return SOURCE_S
-    return f"checkpoint's own (changed since the conversion: {', '.join(verbs) or 'outputs refitted'})"
+    return f"the checkpoint's own (changed since the conversion: {', '.join(verbs) or 'outputs refitted'})"
 
 
 def _zeros(source: Source) -> int:

@@ -40,10 +40,7 @@ CODE = {
 """The Python files that a checkpoint carries. Named here: the modules that know them take seconds to import."""
 
 CONFIGS = ("config.json", "tokenizer_config.json")
-"""Files of the source's in which paths are cut: in fields of ours, and in those that are a path as a whole."""
-
-OURS = ("emoe_provenance",)
-"""Our own fields of config.json."""
+"""Files of the source's in which paths are cut: in our provenance, and in fields that are a path as a whole."""
 
 LISTED = 12
 """Files left out that a line names; of more, their number."""
@@ -175,7 +172,9 @@ def _without_places(file: Path) -> str | None:
     if file.name not in CONFIGS and not is_named(file.name, RECORDS):
         return None
     value = read_json(file)
-    ours = value if is_named(file.name, RECORDS) else {k: v for k, v in value.items() if k in OURS or _is_place(v)}
+    ours = value
+    if file.name in CONFIGS:
+        ours = {k: v for k, v in value.items() if k == "emoe_provenance" or _is_place(v)}
     named = value | names_only(ours)
     return None if named == value else json.dumps(named, indent=2) + "\n"
 

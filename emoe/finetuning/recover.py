@@ -228,12 +228,13 @@ def _measure(model: torch.nn.Module, top_ks: list[int | None], blocks: TokenBloc
     results = {}
     for k in top_ks:
         progress("measuring", 0, 1)
-        load, hooks = Load(1), []
+        ffns = []
         if k is not None:
             model.set_top_k(k)
-            load = Load(max(ffn.num_experts for ffn in model.sparse_ffns().values()))
-            count = lambda _, __, routing: load.add(routing.experts_NK)  # noqa: B023, E731 - removed below
-            hooks = [ffn.router.register_forward_hook(count) for ffn in model.sparse_ffns().values()]
+            ffns = list(model.sparse_ffns().values())
+        load = Load(max((ffn.num_experts for ffn in ffns), default=1))
+        count = lambda _, __, routing: load.add(routing.experts_NK)  # noqa: B023, E731 - removed below
+        hooks = [ffn.router.register_forward_hook(count) for ffn in ffns]
         perplexity = perplexities(model, blocks.held_out)
         for hook in hooks:
             hook.remove()

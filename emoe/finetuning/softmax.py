@@ -75,10 +75,10 @@ def install(model: EMoEModelMixin, tokens_BT: torch.Tensor) -> None:
     for router, (rows_ED, x_ND) in _rows_and_inputs(model, tokens_BT[: -(-TOKENS // tokens_BT.shape[1])]).items():
         rows_ED = rows_ED - rows_ED.mean(0)  # what all experts have in common changes neither choice nor weights
         spread = (x_ND @ rows_ED.T).std(1, correction=0).mean()
-        for name in ("weight", "bias"):
-            router._buffers.pop(name, None)
+        for name in gating.tables_of(router.gate):
+            delattr(router, name)
         router.register_buffer("weight", rows_ED * (SPREAD / spread.clamp_min(1e-30)))
-        router.gate, router.weighs = gating.SOFTMAX, True
+        router.gate = gating.SOFTMAX
     model.config.emoe_gate = gating.SOFTMAX
 
 

@@ -104,7 +104,7 @@ class Router(nn.Module):
         self.budgeted, self.num_experts = group[0], sum(group)
         self._derived: tuple | None = None
         self._level: tuple | None = None
-        self.copies, self.weighs = config.emoe_copies, self.gate in WEIGHING
+        self.copies = config.emoe_copies
         if self.rule not in RULES:
             raise ValueError(f"unknown emoe_routing {self.rule!r}; known: {', '.join(RULES)}")
         if self.gate == "representative":
@@ -134,6 +134,11 @@ class Router(nn.Module):
             if after.dtype != torch.float32:
                 self._buffers[name] = before.to(device=after.device, dtype=torch.float32)
         return self
+
+    @property
+    def weighs(self) -> bool:
+        """The chosen experts have weights of their own."""
+        return self.gate in WEIGHING
 
     @property
     def all_on(self) -> bool:

@@ -204,9 +204,7 @@ class Converted:
     def check_gate_rows(self) -> None:
         """See `Anatomy.check_gate_rows`."""
         gate = self.config["emoe_gate"]
-        if gate == gating.SOFTMAX:
-            raise UserError("--text: softmax gates have no bias to set a threshold with; leave it out")
-        if gate not in ("discriminant", "cosine"):
+        if gate not in ("discriminant", "cosine", gating.SOFTMAX):
             raise UserError(
                 f"--text: the {gate} gate of this model follows its neurons, nothing is to be fitted; leave it out"
             )
@@ -220,6 +218,8 @@ class Converted:
             x_ND = seen.x_ND.float()
             if gate == "cosine":
                 see(name, routers[name].cosine.inputs(x_ND))
+            elif gate == gating.SOFTMAX:
+                see(name, x_ND)
             else:
                 see(name, torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1))
 
@@ -232,6 +232,8 @@ class Converted:
         prefix = self.router_prefix(found.layer)
         if self.config["emoe_gate"] == "cosine":
             return {f"{prefix}cosine.centroids.weight": row_C}
+        if self.config["emoe_gate"] == gating.SOFTMAX:
+            return {f"{prefix}weight": row_C}
         return {f"{prefix}weight": row_C[:-1], f"{prefix}bias": row_C[-1]}
 
     def watch_logits(self, model: nn.Module, see: Callable[[str, torch.Tensor], None]) -> Callable[[], None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -137,9 +136,10 @@ def test_exports_tell_what_was_trained(model, tmp_path, capsys):
     for to in ("mixtral", "dense"):
         report = emoe.export(model[1], tmp_path / to, to, verify_tokens=0)
         assert "| changed since | recover; " in (tmp_path / to / "README.md").read_text()
-    assert report["exactness"].startswith(
-        "the checkpoint's own (changed since the conversion: recover) weights bit for"
-    )
+    own = "the checkpoint's own (changed since the conversion: recover) weights"
+    assert report["exactness"].startswith(f"{own} bit for bit; ")
+    before = emoe.export(model[1].parent / "converted", tmp_path / "before", verify_tokens=0)
+    assert before["exactness"].startswith("the source's weights bit for bit; ")
 
 
 def test_some_layers_only(recovered, tmp_path):
@@ -187,21 +187,10 @@ def test_an_expert_that_is_knocked_out_leaves_the_weights_of_the_others(model):
 
 def test_a_layer_with_one_expert_left(tiny_llama, settings, text_file, tmp_path):
     emoe.convert(str(tiny_llama), output=tmp_path / "model", **settings | FIXED)
-    keep = [
-        "--keep",
-        "0.3",
-        "--scope",
-        "model",
-        "--floor",
-        "1",
-        "--tokens",
-        "512",
-        "--sequence-length",
-        "64",
-        "--quiet",
-    ]
+    keep = ["--keep", "0.3", "--scope", "model", "--floor", "1"]
+    sample = ["--tokens", "512", "--sequence-length", "64", "--quiet"]
     pruned, files = str(tmp_path / "pruned"), ["--text", str(text_file)]
-    assert main(["prune", "--model", str(tmp_path / "model"), "--output", pruned, *files, *keep]) == 0
+    assert main(["prune", "--model", str(tmp_path / "model"), "--output", pruned, *files, *keep, *sample]) == 0
     assert [1] in json.loads((tmp_path / "pruned" / "config.json").read_text())["emoe_groups"]
     flags = ["--model", pruned, "--output", str(tmp_path / "out"), "--teacher", str(tiny_llama), *files, *TRAINING]
     assert main(["recover", *flags, "--gates", "softmax", "--steps", "2", "--quiet"]) == 0
@@ -210,9 +199,13 @@ def test_a_layer_with_one_expert_left(tiny_llama, settings, text_file, tmp_path)
 def test_pruned_they_choose_among_those_left(model, tmp_path, text_file):
     flags = ["--text", str(text_file), "--keep", "0.5", "--tokens", "512", "--sequence-length", "64", "--quiet"]
     assert main(["prune", "--model", str(model[1]), "--output", str(tmp_path / "out"), *flags]) == 0
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        assert math.isfinite(loaded(torch.arange(5, 37)[None]).logits.sum())
+    pruned, whole = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", model[1]))
+    rows_ED = whole.sparse_ffns()[0].router.weight
+    ffn, x_ND = pruned.sparse_ffns()[0], torch.randn(20, rows_ED.shape[1])
+    assert all((row_D == rows_ED).all(1).any() for row_D in ffn.router.weight)
+    found = ffn.router(x_ND, ffn)
+    assert len(ffn.router.weight) < len(rows_ED)
+    torch.testing.assert_close(found.weights_NK, found.logits_NE.gather(1, found.experts_NK).softmax(1) * 3)
 
 
 @pytest.mark.parametrize(
@@ -237,16 +230,8 @@ def test_models_that_have_none_to_begin_with(given, complaint, tiny_llama, setti
 
 
 def test_they_are_learned_further(model, tmp_path, text_file, capsys):
-    flags = [
-        "recover",
-        "--model",
-        str(model[1]),
-        "--output",
-        str(tmp_path / "out"),
-        "--text",
-        str(text_file),
-        *TRAINING,
-    ]
+    files = ["--model", str(model[1]), "--output", str(tmp_path / "out"), "--text", str(text_file)]
+    flags = ["recover", *files, *TRAINING]
     teacher = ["--teacher", str(model[1].parent / "converted")]
     assert main([*flags, *teacher, "--gates", "softmax", "--steps", "1"]) == 2
     assert "has one already; use learned" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.modules import moduleformer
+from support.routing import FIXED
 
 import emoe
 from emoe.cli.main import main
@@ -50,11 +51,23 @@ def flags(texts) -> tuple:
     )
 
 
-@pytest.fixture(params=["discriminant", "mlp", "linear", "gmm"])
+@pytest.fixture(scope="module")
+def softmax_llama(tiny_llama, settings, text_file, tmp_path_factory) -> Path:
+    """A converted model with softmax gates, hardly trained."""
+    folder = tmp_path_factory.mktemp("softmax")
+    emoe.convert(str(tiny_llama), output=folder / "converted", **settings | FIXED)
+    few = {"steps": 1, "tokens_per_step": 64, "sequence_length": 64, "held_out_tokens": 64, "precision": "float32"}
+    emoe.recover(folder / "converted", folder / "out", text=[str(text_file)], gates="softmax", **few)
+    return folder / "out"
+
+
+@pytest.fixture(params=["discriminant", "softmax", "mlp", "linear", "gmm"])
 def model(request, converted_llama, tmp_path_factory) -> Path:
-    """A converted model, and ModuleFormers of every gate."""
+    """Converted models, and ModuleFormers of every gate."""
     if request.param == "discriminant":
         return converted_llama
+    if request.param == "softmax":
+        return request.getfixturevalue("softmax_llama")
     return moduleformer(tmp_path_factory.mktemp("moduleformer") / "model", request.param)
 
 
